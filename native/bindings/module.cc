@@ -1,0 +1,17 @@
+// The extension module: checks shapes and dtypes, calls dispatch, does no arithmetic.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_base(nb::module_& m);     // bindings/base.cc: ISA and threads
+void bind_formats(nb::module_& m);  // bindings/formats.cc: encode and decode ggml blocks
+void bind_affine(nb::module_& m);   // bindings/affine.cc: bit packing, affine fit/encode/decode
+void bind_ops(nb::module_& m);      // bindings/ops.cc: the ops that models call
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels of tersor. Use the Python wrappers; this module checks shapes and nothing else.";
+  bind_base(m);
+  bind_formats(m);
+  bind_affine(m);
+  bind_ops(m);
+}

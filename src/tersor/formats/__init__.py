@@ -1,0 +1,35 @@
+"""The number formats. FORMATS maps each family to its file; `get_format` turns a name into a Format.
+
+Adding a format is one new file and one line in _FAMILIES; the conformance suite picks it up by itself.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from tersor.errors import FormatError, unknown
+from tersor.formats import affine, floats, ggml, lookup, signs
+from tersor.formats.format import Format, as_rows
+
+# Each family has `parse(name) -> Format | None` and `EXAMPLES`, the names that docs and conformance tests go through.
+_FAMILIES = (floats, ggml, affine, signs, lookup)
+
+FORMATS: dict[str, Format] = {}
+for _family in _FAMILIES:
+    for _name in _family.EXAMPLES:
+        _format = _family.parse(_name)
+        assert _format is not None and _format.name == _name, _name
+        FORMATS[_name] = _format
+
+
+@lru_cache(maxsize=512)
+def get_format(name: str) -> Format:
+    """Returns the format of this name (any case). Raises FormatError, listing the known ones, for an unknown name."""
+    for family in _FAMILIES:
+        found = family.parse(name.lower())
+        if found is not None:
+            return found
+    raise FormatError(unknown("format", name, FORMATS) + "; and intB_gN[s|m], intB_c[s|m], intB_t[s|m] for B in 1..6, 8 and N in 16..256")
+
+
+__all__ = ["FORMATS", "Format", "as_rows", "get_format"]

@@ -1,0 +1,74 @@
+"""The frozen records that cross borders between formats, methods, containers and kernels. Imports nothing of tersor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Params = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One tensor as stored numbers: the only thing that methods, containers and kernels share.
+
+    format: a name of FORMATS (`q4_k`, `int4_g128`, `nf4`; the float formats `f32`, `f16`, `bf16` count as formats too).
+    shape:  logical shape (..., in); the rows are the product of all but the last.
+    fields: the format's packed arrays by name, laid out as docs/formats.md says. For row-independent formats
+            the first axis of every field is the row, so rows may be sliced, joined and permuted.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    fields: Mapping[str, Array]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: the product of all axes but the last; a vector is one row."""
+        return prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """Length of the last axis, along which groups run."""
+        return self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fields: codes, scales, zeros and metadata of the tensor."""
+        return sum(a.nbytes for a in self.fields.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight, with everything that is stored."""
+        return 8.0 * self.nbytes / prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a container announces it, before any of its bytes are read. name: the Hugging Face name."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All of a model but its tensors, in Hugging Face terms, whatever container it came from.
+
+    config:   config.json as a dict, without `quantization_config`.
+    files:    the other small files by name (tokenizer.json, tokenizer_config.json, generation_config.json,
+              chat_template.jinja, ...), as bytes.
+    metadata: key-values of the source container with no Hugging Face counterpart, carried over verbatim when the
+              target container is of the same kind (for GGUF: all key-values, as {key: (value_type, value)}).
+    """
+
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
