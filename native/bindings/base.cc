@@ -1,5 +1,43 @@
+// ISA and threads.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "base/cpu.h"
+#include "base/threads.h"
 
 namespace nb = nanobind;
 
-void bind_base(nb::module_& m) { (void)m; }
+void bind_base(nb::module_& m) {
+  if (const std::string error = tersor::isa_environment_error(); !error.empty()) throw std::runtime_error(error);
+
+  m.def(
+      "isa", [] { return std::string(tersor::isa_name(tersor::active_isa())); }, "The instruction set that the kernels use.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (tersor::Isa isa : tersor::supported_isas()) names.emplace_back(tersor::isa_name(isa));
+        return names;
+      },
+      "Instruction sets this CPU can run, slowest first.");
+  m.def(
+      "force_isa",
+      [](const std::string& name) {
+        if (const std::string error = tersor::force_isa(name); !error.empty()) throw nb::value_error(error.c_str());
+      },
+      nb::arg("name"), "Uses this instruction set from now on; '' is the best one. ValueError lists what this CPU has.");
+  m.def(
+      "set_threads",
+      [](int n) {
+        if (n < 1 || n > tersor::kMaxThreads) {
+          const std::string text = "threads: got " + std::to_string(n) + ", need 1 to " + std::to_string(tersor::kMaxThreads);
+          throw nb::value_error(text.c_str());
+        }
+        tersor::set_threads(n);
+      },
+      nb::arg("n"), "Sets the number of threads of all native loops, the caller included.");
+  m.def("threads", &tersor::threads, "Number of threads of native loops; at first the CPUs this process may use.");
+}

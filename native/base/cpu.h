@@ -1,0 +1,30 @@
+// Which instruction set the kernels use. Chosen once from the CPU; TERSOR_ISA=<name> or force_isa overrides it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace tersor {
+
+// In ascending order of speed.
+//   scalar:     plain C++, any CPU; the reference for the others
+//   avx2:       AVX2 + FMA + F16C
+//   avx512vnni: avx2 + AVX-512 F, BW, VL, DQ, VNNI
+enum class Isa { kScalar, kAvx2, kAvx512Vnni };
+
+// Name as in TERSOR_ISA.
+const char* isa_name(Isa isa);
+
+// What this CPU and operating system can run, ascending. Never empty.
+std::vector<Isa> supported_isas();
+
+// The instruction set in use.
+Isa active_isa();
+
+// Uses the instruction set of this name from now on ("" = the best). Returns an error text, empty on success.
+std::string force_isa(const std::string& name);
+
+// The error text of a bad TERSOR_ISA, empty when it is good or not set.
+std::string isa_environment_error();
+
+}  // namespace tersor
