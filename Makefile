@@ -1,0 +1,72 @@
+# Everything that is done with this repository. Each target makes .venv by itself when it is missing.
+# Needs: Python >= 3.10 with venv and headers, make, a C++20 compiler. `make demo` and `make test` are the place to start.
+
+PYTHON ?= python3
+CXX ?= g++
+BIN := .venv/bin
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q
+NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.cc' -o -name '*.h' -o -name '*.inc')
+CXX_SOURCES := $(shell find native -name '*.cc' -o -name '*.h')
+
+.PHONY: setup demo test test-all lint format docs bench clean check-tools
+
+setup: .venv/.base
+
+check-tools:
+	@command -v $(PYTHON) >/dev/null || { echo "tersor needs Python >= 3.10: sudo apt-get install python3 python3-venv python3-dev"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "tersor needs Python >= 3.10, got $$($(PYTHON) -V); choose one with: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing: sudo apt-get install python3-venv"; exit 2; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || { echo "Python's headers are missing: sudo apt-get install python3-dev"; exit 2; }
+	@command -v $(CXX) >/dev/null || { echo "A C++20 compiler is missing: sudo apt-get install g++"; exit 2; }
+	@echo '#include <bit>' | $(CXX) -std=c++20 -fsyntax-only -x c++ - 2>/dev/null || { echo "$(CXX) does not compile C++20; g++ >= 11 or clang++ >= 14 does: sudo apt-get install g++"; exit 2; }
+
+.venv/bin/python: | check-tools
+	$(PYTHON) -m venv .venv
+
+# The package with what it needs to run; the extension is compiled here.
+.venv/.base: $(NATIVE) | .venv/bin/python check-tools
+	CXX=$(CXX) $(PIP) -e .
+	@touch $@
+
+# What the tests and the lint need besides (torch, transformers and compressed-tensors are the oracles).
+.venv/.test: .venv/.base
+	$(PIP) torch==2.13.0
+	CXX=$(CXX) $(PIP) -e '.[test,lint]'
+	@touch $@
+
+# The peers of the benchmarks; llama-cpp-python compiles llama.cpp for this machine (about ten minutes on two cores).
+.venv/.bench: .venv/.test
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+demo: .venv/.base
+	$(BIN)/python -m tersor.demo
+
+test: .venv/.test
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: .venv/.bench
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/python -m tersor.formats.page --check docs/formats.md
+	$(BIN)/python -m tersor.cli.page --check docs/cli.md
+
+format: .venv/.test
+	$(BIN)/ruff check --fix -q .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+docs: .venv/.base
+	$(BIN)/python -m tersor.formats.page > docs/formats.md
+	$(BIN)/python -m tersor.cli.page > docs/cli.md
+
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build demo

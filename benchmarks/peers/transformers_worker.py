@@ -1,0 +1,39 @@
+"""transformers on torch: python -m benchmarks.peers.transformers_worker PATH THREADS bfloat16|float32
+
+PATH: a GGUF (dequantized at load) or a Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from benchmarks.peers import peak_mib, serve
+
+path, threads, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+torch.set_num_threads(threads)
+where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+model = AutoModelForCausalLM.from_pretrained(str(path.parent if where else path), dtype=dtype, **where).to(dtype).eval()
+state = DynamicCache()
+
+
+@torch.inference_mode()
+def step(tokens: list[int]) -> None:
+    model(torch.tensor([tokens]), past_key_values=state, logits_to_keep=1)
+
+
+def prefill(tokens: list[int]) -> None:
+    global state
+    state = DynamicCache()
+    step(tokens)
+
+
+def decode(tokens: list[int]) -> None:
+    for token in tokens:
+        step([token])
+
+
+serve(prefill, decode, peak_mib)
