@@ -1,0 +1,221 @@
+"""Every op that a model may call, in plain numpy: slow, obvious, and the oracle of the native ones.
+
+Same names and signatures as `tersor.ops`. All arrays are C-contiguous float32 unless said otherwise. Sums are taken in
+float64 and rounded to float32 once, so a native op may differ by the rounding of its own sums, not more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import pi, sqrt
+
+import numpy as np
+
+from tersor.formats import get_format
+from tersor.tensor import Array, QuantizedTensor
+
+ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in 8 bits
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix ready to be multiplied by. values: (rows, columns) float64; bias: (rows,) float32 or None."""
+
+    values: Array
+    bias: Array | None
+    activations: str
+
+    @property
+    def rows(self) -> int:
+        """Outputs of `linear`."""
+        return int(self.values.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """Inputs of `linear`."""
+        return int(self.values.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.values.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @property
+    def kernel(self) -> str:
+        """Name of what multiplies."""
+        return f"reference_{self.activations}"
+
+
+def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8") -> Weight:
+    """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations: int8 | float."""
+    assert activations in ("int8", "float"), activations
+    values = np.concatenate([dequantize(t) for t in tensors]).astype(np.float64)
+    return Weight(values, bias, activations)
+
+
+def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
+    """Returns x @ W^T (+ bias) (+ residual). x: (n, columns) -> (n, rows).
+
+    With 8-bit activations x is first rounded to a grid per row and group of ACTIVATION_GROUP values (a short last group
+    included): scale = max|x| / 127, q = round-half-even(x / scale) in [-127, 127], x ~ q * scale. A native kernel may
+    group differently; its tolerance follows from the step.
+    """
+    inputs = round_activations(x) if weight.activations == "int8" else x
+    out = inputs.astype(np.float64) @ weight.values.T
+    if weight.bias is not None:
+        out += weight.bias
+    if residual is not None:
+        out += residual
+    return out.astype(np.float32)
+
+
+def round_activations(x: Array, group: int = ACTIVATION_GROUP) -> Array:
+    """Returns x, (n, columns) float32, rounded to 8-bit integers times one scale per row and group."""
+    out = np.empty_like(x)
+    for start in range(0, x.shape[1], group):
+        part = x[:, start : start + group]
+        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        codes = np.rint(part / np.where(scale == 0, np.float32(1), scale))
+        out[:, start : start + group] = codes * scale
+    return out
+
+
+def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
+    """Returns the tokens' rows of the tensor, times scale. tokens: (n,) int32 in [0, rows) -> (n, columns)."""
+    if not get_format(tensor.format).row_independent:
+        return dequantize(tensor)[tokens] * np.float32(scale)
+    fields = {name: np.ascontiguousarray(array[tokens]) for name, array in tensor.fields.items()}
+    rows = QuantizedTensor(tensor.format, (len(tokens), tensor.columns), fields)
+    return dequantize(rows) * np.float32(scale)
+
+
+def dequantize(tensor: QuantizedTensor) -> Array:
+    """Returns the tensor's values, (rows, columns) float32."""
+    return get_format(tensor.format).dequantize(tensor).reshape(tensor.rows, tensor.columns)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d); weight: (d,)."""
+    wide = x.astype(np.float64)
+    mean = np.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide / np.sqrt(mean + eps) * weight).astype(np.float32)
+
+
+def gated(x: Array, activation: str) -> Array:
+    """Returns act(first half) * second half. x: (n, 2f) -> (n, f).
+
+    silu(a) = a / (1 + exp(-a)); gelu_tanh(a) = a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3))) (Hendrycks & Gimpel, 2016).
+    """
+    gate, up = np.split(x.astype(np.float64), 2, axis=-1)
+    if activation == "silu":
+        with np.errstate(over="ignore"):
+            act = gate / (1 + np.exp(-gate))
+    else:
+        assert activation == "gelu_tanh", activation
+        act = gate / 2 * (1 + np.tanh(sqrt(2 / pi) * (gate + 0.044715 * gate**3)))
+    return np.asarray(act * up, dtype=np.float32)
+
+
+def add(x: Array, y: Array) -> None:
+    """Adds y to x in place."""
+    x += y
+
+
+def softcap(x: Array, cap: float) -> None:
+    """Replaces x by cap * tanh(x / cap), in place."""
+    x[...] = cap * np.tanh(x.astype(np.float64) / cap)
+
+
+def rope(x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None:
+    """Rotates pairs (i, i + head_dim/2) of x in place by position * inv_freq[i] radians; row n is at position start + n.
+
+    x: (n, heads, head_dim); inv_freq: (head_dim/2,) float32; cos and sin are multiplied by scale (YaRN's attention factor).
+    The angle is the float32 product, as in Hugging Face's rotary embedding (Su et al., 2021, section 3.4.2).
+    """
+    half = x.shape[-1] // 2
+    positions = np.arange(start, start + x.shape[0], dtype=np.float32)
+    angles = (positions[:, None] * inv_freq.astype(np.float32)).astype(np.float64)[:, None, :]
+    cos, sin = np.cos(angles) * scale, np.sin(angles) * scale
+    low, high = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    x[..., :half] = low * cos - high * sin
+    x[..., half:] = high * cos + low * sin
+
+
+class KVCache:
+    """Keys and values of every layer for positions [0, length). `append` writes at length; `advance` moves it."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
+        """capacity: positions; dtype: f16 | f32, the type that keys and values are rounded to."""
+        stored = {"f16": np.float16, "f32": np.float32}[dtype]
+        self.keys = np.zeros((layers, capacity, kv_heads, head_dim), stored)
+        self.values = np.zeros((layers, capacity, kv_heads, head_dim), stored)
+        self.capacity = capacity
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, at full capacity."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def append(self, layer: int, k: Array, v: Array) -> None:
+        """Writes k and v, (n, kv_heads, head_dim), at positions length .. length + n."""
+        assert self.length + len(k) <= self.capacity
+        self.keys[layer, self.length : self.length + len(k)] = k
+        self.values[layer, self.length : self.length + len(v)] = v
+
+    def advance(self, n: int) -> None:
+        """Moves length forward by the n positions that every layer has appended."""
+        self.length += n
+
+    def truncate(self, n: int) -> None:
+        """Forgets everything from position n on."""
+        assert 0 <= n <= self.length
+        self.length = n
+
+
+def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
+    """Returns softmax(scale q k^T) v, (n, heads * head_dim). q: (n, heads, head_dim).
+
+    Causal: query i is at position cache.length + i and sees keys 0 .. its position, only the last `window` of them when
+    window > 0. Heads share keys in groups of heads / kv_heads (Ainslie et al., 2023). softcap > 0: scores become
+    softcap * tanh(score / softcap) before the softmax.
+    """
+    n, heads, head_dim = q.shape
+    share = heads // cache.keys.shape[2]
+    out = np.zeros((n, heads, head_dim), np.float32)
+    for i in range(n):
+        end = cache.length + i + 1
+        first = max(0, end - window) if window > 0 else 0
+        for head in range(heads):
+            keys = cache.keys[layer, first:end, head // share].astype(np.float64)
+            values = cache.values[layer, first:end, head // share].astype(np.float64)
+            scores = keys @ q[i, head].astype(np.float64) * scale
+            if softcap > 0:
+                scores = softcap * np.tanh(scores / softcap)
+            weights = np.exp(scores - scores.max())
+            out[i, head] = weights @ values / weights.sum()
+    return out.reshape(n, heads * head_dim)
+
+
+def log_softmax(logits: Array) -> Array:
+    """Returns log softmax over the last axis in float64."""
+    wide = logits.astype(np.float64)
+    wide = wide - wide.max(axis=-1, keepdims=True)
+    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+
+
+def nll(logits: Array, targets: Array) -> Array:
+    """Returns -log p(target), in nats, (n,) float64. logits: (n, vocab); targets: (n,) int32."""
+    return np.asarray(-log_softmax(logits)[np.arange(len(targets)), targets])
+
+
+def compare_logits(p: Array, q: Array, targets: Array) -> Array:
+    """Returns, (n, 5) float64: nll of p, nll of q, KL(p || q) in nats, 1 if the argmax is the same else 0, and the
+    difference q - p of the target's probability. p, q: (n, vocab) logits; targets: (n,) int32."""
+    log_p, log_q = log_softmax(p), log_softmax(q)
+    rows = np.arange(len(targets))
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    same = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64)
+    change = np.exp(log_q[rows, targets]) - np.exp(log_p[rows, targets])
+    return np.stack([-log_p[rows, targets], -log_q[rows, targets], divergence, same, change], axis=1)
