@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tersor.errors import FormatError, unknown
-from tersor.formats import affine, floats, ggml, lookup, signs
+from tersor.formats import affine, floats, ggml, int8, lookup, signs
 from tersor.formats.format import Format, as_rows
 
 # Each family has `parse(name) -> Format | None` and `EXAMPLES`, the names that docs and conformance tests go through.
-_FAMILIES = (floats, ggml, affine, signs, lookup)
+_FAMILIES = (floats, ggml, affine, signs, int8, lookup)
 
 FORMATS: dict[str, Format] = {}
 for _family in _FAMILIES:
@@ -29,7 +29,8 @@ def get_format(name: str) -> Format:
         found = family.parse(name.lower())
         if found is not None:
             return found
-    raise FormatError(unknown("format", name, FORMATS) + "; and intB_gN[s|m], intB_c[s|m], intB_t[s|m] for B in 1..6, 8 and N in 16..256")
+    families = "intB_gN[s|m], intB_c[s|m], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256"
+    raise FormatError(f"{unknown('format', name, FORMATS)}; and {families}")
 
 
 __all__ = ["FORMATS", "Format", "as_rows", "get_format"]

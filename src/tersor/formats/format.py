@@ -32,6 +32,8 @@ class Format(ABC):
                       -1 = the whole tensor.
     row_independent:  every row can be quantized by itself, and every field's first axis is the row.
     can_encode:       False for formats that can only be decoded.
+    uses_importance:  whether `fit` weighs errors by importance. If False (a min-max grid has nothing to weigh), `fit` and
+                      `quantize` refuse it with a FormatError; `quantize_clipped` uses it in every format.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Format(ABC):
     group_size: int
     row_independent: bool = True
     can_encode: bool = True
+    uses_importance: bool = True
 
     @abstractmethod
     def layout(self) -> str:
@@ -52,7 +55,8 @@ class Format(ABC):
     def fit(self, w: Array, importance: Array | None = None) -> Params:
         """Returns the parameters of every group. w: (rows, in) float32; importance: (in,) float32 >= 0 or None.
 
-        Each array's leading axes are (rows, groups), so a caller may choose between two fits group by group.
+        Each array's leading axes are (rows, groups), so a caller may choose between two fits group by group; those of a
+        format that is not row-independent may belong to the whole tensor.
         """
 
     @abstractmethod
@@ -83,6 +87,11 @@ class Format(ABC):
         codes, params = self.unpack(tensor)
         return self.decode(codes, params).reshape(tensor.shape)
 
+    def refuse_importance(self, importance: Array | None) -> None:
+        """Raises FormatError when there is an importance; called by the `fit` of formats that cannot use one."""
+        if importance is not None:
+            raise FormatError(f"{self.name}: its fit is plain min-max, which takes no importance; use the method clip")
+
     def bits_per_weight(self, shape: tuple[int, ...] = (4096, 4096)) -> float:
         """Returns the true bits per weight for this shape, metadata included."""
         return 8.0 * self.nbytes(shape) / prod(shape)
@@ -93,6 +102,8 @@ class Format(ABC):
 
     def check(self, shape: tuple[int, ...], where: str = "tensor") -> None:
         """Raises FormatError when a tensor of this shape cannot be stored; names an alternative."""
+        if prod(shape) == 0 or not shape:
+            raise FormatError(f"{self.name}: {where} has shape {shape}; need at least one value along every axis")
         if not self.fits(shape):
             raise FormatError(
                 f"{self.name}: {where} has {shape[-1]} columns, not a multiple of {self.group_size}; {self.alternative(shape[-1])}"

@@ -1,0 +1,239 @@
+"""Affine integers: equally spaced levels, one float16 scale per group, with an integer zero, a fixed zero or a float minimum.
+
+    int4_g64    asymmetric   w = (q - zero) * scale     zero is a packed integer; the grid holds 0 exactly
+    int4_g64s   symmetric    w = (q - 2^(B-1)) * scale  no zero is stored
+    int4_g64m   minimum      w = q * scale + min        min is float16; the form of Q4_1 and MLX
+    int4_c, int4_t           one scale per row (output channel), one scale per tensor
+
+B is 1, 2, 3, 4, 5, 6 or 8; groups of N = 16..256 values along the input dimension. Sources: Jacob et al.,
+"Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv 1712.05877,
+section 2.1, equation 1) for the integer zero; Frantar et al., GPTQ (arXiv 2210.17323) for groups along the input; the
+symmetric step 2 max|w| / (2^B - 1) is that of the GPTQ code and of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from math import prod
+
+import numpy as np
+
+from tersor.errors import FormatError
+from tersor.formats.format import Format
+from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
+from tersor.tensor import Array, Params, QuantizedTensor
+
+BITS = (1, 2, 3, 4, 5, 6, 8)
+
+EXAMPLES = (
+    *("int1_g32", "int1_g32m", "int2_g16", "int2_g32m", "int2_g64s", "int3_g32", "int3_g64m", "int3_g128s"),
+    *("int4_g32", "int4_g64", "int4_g128", "int4_g256", "int4_g96", "int4_g32s", "int4_g128s", "int4_g64m", "int4_c", "int4_cs", "int4_t"),
+    *("int5_g64", "int5_g64s", "int5_g32m", "int6_g64", "int6_g128s", "int6_g64m"),
+    *("int8_g64", "int8_g128s", "int8_g32m", "int8_c", "int8_cs", "int8_cm", "int8_t", "int8_ts", "int8_tm"),
+)
+
+_NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|([ct]))([sm]?)")
+
+_PER_ROW = 0  # group_size of `_c`
+_PER_TENSOR = -1  # group_size of `_t`
+
+_F16_MAX = 65504.0
+_F16_NORMAL = np.float32(2.0**-14)  # smallest normal float16
+
+
+def parse(name: str) -> Format | None:
+    """Returns the affine format of this name, or None when it is no affine name.
+
+    Raises FormatError for an affine name whose bits or group are not stored; names an alternative.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    bits, group, axis, kind = int(match[1]), match[2], match[3], match[4]
+    if bits not in BITS:
+        nearest = min(BITS, key=lambda b: (abs(b - bits), -b))
+        raise FormatError(f"{name}: {bits}-bit codes; need one of {BITS}; use {name.replace(f'int{bits}', f'int{nearest}')}")
+    if bits == 1 and kind == "s":
+        raise FormatError(f"{name}: one symmetric bit is a sign; use binary_g{group or 64}")
+    if group is None:
+        return AffineFormat(bits, _PER_ROW if axis == "c" else _PER_TENSOR, kind)
+    check_group(name, int(group))
+    return AffineFormat(bits, int(group), kind)
+
+
+def check_group(name: str, group: int) -> None:
+    """Raises FormatError unless group is a multiple of 16 in 16..256."""
+    if group % 16 or not 16 <= group <= 256:
+        nearest = min(256, max(16, group // 16 * 16))
+        raise FormatError(f"{name}: group of {group}; need a multiple of 16 in 16..256; use {name.replace(f'g{group}', f'g{nearest}')}")
+
+
+class AffineFormat(Format):
+    """B-bit integers with a float16 scale per group. kind: "" (integer zero), "s" (symmetric) or "m" (float16 minimum).
+
+    params: {"scale": float16} and {"zero": uint8} or {"min": float16}, each (rows, groups); (1, 1) for `_t`.
+    """
+
+    uses_importance = False
+
+    def __init__(self, bits: int, group_size: int, kind: str) -> None:
+        axis = {_PER_ROW: "c", _PER_TENSOR: "t"}.get(group_size, f"g{group_size}")
+        self.name = f"int{bits}_{axis}{kind}"
+        self.bits = bits
+        self.width = bits
+        self.group_size = group_size
+        self.kind = kind
+        self.row_independent = group_size != _PER_TENSOR
+        self.max_code = 2**bits - 1
+
+    def layout(self) -> str:
+        groups = f"in/{self.group_size}" if self.group_size > 0 else "1"
+        rows = "1" if self.group_size == _PER_TENSOR else "rows"
+        lines = [
+            f"codes: uint8 (rows, ceil(in*{self.width}/8))  q in 0..{self.max_code}, dense, LSB first",
+            f"scale: float16 ({rows}, {groups})",
+        ]
+        if self.kind == "":
+            lines.append(f"zero:  uint8 ({rows}, ceil({groups}*{self.width}/8))  z in 0..{self.max_code}, dense, LSB first")
+            lines.append("w = (q - z) * scale")
+        elif self.kind == "s":
+            lines.append(f"w = (q - {self.middle}) * scale")
+        else:
+            lines.append(f"min:   float16 ({rows}, {groups})")
+            lines.append("w = q * scale + min")
+        return "\n".join(lines) + "\n"
+
+    @property
+    def middle(self) -> int:
+        """The code of 0 in the symmetric form, 2^(B-1)."""
+        return int(2 ** (self.width - 1))
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        rows, columns = prod(shape[:-1]), shape[-1]
+        groups = self.groups(columns)
+        per_row = 2 * groups + {"": packed_bytes(groups, self.width), "s": 0, "m": 2 * groups}[self.kind]
+        return rows * packed_bytes(columns, self.width) + (per_row if self.group_size == _PER_TENSOR else rows * per_row)
+
+    def alternative(self, columns: int) -> str:
+        divisors = [g for g in (256, 128, 64, 32, 16) if g < max(self.group_size, 17) and columns % g == 0]
+        return f"use int{self.width}_{f'g{divisors[0]}' if divisors else 'c'}{self.kind}"
+
+    def fit(self, w: Array, importance: Array | None = None) -> Params:
+        """Returns the min-max grid of every group, stored precision included; arithmetic in float32.
+
+        ""   lo = min(w, 0), hi = max(w, 0); scale = (hi - lo) / (2^B - 1); zero = round(-lo / scale)
+        "s"  scale = 2 max|w| / (2^B - 1)
+        "m"  min = float16(min w); scale = (max w - min) / (2^B - 1), at least 0
+
+        A scale is rounded to the nearest float16, a subnormal one upwards so that its group is never clipped; an
+        all-zero group has scale 0 and decodes to 0. zero is computed with the stored scale, half to even.
+        Raises FormatError when a scale or minimum does not fit into float16, or for any importance: min-max weighs nothing.
+        """
+        self.refuse_importance(importance)
+        blocks = w.reshape(1, 1, -1) if self.group_size == _PER_TENSOR else w.reshape(w.shape[0], self.groups(w.shape[1]), -1)
+        low, high = blocks.min(axis=-1), blocks.max(axis=-1)
+        steps = np.float32(self.max_code)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.kind == "s":
+                return {"scale": self.stored_scale(np.maximum(-low, high) * np.float32(2) / steps)}
+            if self.kind == "m":
+                minimum = self.stored_minimum(low)
+                return {"scale": self.stored_scale(np.maximum(high - minimum.astype(np.float32), np.float32(0)) / steps), "min": minimum}
+            low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+            scale = self.stored_scale((high - low) / steps)
+            zero = np.clip(np.rint(-low / _divisor(scale)), 0, self.max_code).astype(np.uint8)
+        return {"scale": scale, "zero": zero}
+
+    def encode(self, w: Array, params: Params) -> Array:
+        """Returns q = clip(round(w / scale) + zero, 0, 2^B - 1), or clip(round((w - min) / scale), ...) for "m". Half to even."""
+        rows, columns = w.shape
+        blocks = w.reshape(rows, self.groups(columns), -1)
+        scale = _divisor(params["scale"])[..., None]
+        with np.errstate(over="ignore"):
+            if self.kind == "m":
+                q = np.rint((blocks - params["min"].astype(np.float32)[..., None]) / scale)
+            else:
+                q = np.rint(blocks / scale) + self._zeros(params)
+        return np.clip(q, 0, self.max_code).astype(np.uint8).reshape(rows, columns)
+
+    def decode(self, codes: Array, params: Params) -> Array:
+        rows, columns = codes.shape
+        q = codes.reshape(rows, self.groups(columns), -1).astype(np.float32)
+        scale = params["scale"].astype(np.float32)[..., None]
+        if self.kind == "m":
+            w = q * scale + params["min"].astype(np.float32)[..., None]
+        else:
+            w = (q - self._zeros(params)) * scale
+        return w.reshape(rows, columns)
+
+    def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
+        fields = {"codes": pack_bits(codes, self.width), "scale": np.ascontiguousarray(params["scale"], dtype=np.float16)}
+        if self.kind == "":
+            fields["zero"] = pack_bits(params["zero"], self.width)
+        elif self.kind == "m":
+            fields["min"] = np.ascontiguousarray(params["min"], dtype=np.float16)
+        return QuantizedTensor(self.name, codes.shape if shape is None else shape, fields)
+
+    def unpack(self, tensor: QuantizedTensor) -> tuple[Array, Params]:
+        fields = tensor.fields
+        params = {"scale": fields["scale"]}
+        if self.kind == "":
+            params["zero"] = unpack_bits(fields["zero"], self.width, self.groups(tensor.columns))
+        elif self.kind == "m":
+            params["min"] = fields["min"]
+        return unpack_bits(fields["codes"], self.width, tensor.columns), params
+
+    def stored_scale(self, scale: Array) -> Array:
+        """Returns scale, float32 >= 0, as float16. Raises FormatError for one that float16 cannot hold."""
+        rounded = scale.astype(np.float16)
+        if not np.isfinite(rounded).all():
+            raise FormatError(
+                f"{self.name}: a group needs scale {scale[~np.isfinite(rounded)][0]:g}, beyond float16's {_F16_MAX:g}; "
+                "use nf4 (float32 scales), bf16 or f32"
+            )
+        too_small = (scale < _F16_NORMAL) & (rounded.astype(np.float32) < scale)
+        rounded.view(np.uint16)[too_small] += 1  # the next float16 above
+        return rounded
+
+    def stored_minimum(self, minimum: Array) -> Array:
+        """Returns minimum, float32, as the nearest float16. Raises FormatError for one that float16 cannot hold."""
+        rounded = minimum.astype(np.float16)
+        if not np.isfinite(rounded).all():
+            raise FormatError(
+                f"{self.name}: a group has minimum {minimum[~np.isfinite(rounded)][0]:g}, beyond float16's {_F16_MAX:g}; "
+                "use nf4 (float32 scales), bf16 or f32"
+            )
+        return rounded
+
+    def _zeros(self, params: Params) -> Array:
+        """Returns the code of 0 for every group, float32, broadcastable to (rows, groups, group_size)."""
+        if self.kind == "s":
+            return np.full((1, 1, 1), self.middle, dtype=np.float32)
+        return params["zero"].astype(np.float32)[..., None]
+
+
+def _divisor(scale: Array) -> Array:
+    """Returns scale as float32 with 1 for 0: the group holds only zeros, and 0 / 1 encodes them."""
+    wide = scale.astype(np.float32)
+    return np.where(wide == 0, np.float32(1), wide)
+
+
+def quantize_range(w: Array | float, low: float, high: float, bits: int) -> tuple[Array, float]:
+    """Returns (codes uint8 in [0, 2^bits), scale) of w on the 2^bits equally spaced levels from low to high, both included.
+
+    scale = (high - low) / (2^bits - 1);  q = round((w - low) / scale), half to even; w outside [low, high] is clipped.
+    In float64: 0.12345678 in [-0.5, 0.5] at 8 bits gives 159 with scale 1/255. bits in 1..8.
+    Raises FormatError for an empty or infinite range, or other bits.
+    """
+    if not 1 <= bits <= 8:
+        raise FormatError(f"quantize_range: {bits} bits; need 1..8")
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise FormatError(f"quantize_range: range [{low}, {high}]; need finite low < high")
+    scale = (float(high) - float(low)) / (2**bits - 1)
+    inside = np.clip(np.asarray(w, dtype=np.float64), low, high)
+    return np.rint((inside - low) / scale).astype(np.uint8), scale
+
+
+def dequantize_range(codes: Array, low: float, scale: float) -> Array:
+    """Returns w ~ codes * scale + low, float64: the inverse of `quantize_range` within half a scale."""
+    return np.asarray(codes, dtype=np.float64) * scale + low
