@@ -1,0 +1,106 @@
+"""The float formats: every value by itself, nothing shared, no parameters.
+
+`f32` (IEEE binary32), `f16` (IEEE binary16) and `bf16` (the upper half of binary32, held as its raw uint16 bits because
+numpy has no such type). Rounding is to nearest, ties to even. For these formats the codes of the Format interface are
+the stored numbers themselves, so `encode` is a cast and `fit` has nothing to do.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from tersor.errors import FormatError
+from tersor.formats.format import Format, as_rows
+from tersor.tensor import Array, Params, QuantizedTensor
+
+EXAMPLES = ("f32", "f16", "bf16")
+
+_STORED = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
+
+_LAYOUTS = {
+    "f32": "values: float32 (rows, in)   sign 1 | exponent 8, bias 127 | mantissa 23\n",
+    "f16": "values: float16 (rows, in)   sign 1 | exponent 5, bias 15 | mantissa 10; largest 65504, smallest 2^-24\n",
+    "bf16": "values: uint16 (rows, in)    sign 1 | exponent 8, bias 127 | mantissa 7 = the upper 16 bits of float32\n",
+}
+
+
+def parse(name: str) -> Format | None:
+    """Returns the float format of this name, or None when it is no float format."""
+    return FloatFormat(name) if name in _STORED else None
+
+
+def bf16_from_f32(w: Array) -> Array:
+    """Returns the raw bfloat16 bits, uint16, of w: float32, rounded to nearest, ties to even.
+
+    bits16 = (bits32 + 0x7fff + (bits32 >> 16 & 1)) >> 16. A NaN keeps its upper bits and becomes quiet, since the
+    carry of the rounding could turn it into an infinity or a zero; a finite value beyond the largest bfloat16
+    (3.3895e38) becomes an infinity, as IEEE rounding demands.
+    """
+    bits = np.ascontiguousarray(w, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    if nan.any():
+        rounded[nan] = (bits[nan] >> 16).astype(np.uint16) | np.uint16(0x40)
+    return rounded
+
+
+def f32_from_bf16(bits: Array) -> Array:
+    """Returns the float32 values of raw bfloat16 bits (uint16); exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class FloatFormat(Format):
+    """f32, f16 or bf16. fields: {"values": (rows, in)} of float32, float16, or uint16 holding bfloat16 bits."""
+
+    group_size = 1
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.dtype = _STORED[name]
+        self.bits = 8.0 * self.dtype.itemsize
+
+    def layout(self) -> str:
+        return _LAYOUTS[self.name]
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return prod(shape) * self.dtype.itemsize
+
+    def fit(self, w: Array, importance: Array | None = None) -> Params:
+        """Returns no parameters: a float carries its own exponent."""
+        return {}
+
+    def encode(self, w: Array, params: Params) -> Array:
+        """Returns the nearest stored numbers (rows, in), ties to even: float32, float16, or uint16 for bf16.
+
+        Raises FormatError when a finite value does not fit into float16.
+        """
+        if self.name == "bf16":
+            return bf16_from_f32(w)
+        if self.name == "f32":
+            return np.ascontiguousarray(w, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(w).astype(np.float16)
+        lost = np.isinf(values) & np.isfinite(w)
+        if lost.any():
+            raise FormatError(f"f16: tensor holds {w[lost].ravel()[0]:g}, beyond float16's largest 65504; use bf16 or f32")
+        return values
+
+    def decode(self, codes: Array, params: Params) -> Array:
+        if self.name == "bf16":
+            return f32_from_bf16(codes)
+        return codes.astype(np.float32, copy=False)
+
+    def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
+        values = np.ascontiguousarray(codes, dtype=self.dtype).reshape(-1, codes.shape[-1])
+        return QuantizedTensor(self.name, codes.shape if shape is None else shape, {"values": values})
+
+    def unpack(self, tensor: QuantizedTensor) -> tuple[Array, Params]:
+        return tensor.fields["values"], {}
+
+    def quantize(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        return self.pack(self.encode(as_rows(w), {}), {}, w.shape)
+
+    def alternative(self, columns: int) -> str:
+        return "every shape fits"
