@@ -1,10 +1,12 @@
 // ISA and threads.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 
+#include "base/bandwidth.h"
 #include "base/cpu.h"
 #include "base/threads.h"
 
@@ -40,4 +42,11 @@ void bind_base(nb::module_& m) {
       },
       nb::arg("n"), "Sets the number of threads of all native loops, the caller included.");
   m.def("threads", &tersor::threads, "Number of threads of native loops; at first the CPUs this process may use.");
+  m.def(
+      "read_words",
+      [](nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> words) {
+        nb::gil_scoped_release release;
+        return tersor::read_words(words.data(), static_cast<int64_t>(words.shape(0)));
+      },
+      nb::arg("words"), "Reads all words with all threads and returns their sum modulo 2^64: for measuring the memory's bandwidth.");
 }

@@ -1,0 +1,46 @@
+"""One call that judges a model on a text, alone or against its original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tersor.evaluation.kl import Base, Divergence, check_same_vocabulary, divergence
+from tersor.evaluation.model import LanguageModel
+from tersor.evaluation.perplexity import Perplexity, perplexity
+from tersor.evaluation.text import cut, read_text
+
+
+def evaluate(
+    model: str | Path | LanguageModel,
+    *,
+    against: str | Path | LanguageModel | None = None,
+    text: str | Path | None = None,
+    window: int = 512,
+    stride: int | None = None,
+    windows: int | None = 16,
+    bos: bool | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity | Divergence:
+    """Returns the model's perplexity or, with `against`, how far it is from that model, in the same pass.
+
+    text: a UTF-8 file, or None for pydoc_data.topics. window, stride, windows, bos: see evaluation/text.py; they are stated in the
+    record's protocol. windows None: the whole text. progress: called with (windows done, windows in all).
+    Raises ModelError, ContainerError and RecipeError.
+    """
+    judged = _load(model, threads)
+    name, content = read_text(text)
+    if against is None:
+        return perplexity(judged, cut(judged.tokenizer, name, content, window, stride, windows, bos), progress)
+    base = _load(against, threads)
+    check_same_vocabulary(judged, base)
+    return divergence(judged, Base(base, cut(base.tokenizer, name, content, window, stride, windows, bos)), progress)
+
+
+def _load(model: str | Path | LanguageModel, threads: int | None) -> LanguageModel:
+    if not isinstance(model, (str, Path)):
+        return model
+    from tersor.engine import load
+
+    return load(model, threads=threads)

@@ -1,0 +1,324 @@
+"""The one streaming loop: checkpoint -> method -> QuantizedTensor -> container, a slab of rows at a time.
+
+Peak memory is one tensor as stored in the output plus a few slabs of float32, whatever the size of the model: rows of a
+row-independent format are read, quantized and measured SLAB_BYTES at a time, and the pages read are given back to the system.
+A format that needs the whole tensor (`int8_t`, `nf4_dq`) costs that tensor in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor.containers import CONTAINERS, open_checkpoint
+from tersor.containers.container import Checkpoint, Container
+from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
+from tersor.formats import Format, get_format
+from tersor.methods import METHODS
+from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
+from tersor.tensor import Array, QuantizedTensor, TensorInfo
+
+SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
+
+Progress = Callable[[int, int, str], None]  # (weights done, weights in all, name of the tensor at work)
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """What became of one tensor. error: relative RMS error of the stored weights, |w' - w| / |w| (Frobenius norms)."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: str
+    format: str
+    method: str
+    nbytes: int
+    error: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight, scales and all other metadata of the tensor included."""
+        return 8.0 * self.nbytes / prod(self.shape)
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What `quantize` wrote. note: what the source was stored in, when that was not float."""
+
+    path: str
+    container: str
+    recipe: str
+    tensors: tuple[TensorResult, ...]
+    file_bytes: int
+    seconds: float
+    note: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of all tensors."""
+        return sum(prod(t.shape) for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """File bits per weight of the whole model: embedding, norms, metadata and tokenizer included."""
+        return 8.0 * self.file_bytes / self.parameters
+
+    @property
+    def block_bits_per_weight(self) -> float:
+        """True bits per weight of the matrices of the blocks, which is what a recipe's format promises."""
+        blocks = [t for t in self.tensors if len(t.shape) > 1 and not is_edge(t.name)] or list(self.tensors)
+        return 8.0 * sum(t.nbytes for t in blocks) / sum(prod(t.shape) for t in blocks)
+
+    @property
+    def error(self) -> float:
+        """Relative RMS error of the matrices of the blocks: root of the mean of the tensors' squared errors, weighted by size."""
+        blocks = [t for t in self.tensors if len(t.shape) > 1 and not is_edge(t.name)] or list(self.tensors)
+        return sqrt(sum(t.error**2 * prod(t.shape) for t in blocks) / sum(prod(t.shape) for t in blocks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values for JSON."""
+        tensors = [asdict(t) | {"bits_per_weight": t.bits_per_weight} for t in self.tensors]
+        derived = ("parameters", "bits_per_weight", "block_bits_per_weight", "error")
+        return asdict(self) | {name: getattr(self, name) for name in derived} | {"tensors": tensors}
+
+
+def quantize(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    recipe: str | Recipe,
+    *,
+    to: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Writes the model with every tensor in the format that the recipe names, and returns what was written.
+
+    model: a Hugging Face directory, a .gguf file, a hub id, or an opened Checkpoint; one that is quantized already is
+    dequantized first, which `note` of the result says. to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF,
+    any other a directory (compressed-tensors, or huggingface when nothing is quantized). force: replace an existing output.
+    progress: called after every slab with (weights done, weights in all, tensor).
+    Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
+    Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
+    """
+    start = time.perf_counter()
+    parsed = Recipe.parse(recipe)
+    target = Path(out)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    try:
+        _check_not_source(target, checkpoint.path)
+        container = choose_container(target, parsed, to)
+        choices = parsed.assign(
+            checkpoint.tensors,
+            gguf=container.name == "gguf",
+            tied=bool(checkpoint.description.config.get("tie_word_embeddings")),
+        )
+        plan = plan_tensors(checkpoint.tensors, choices, container)
+        results = _write(checkpoint, container, target, plan, choices, force, progress)
+    finally:
+        if checkpoint is not model:
+            checkpoint.close()
+    size = file_bytes(target)
+    note = source_note(checkpoint.tensors)
+    return QuantizeResult(str(target), container.name, str(parsed), tuple(results), size, time.perf_counter() - start, note)
+
+
+def choose_container(out: Path, recipe: Recipe, to: str | None = None) -> Container:
+    """Returns the container named by `to`, or the one that the output's name and the recipe imply. Raises RecipeError, OutputError."""
+    if to is not None:
+        if to not in CONTAINERS:
+            raise RecipeError(unknown("container", to, CONTAINERS))
+        name = to
+    elif out.suffix.lower() == ".gguf":
+        name = "gguf"
+    else:
+        floats = all(choice.is_cast for choice in (recipe.default, *(rule.choice for rule in recipe.rules)))
+        name = "huggingface" if floats else "compressed-tensors"
+    if name != "gguf" and out.suffix.lower() in (".gguf", ".safetensors", ".bin", ".pt"):
+        raise OutputError(f"{out}: {name} is a directory of files, not one {out.suffix} file; name a directory")
+    return CONTAINERS[name]
+
+
+def plan_tensors(tensors: Mapping[str, TensorInfo], choices: Mapping[str, Choice], container: Container) -> list[TensorInfo]:
+    """Returns every tensor as it will be stored. Raises FormatError or ContainerError, naming the tensor, for what cannot be."""
+    plan = []
+    for name, info in tensors.items():
+        chosen = choices[name].format_for(info)
+        format = info.format if chosen == KEEP else chosen
+        if not container.holds(format):
+            raise ContainerError(f"{container.name} cannot hold {format} of {name}; {_advice(container, chosen, format)}")
+        nbytes = info.nbytes if chosen == KEEP else get_format(format).nbytes(info.shape)
+        plan.append(TensorInfo(name, format, info.shape, nbytes))
+    return plan
+
+
+def source_note(tensors: Mapping[str, TensorInfo]) -> str:
+    """Returns a sentence on formats that the source itself is quantized in; empty when it is float."""
+    counts: dict[str, int] = {}
+    for info in tensors.values():
+        if info.format not in CASTS:
+            counts[info.format] = counts.get(info.format, 0) + 1
+    if not counts:
+        return ""
+    formats = ", ".join(f"{name} ({n} tensors)" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"the source is itself stored in {formats}: errors are against its dequantized weights, and its own grids are flattered"
+
+
+def file_bytes(path: Path) -> int:
+    """Returns the bytes of a file, or of all files of a directory."""
+    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+def _write(
+    checkpoint: Checkpoint,
+    container: Container,
+    target: Path,
+    plan: Sequence[TensorInfo],
+    choices: Mapping[str, Choice],
+    force: bool,
+    progress: Progress | None,
+) -> list[TensorResult]:
+    total, done = sum(prod(info.shape) for info in plan), 0
+    results = []
+    with _disk_errors(target), container.create(target, checkpoint.description, plan, force=force) as writer:
+        for info in plan:
+            source = checkpoint.tensors[info.name]
+
+            def report(weights: int, name: str = info.name) -> None:
+                nonlocal done
+                done += weights
+                if progress is not None:
+                    progress(done, total, name)
+
+            choice = choices[info.name]
+            if source.format == info.format and (choice.is_cast or source.format in CASTS):
+                tensor, error = _keep(checkpoint, info, report), 0.0
+            else:
+                tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.method, report)
+            method = choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
+            writer.write(info.name, tensor)
+            checkpoint.release()
+            results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error))
+    return results
+
+
+def _keep(checkpoint: Checkpoint, info: TensorInfo, report: Callable[[int], None]) -> QuantizedTensor:
+    """Returns the tensor as stored, checked for NaN and infinities slab by slab when it is float."""
+    if info.format in CASTS:
+        for rows in _slabs(info.shape):
+            w = dequantize(checkpoint.read(info.name, rows))
+            check_finite(w, info.name, rows.start)
+            checkpoint.release()
+            report(w.size)
+    else:
+        report(prod(info.shape))
+    return checkpoint.read(info.name)
+
+
+def _quantize_tensor(
+    checkpoint: Checkpoint, source: TensorInfo, format: str, method: str, report: Callable[[int], None]
+) -> tuple[QuantizedTensor, float]:
+    """Returns one tensor in the format, and its relative RMS error."""
+    fmt = get_format(format)
+    fields: dict[str, Array] = {}
+    squared_error = squares = 0.0
+    for rows in _slabs(source.shape) if fmt.row_independent else [slice(0, prod(source.shape[:-1]))]:
+        w = np.ascontiguousarray(dequantize(checkpoint.read(source.name, rows)).reshape(-1, source.shape[-1]), dtype=np.float32)
+        check_finite(w, source.name, rows.start)
+        part = _encode(w, fmt, method, source.name)
+        decoded = fmt.dequantize(part).reshape(w.shape)
+        _check_range(w, decoded, format, source.name, rows.start)
+        squares += _sum_of_squares(w)
+        np.subtract(decoded, w, out=decoded)
+        squared_error += _sum_of_squares(decoded)
+        for key, values in part.fields.items():
+            if not fmt.row_independent:
+                fields[key] = values
+                continue
+            if key not in fields:
+                fields[key] = np.empty((prod(source.shape[:-1]), *values.shape[1:]), values.dtype)
+            fields[key][rows] = values
+        checkpoint.release()
+        report(w.size)
+    return QuantizedTensor(format, source.shape, fields), sqrt(squared_error / squares) if squares else 0.0
+
+
+def _encode(w: Array, fmt: Format, method: str, name: str) -> QuantizedTensor:
+    """Returns w in the format by the method; a refusal names the tensor."""
+    try:
+        return fmt.quantize(w) if fmt.name in CASTS else METHODS[method](w, fmt)
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from None
+
+
+def dequantize(tensor: QuantizedTensor) -> Array:
+    """Returns the float32 values of a stored tensor, in its shape."""
+    return get_format(tensor.format).dequantize(tensor)
+
+
+def check_finite(w: Array, name: str, first_row: int = 0) -> None:
+    """Raises ModelError naming tensor and position of the first NaN or infinity. first_row: row of the tensor that w begins with."""
+    # A NaN or infinity anywhere makes the sum so; a sum that merely overflows is told apart by the second look.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.sum(w)):
+            return
+    bad = np.argwhere(~np.isfinite(w.reshape(-1, w.shape[-1])))
+    if len(bad):
+        row, column = (int(i) for i in bad[0])
+        value = w.reshape(-1, w.shape[-1])[row, column]
+        what = f"{name} holds {value} at row {first_row + row}, column {column} ({len(bad)} such weights in these rows)"
+        raise ModelError(f"{what}; the checkpoint is damaged: fetch or export it again")
+
+
+def _check_range(w: Array, decoded: Array, format: str, name: str, first_row: int) -> None:
+    """Raises FormatError when finite weights became infinite, because a float16 value or scale overflowed."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.sum(decoded)):
+            return
+    bad = np.argwhere(~np.isfinite(decoded))
+    if len(bad):
+        row, column = (int(i) for i in bad[0])
+        where = f"{name} holds {w[row, column]:g} near row {first_row + row}, column {column}"
+        raise FormatError(f"{format}: {where}, beyond what a float16 value or scale can hold (65504); use bf16, f32 or keep for it")
+
+
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yields row ranges of at most SLAB_BYTES of float32, at least one row each."""
+    rows = prod(shape[:-1])
+    step = max(1, SLAB_BYTES // (4 * shape[-1]))
+    for begin in range(0, rows, step):
+        yield slice(begin, min(rows, begin + step))
+
+
+def _sum_of_squares(x: Array) -> float:
+    """Returns the sum of squares: float32 along a row, float64 across rows."""
+    return float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64))
+
+
+def _advice(container: Container, chosen: str, format: str) -> str:
+    if chosen == KEEP and format not in CASTS:
+        return f"`keep` copies {format} as it is, so choose a format for this tensor, like f16"
+    holders = [name for name, other in CONTAINERS.items() if other.holds(format)]
+    if not holders:
+        return "no container can yet"
+    return f"{holders[0]} can: " + ("name the output *.gguf" if holders[0] == "gguf" else f"use --to {holders[0]}")
+
+
+def _check_not_source(out: Path, source: Path) -> None:
+    if out.resolve() == source.resolve():
+        raise OutputError(f"{out} is the model itself; choose another name for the output")
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turns what the system says about the output (full disk, no permission) into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror or error}; free space or choose another place") from error

@@ -1,0 +1,229 @@
+"""The only configuration object: which method and format each tensor gets.
+
+    "rtn:int4_g64"                                   every matrix of the blocks, round to nearest, 4 bits in groups of 64
+    "clip:q4_k|q5_0, lm_head=q6_k|q8_0"              q5_0 where the columns do not divide by 256; the head in 6 bits
+    "q4_0, attn=q5_0, layers.0-3=rtn:q8_0, *.mlp.down_proj.weight=keep"
+
+Grammar: `[method:]formats {, pattern=[method:]formats}`; formats are tried from left to right at every `|`, the first whose
+groups divide the tensor's columns is taken. `keep` leaves a tensor as the source stores it, `f32 f16 bf16` cast it.
+A rule without a method takes the default's. Of several rules that match, the last one counts.
+
+Patterns, on Hugging Face's tensor names:
+- with `*`, `?` or `[`: a shell pattern (fnmatch) for the whole name, with or without its `.weight`;
+- otherwise dotted words that must occur in the name in this order: `q_proj`, `mlp`, `layers.0-3`, `layers.20-.down_proj`, a whole
+  name. `attn` stands for self_attn, `embed` for embed_tokens; a number, `a-b` or `a-` stands for block numbers.
+  `lm_head` of a model with tied embeddings is the embedding.
+
+What no rule names:
+- matrices of the blocks get the default;
+- norms, biases and other vectors are kept, or cast when the default is a cast; in GGUF they are always f32, as llama.cpp demands;
+- embedding and head: q8_0 in GGUF (f16 where the columns do not divide by 32); elsewhere as they are, but f32 as f16, because
+  every engine that loads these directories expects them in 16 bits. A cast in the default is applied to them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tersor.errors import FormatError, RecipeError, unknown
+from tersor.formats import get_format
+from tersor.tensor import TensorInfo
+
+KEEP = "keep"
+CASTS = ("f32", "f16", "bf16")
+_ALIASES = {"attn": "self_attn", "embed": "embed_tokens"}
+_WORDS = ("attn", "mlp", "embed", "lm_head", "layers.0-3")  # offered in messages beside the words of the model's own names
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and the formats to try from left to right. `keep` is a format here."""
+
+    method: str
+    formats: tuple[str, ...]
+
+    def __str__(self) -> str:
+        formats = "|".join(self.formats)
+        return formats if self.is_cast else f"{self.method}:{formats}"
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether this only keeps or casts, so that no grid is fitted."""
+        return all(f in (KEEP, *CASTS) for f in self.formats)
+
+    def format_for(self, info: TensorInfo) -> str:
+        """Returns the first format that fits the tensor. Raises FormatError when none does."""
+        for name in self.formats:
+            if name == KEEP or get_format(name).fits(info.shape):
+                return name
+        if len(self.formats) == 1:
+            get_format(self.formats[0]).check(info.shape, info.name)
+        advice = get_format(self.formats[-1]).alternative(info.shape[-1])
+        raise FormatError(f"{'|'.join(self.formats)}: {info.name} has {info.shape[-1]} columns, which none of these divides; {advice}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose name matches the pattern get the choice."""
+
+    pattern: str
+    choice: Choice
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.choice}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The default for the matrices of the blocks, and rules for other tensors, of which the last that matches counts."""
+
+    default: Choice
+    rules: tuple[Rule, ...] = ()
+
+    def __str__(self) -> str:
+        """Returns the text that `parse` turns into this recipe again."""
+        return ", ".join([str(self.default), *map(str, self.rules)])
+
+    @classmethod
+    def parse(cls, text: str | Recipe) -> Recipe:
+        """Returns the recipe of a text (grammar above) or of a TOML file whose name ends in .toml. Raises RecipeError, FormatError."""
+        if isinstance(text, Recipe):
+            return text
+        if text.strip().endswith(".toml"):
+            return cls.load(Path(text.strip()))
+        parts = [part.strip() for part in text.split(",")]
+        if not parts[0]:
+            raise RecipeError(f"recipe {text!r} is empty at its start; it begins with the blocks' format, like rtn:int4_g64 or q4_k|q5_0")
+        if "=" in parts[0]:
+            raise RecipeError(f"recipe {text!r} begins with a rule; it begins with the blocks' format, like rtn:int4_g64, {parts[0]}")
+        rules = []
+        for part in parts[1:]:
+            pattern, equals, value = (piece.strip() for piece in part.partition("="))
+            if not (pattern and equals and value):
+                raise RecipeError(f"recipe {text!r}: {part!r} is not a rule; write pattern=format, like lm_head=q6_k")
+            rules.append((pattern, value))
+        return cls._build(parts[0], rules)
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Returns the recipe of a TOML file: `default = "rtn:int4_g64"` and a table `[rules]` of "pattern" = "format", in order."""
+        try:
+            data = _parse_toml(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"recipe {path}: {error.strerror or error}; name a TOML file or write the recipe itself") from None
+        except ValueError as error:
+            raise RecipeError(f"recipe {path} is not TOML: {error}") from None
+        rules = data.get("rules", {})
+        entries = [data.get("default"), *rules.values()] if isinstance(rules, dict) else [None]
+        if not all(isinstance(entry, str) for entry in entries):
+            raise RecipeError(f'recipe {path} needs default = "method:format" and, if any, [rules] with "pattern" = "format"')
+        if strange := sorted(data.keys() - {"default", "rules"}):
+            raise RecipeError(f"recipe {path}: " + unknown("key", strange[0], ("default", "rules")))
+        return cls._build(data["default"], list(rules.items()))
+
+    @classmethod
+    def _build(cls, default: str, rules: Sequence[tuple[str, str]]) -> Recipe:
+        method = _method(default) or "rtn"
+        return cls(_choice(default, method), tuple(Rule(pattern, _choice(value, method)) for pattern, value in rules))
+
+    def to_toml(self) -> str:
+        """Returns the recipe as TOML, as `load` reads it."""
+        lines = [f'default = "{self.default}"', "", "[rules]"] if self.rules else [f'default = "{self.default}"']
+        return "\n".join([*lines, *(f'"{rule.pattern}" = "{rule.choice}"' for rule in self.rules), ""])
+
+    def assign(self, tensors: Mapping[str, TensorInfo], *, gguf: bool, tied: bool = False) -> dict[str, Choice]:
+        """Returns the choice of every tensor, defaults filled in.
+
+        gguf: whether the output is GGUF, whose defaults differ; tied: whether the model ties its embeddings, so that
+        `lm_head` names the embedding. Raises RecipeError for a rule that matches nothing, or that would quantize vectors only.
+        """
+        choices = {name: self._default(info, gguf) for name, info in tensors.items()}
+        for rule in self.rules:
+            found = [name for name in tensors if matches(rule.pattern, name) or (tied and _is_tied_head(rule.pattern, name))]
+            if not found:
+                raise RecipeError(_no_match(rule.pattern, tensors))
+            usable = [name for name in found if len(tensors[name].shape) > 1 or (rule.choice.is_cast and not gguf)]
+            if not usable:
+                need = "is f32 in GGUF; drop the rule" if gguf else "is kept or cast; use keep, f32, f16 or bf16"
+                raise RecipeError(f"recipe rule {rule}: {found[0]} is a vector, which {need}")
+            choices.update(dict.fromkeys(usable, rule.choice))
+        return choices
+
+    def _default(self, info: TensorInfo, gguf: bool) -> Choice:
+        if gguf and len(info.shape) < 2:
+            return Choice("rtn", ("f32",))
+        if self.default.is_cast or (len(info.shape) > 1 and not is_edge(info.name)):
+            return self.default
+        if len(info.shape) < 2:
+            return Choice("rtn", (KEEP,))
+        if gguf:
+            return Choice("rtn", ("q8_0", "f16"))
+        return Choice("rtn", (KEEP,) if info.format in ("f16", "bf16") else ("f16",))
+
+
+def is_edge(name: str) -> bool:
+    """Returns whether the tensor is the embedding or the head, which stand outside the blocks."""
+    return bool({"embed_tokens", "lm_head"} & set(name.split(".")))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Returns whether a pattern (grammar above) matches a Hugging Face tensor name."""
+    if any(c in pattern for c in "*?["):
+        return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
+    parts = iter(name.split("."))
+    return all(any(_same(word, part) for part in parts) for word in pattern.split("."))
+
+
+def _same(word: str, part: str) -> bool:
+    if part == _ALIASES.get(word, word):
+        return True
+    span = re.fullmatch(r"(\d+)-(\d*)", word)
+    return bool(span and part.isdigit() and int(span[1]) <= int(part) <= int(span[2] or part))
+
+
+def _is_tied_head(pattern: str, name: str) -> bool:
+    return name == "model.embed_tokens.weight" and matches(pattern, "lm_head.weight")
+
+
+def _no_match(pattern: str, tensors: Mapping[str, TensorInfo]) -> str:
+    words = sorted({part for name in tensors for part in name.split(".") if not part.isdigit()} | set(_WORDS))
+    last = pattern.strip("*.").split(".")[-1]
+    near = get_close_matches(pattern, list(tensors), 2) + get_close_matches(last, words, 3, 0.5)
+    return f"recipe pattern {pattern!r} matches none of {len(tensors)} tensors; nearest: {', '.join(near or words)}"
+
+
+def _method(text: str) -> str | None:
+    """Returns the method that `[method:]formats` names, if any. Raises RecipeError for an unknown one."""
+    from tersor.methods import METHODS
+
+    before, colon, _ = text.partition(":")
+    name = before.strip().lower()
+    if colon and name not in METHODS:
+        raise RecipeError(unknown("method", name, METHODS))
+    return name if colon else None
+
+
+def _choice(text: str, method: str) -> Choice:
+    """Returns the choice of `[method:]format[|format...]`; method: what stands in for a missing one. Casts need none: theirs is rtn."""
+    names = tuple(name.strip().lower() for name in text.rpartition(":")[2].split("|"))
+    for name in names:
+        if not name:
+            raise RecipeError(f"recipe part {text!r} lacks a format; write method:format, like rtn:int4_g64")
+        if name != KEEP and not get_format(name).can_encode:
+            raise FormatError(f"{name} can be read but not written; use another, like q2_k, iq4_xs or int2_g32 (docs/formats.md)")
+    choice = Choice(_method(text) or method, names)
+    return Choice("rtn", names) if choice.is_cast else choice
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[import-not-found,no-redef,unused-ignore]
+    return tomllib.loads(text)
