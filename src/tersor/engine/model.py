@@ -1,0 +1,180 @@
+"""A model ready to run: load it, then forward, generate or stream."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tersor import _native, ops
+from tersor.containers import open_checkpoint
+from tersor.containers.container import Checkpoint
+from tersor.engine.session import Generation, Prompt, Request, Session, last
+from tersor.engine.tokenizer import Tokenizer
+from tersor.errors import ModelError, RecipeError, unknown
+from tersor.models import Decoder, check_tensors, spec_of
+from tersor.tensor import Array, ModelDescription
+
+PREFILL_CHUNK = 512  # tokens that go through the layers together: enough for full speed, and bounded memory
+ACTIVATIONS = ("int8", "float")
+CACHE_TYPES = ("f16", "f32")
+
+
+def load(source: str | Path | Checkpoint, *, threads: int | None = None, activations: str = "int8", kv: str = "f16") -> Model:
+    """Returns the model, its weights read and packed for this CPU.
+
+    source: a Hugging Face directory, a .gguf file, a hub id, or an open checkpoint (which stays open).
+    threads: of all native loops in this process from now on; None = as they are (at first, all CPUs).
+    activations: int8 = inputs of quantized products are rounded to 8 bits, where there is a kernel for it (fast);
+        float = they are not (exact). kv: type of cached keys and values, f16 or f32.
+    Raises ModelError for an architecture or tensors that do not fit, RecipeError for an unknown option,
+    ContainerError for a file that cannot be read.
+    """
+    if activations not in ACTIVATIONS:
+        raise RecipeError(unknown("activations", activations, ACTIVATIONS))
+    if kv not in CACHE_TYPES:
+        raise RecipeError(unknown("kv type", kv, CACHE_TYPES))
+    if threads is not None:
+        try:
+            _native.set_threads(threads)
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+    if isinstance(source, Checkpoint):
+        return _from_checkpoint(source, activations, kv)
+    with open_checkpoint(source) as checkpoint:
+        return _from_checkpoint(checkpoint, activations, kv)
+
+
+def _from_checkpoint(checkpoint: Checkpoint, activations: str, kv: str) -> Model:
+    """Returns the model of an open checkpoint."""
+    spec = spec_of(checkpoint.description.config)
+    check_tensors(spec, checkpoint.tensors, str(checkpoint.path))
+    decoder = Decoder(spec, checkpoint.read, activations)
+    checkpoint.release()
+    return Model(checkpoint.description, decoder, kv)
+
+
+class Model:
+    """A decoder with its tokenizer. One generation at a time: products use all threads, and caches are not shared."""
+
+    def __init__(self, description: ModelDescription, decoder: Decoder, kv: str) -> None:
+        self.description = description
+        self._decoder = decoder
+        self._kv = kv
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ModelError when the model has none."""
+        return Tokenizer(self.description)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits, and of token ids that forward accepts."""
+        return self._decoder.spec.vocab_size
+
+    @property
+    def context(self) -> int:
+        """Positions that the model was made for."""
+        return self._decoder.spec.context
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""
+        return self._decoder.weight_bytes
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that multiply, sorted."""
+        return self._decoder.kernels
+
+    def new_cache(self, capacity: int) -> ops.KVCache:
+        """Returns an empty cache for this many positions. Raises ModelError beyond the model's context."""
+        if not 1 <= capacity <= self.context:
+            raise ModelError(f"a cache of {capacity} positions was asked for; the model's context is 1 to {self.context}")
+        s = self._decoder.spec
+        return ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, capacity, self._kv)
+
+    def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
+        """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
+
+        tokens: (n,) integers in [0, vocab_size), at positions cache.length and on. Raises ModelError for tokens out of
+        range and for more than the cache has room for; the cache is then as before.
+        """
+        ids = self._checked(tokens)
+        if cache.length + len(ids) > cache.capacity:
+            raise ModelError(f"{len(ids)} tokens after {cache.length} do not fit a cache of {cache.capacity} positions")
+        chunks = [ids[i : i + PREFILL_CHUNK] for i in range(0, len(ids), PREFILL_CHUNK)]
+        hidden = [self._decoder.forward(chunk, cache) for chunk in chunks]
+        return hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
+
+    def head(self, hidden: Array) -> Array:
+        """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
+        return self._decoder.head(hidden)
+
+    def session(self, capacity: int | None = None) -> Session:
+        """Returns a session whose cache outlives a generation, for conversations. capacity: None = the context, at most 4096."""
+        return Session(self, min(self.context, 4096) if capacity is None else capacity)
+
+    def prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """Returns the tokens of a text, BOS as the model wants it, or of a conversation through the chat template."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(self.tokenizer.apply_chat(prompt), bos=False)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        repeat_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Returns the continuation of a text, or the answer to chat messages. Options as in Sampling and Request."""
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        return last(self._pieces(prompt, request))
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        repeat_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Returns the same as generate's text, piece by piece as it is made."""
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        return self._pieces(prompt, request)
+
+    def _pieces(self, prompt: Prompt, request: Request) -> Generator[str, None, Generation]:
+        """Returns a generation in a session just large enough. Raises ModelError for a prompt longer than the context."""
+        tokens = self.prompt_tokens(prompt)
+        if len(tokens) > self.context:
+            raise ModelError(f"the prompt has {len(tokens)} tokens; the model's context is {self.context}; shorten it")
+        return Session(self, min(self.context, max(len(tokens), 1) + request.max_tokens)).complete(tokens, request)
+
+    def _checked(self, tokens: Array) -> Array:
+        """Returns tokens as contiguous int32."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or len(ids) == 0 or ids.dtype.kind not in "iu":
+            raise ModelError(f"tokens: got {ids.dtype} of shape {ids.shape}; need a vector of at least one integer")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ModelError(f"tokens: {low if low < 0 else high} is out of range; the model knows 0 to {self.vocab_size - 1}")
+        return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns stop strings as a tuple; one string is one stop string."""
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -1,0 +1,158 @@
+"""The one decoder that every architecture shares, written once as a short sequence of fused ops.
+
+    x = embedding[tokens] * embedding_scale
+    each layer:  a = attention(rope(norm(q)), rope(norm(k)), v)      with q, k, v = one product of norm(x)
+                 x = x + [norm](a Wo)
+                 x = x + [norm](act(gate) * up  Wdown)               with gate, up = one product of norm(x)
+    hidden = norm(x);  logits = [softcap](hidden Whead)
+
+What is in brackets, and which norms, biases and scales there are, is the DecoderSpec's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tersor import ops
+from tersor.formats import get_format
+from tersor.models.spec import DecoderSpec, Layer
+from tersor.tensor import Array, QuantizedTensor
+
+Read = Callable[[str], QuantizedTensor]
+
+
+@dataclass(frozen=True)
+class _LayerWeights:
+    """One layer, ready to run. Norm weights are (d,) or (head_dim,) float32 with the offset added; None = no such norm."""
+
+    spec: Layer
+    norm: Array
+    qkv: ops.Weight
+    output: ops.Weight
+    mlp_norm: Array
+    gate_up: ops.Weight
+    down: ops.Weight
+    q_norm: Array | None
+    k_norm: Array | None
+    after_attention: Array | None
+    after_mlp: Array | None
+
+
+class Decoder:
+    """A decoder's weights, packed for this CPU, and its two functions: forward and head."""
+
+    def __init__(self, spec: DecoderSpec, read: Read, activations: str = "int8") -> None:
+        """Reads and packs every tensor once, in model order. read: name -> tensor; activations: int8 | float."""
+        self.spec = spec
+        self._read = read
+        self._activations = activations
+        self._embedding = _rows_apart(read("model.embed_tokens.weight"))
+        self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
+        self._norm = self._vector("model.norm.weight", spec.norm_offset)
+        self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
+
+    def _layer(self, index: int) -> _LayerWeights:
+        """Returns layer `index`, read and packed."""
+        s, prefix = self.spec, f"model.layers.{index}."
+
+        def norm(name: str, present: bool) -> Array | None:
+            return self._vector(f"{prefix}{name}.weight", s.norm_offset) if present else None
+
+        # In a sandwich post_attention_layernorm is what it says; elsewhere it is the name of the norm before the MLP.
+        before_mlp = "pre_feedforward_layernorm" if s.sandwich else "post_attention_layernorm"
+        return _LayerWeights(
+            spec=s.layers[index],
+            norm=self._vector(prefix + "input_layernorm.weight", s.norm_offset),
+            qkv=self._join(prefix, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), s.qkv_bias),
+            output=self._join(prefix, ("self_attn.o_proj",), s.output_bias),
+            mlp_norm=self._vector(f"{prefix}{before_mlp}.weight", s.norm_offset),
+            gate_up=self._join(prefix, ("mlp.gate_proj", "mlp.up_proj"), s.mlp_bias),
+            down=self._join(prefix, ("mlp.down_proj",), s.mlp_bias),
+            q_norm=norm("self_attn.q_norm", s.qk_norm),
+            k_norm=norm("self_attn.k_norm", s.qk_norm),
+            after_attention=norm("post_attention_layernorm", s.sandwich),
+            after_mlp=norm("post_feedforward_layernorm", s.sandwich),
+        )
+
+    def _join(self, prefix: str, names: tuple[str, ...], bias: bool) -> ops.Weight:
+        """Returns the named projections as one matrix, their rows one after the other."""
+        biases = np.concatenate([self._vector(f"{prefix}{name}.bias") for name in names]) if bias else None
+        return ops.pack([self._read(f"{prefix}{name}.weight") for name in names], biases, self._activations)
+
+    def _vector(self, name: str, offset: float = 0.0) -> Array:
+        """Returns a norm's weight or a bias as float32, plus offset."""
+        tensor = self._read(name)
+        return get_format(tensor.format).dequantize(tensor).reshape(-1) + np.float32(offset)
+
+    def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
+        """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
+
+        tokens: (n,) int32 in [0, vocab_size), at positions cache.length and on; the cache has room for them.
+        """
+        x = ops.embed(self._embedding, tokens, self.spec.embedding_scale)
+        for index, layer in enumerate(self._layers):
+            x = self._attend(x, index, layer, cache)
+            x = self._feed_forward(x, layer)
+        cache.advance(len(tokens))
+        return ops.rms_norm(x, self._norm, self.spec.norm_eps)
+
+    def head(self, hidden: Array) -> Array:
+        """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
+        logits = ops.linear(hidden, self._head)
+        if self.spec.final_softcap > 0:
+            ops.softcap(logits, self.spec.final_softcap)
+        return logits
+
+    def _attend(self, x: Array, index: int, layer: _LayerWeights, cache: ops.KVCache) -> Array:
+        """Returns x + attention."""
+        s, rope = self.spec, layer.spec.rope
+        joined = ops.linear(ops.rms_norm(x, layer.norm, s.norm_eps), layer.qkv)
+        by_head = joined.reshape(len(x), s.heads + 2 * s.kv_heads, s.head_dim)
+        # copies for a batch; for one token they are views already
+        q = np.ascontiguousarray(by_head[:, : s.heads])
+        k = np.ascontiguousarray(by_head[:, s.heads : s.heads + s.kv_heads])
+        v = np.ascontiguousarray(by_head[:, s.heads + s.kv_heads :])
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = ops.rms_norm(q, layer.q_norm, s.norm_eps), ops.rms_norm(k, layer.k_norm, s.norm_eps)
+        ops.rope(q, cache.length, rope.inv_freq, rope.scale)
+        ops.rope(k, cache.length, rope.inv_freq, rope.scale)
+        cache.append(index, k, v)
+        mixed = ops.attention(q, cache, index, s.attention_scale, s.attention_softcap, layer.spec.window)
+        return self._into(x, mixed, layer.output, layer.after_attention)
+
+    def _feed_forward(self, x: Array, layer: _LayerWeights) -> Array:
+        """Returns x + MLP."""
+        joined = ops.linear(ops.rms_norm(x, layer.mlp_norm, self.spec.norm_eps), layer.gate_up)
+        return self._into(x, ops.gated(joined, self.spec.activation), layer.down, layer.after_mlp)
+
+    def _into(self, x: Array, branch: Array, weight: ops.Weight, norm: Array | None) -> Array:
+        """Returns x + branch W^T, the product normed first where there is a norm."""
+        if norm is None:
+            return ops.linear(branch, weight, x)
+        ops.add(x, ops.rms_norm(ops.linear(branch, weight), norm, self.spec.norm_eps))
+        return x
+
+    def _packed(self) -> list[ops.Weight]:
+        """Returns every matrix that tokens are multiplied by."""
+        return [self._head] + [w for layer in self._layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""
+        return sum(w.nbytes for w in self._packed()) + (0 if self.spec.tied else self._embedding.nbytes)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels that multiply, sorted."""
+        return tuple(sorted({w.kernel for w in self._packed()}))
+
+
+def _rows_apart(tensor: QuantizedTensor) -> QuantizedTensor:
+    """Returns a tensor whose rows can be decoded one by one: itself, or its float32 values if its format mixes rows."""
+    fmt = get_format(tensor.format)
+    if fmt.row_independent:
+        return tensor
+    return QuantizedTensor("f32", tensor.shape, {"values": fmt.dequantize(tensor)})
