@@ -56,15 +56,17 @@ def parse(name: str) -> Format | None:
 def dynamic_map() -> Array:
     """Returns the 256 increasing float32 values of bitsandbytes' signed dynamic 8-bit type (`create_dynamic_map`).
 
-    For i in 0..6, +-10^(i-6) times the 2^i midpoints of 2^i equal intervals of [0.1, 1]; and 0 and 1. Arithmetic in
-    float32, the intervals counted from the nearer end (as torch.linspace does), so that the values are bitsandbytes'.
+    For i in 0..6, +-10^(i-6) times the 2^i midpoints of 2^i equal intervals of [0.1, 1]; and 0 and 1. The edges are
+    float32, each rounded once from the float32 step and counted from the nearer end, as torch.linspace does on a CPU
+    with fused multiply-add; so the values are bitsandbytes' to the last bit.
     """
     values = [0.0, 1.0]
+    low = np.float32(0.1)
     for i in range(7):
         count = 2**i
-        step = np.float32(np.float32(1) - np.float32(0.1)) / np.float32(count)
-        k = np.arange(count + 1, dtype=np.float32)
-        edges = np.where(k < (count + 1) // 2, np.float32(0.1) + step * k, np.float32(1) - step * (np.float32(count) - k))
+        step = np.float64((np.float32(1) - low) / np.float32(count))
+        k = np.arange(count + 1)
+        edges = np.where(k < (count + 1) // 2, np.float64(low) + step * k, 1.0 - step * (count - k)).astype(np.float32)
         middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         values += [*middles.tolist(), *(-middles).tolist()]
     return np.sort(np.array(values, dtype=np.float32))
