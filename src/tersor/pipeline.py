@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -26,6 +25,8 @@ from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.tensor import Array, QuantizedTensor, TensorInfo
 
 SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
+GGUF_RECIPE = "rtn:q4_k|q5_0"
+DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
 
 Progress = Callable[[int, int, str], None]  # (weights done, weights in all, name of the tensor at work)
 
@@ -92,24 +93,28 @@ class QuantizeResult:
 def quantize(
     model: str | Path | Checkpoint,
     out: str | Path,
-    recipe: str | Recipe,
+    recipe: str | Recipe | None = None,
     *,
     to: str | None = None,
     force: bool = False,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Writes the model with every tensor in the format that the recipe names, and returns what was written.
 
     model: a Hugging Face directory, a .gguf file, a hub id, or an opened Checkpoint; one that is quantized already is
-    dequantized first, which `note` of the result says. to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF,
+    dequantized first, which `note` of the result says. recipe: see recipe.py; None: 4 bits, GGUF_RECIPE or DIRECTORY_RECIPE. to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF,
     any other a directory (compressed-tensors, or huggingface when nothing is quantized). force: replace an existing output.
-    progress: called after every slab with (weights done, weights in all, tensor).
+    threads: of all native loops of this process from now on. progress: called after every slab with (weights done, weights in all, tensor).
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
     Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
     """
     start = time.perf_counter()
-    parsed = Recipe.parse(recipe)
     target = Path(out)
+    as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
+    parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
+    if threads is not None:
+        set_threads(threads)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     try:
         _check_not_source(target, checkpoint.path)
@@ -175,6 +180,16 @@ def file_bytes(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
 
 
+def set_threads(threads: int) -> None:
+    """Sets how many threads the native loops use. Raises RecipeError for a number that is none."""
+    from tersor import _native
+
+    try:
+        _native.set_threads(threads)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
 def _write(
     checkpoint: Checkpoint,
     container: Container,
@@ -186,7 +201,7 @@ def _write(
 ) -> list[TensorResult]:
     total, done = sum(prod(info.shape) for info in plan), 0
     results = []
-    with _disk_errors(target), container.create(target, checkpoint.description, plan, force=force) as writer:
+    with container.create(target, checkpoint.description, plan, force=force) as writer:
         for info in plan:
             source = checkpoint.tensors[info.name]
 
@@ -201,7 +216,9 @@ def _write(
                 tensor, error = _keep(checkpoint, info, report), 0.0
             else:
                 tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.method, report)
-            method = choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
+            method = (
+                choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
+            )
             writer.write(info.name, tensor)
             checkpoint.release()
             results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error))
@@ -313,12 +330,3 @@ def _advice(container: Container, chosen: str, format: str) -> str:
 def _check_not_source(out: Path, source: Path) -> None:
     if out.resolve() == source.resolve():
         raise OutputError(f"{out} is the model itself; choose another name for the output")
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turns what the system says about the output (full disk, no permission) into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror or error}; free space or choose another place") from error

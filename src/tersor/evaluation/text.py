@@ -81,7 +81,13 @@ def read_text(text: str | Path | None) -> tuple[str, str]:
 
 
 def cut(
-    tokenizer: Tokenizer, name: str, text: str, window: int = 512, stride: int | None = None, windows: int | None = 16, bos: bool | None = None
+    tokenizer: Tokenizer,
+    name: str,
+    text: str,
+    window: int = 512,
+    stride: int | None = None,
+    windows: int | None = 16,
+    bos: bool | None = None,
 ) -> Windows:
     """Returns the windows of a text.
 

@@ -25,6 +25,8 @@ def evaluate(
 ) -> Perplexity | Divergence:
     """Returns the model's perplexity or, with `against`, how far it is from that model, in the same pass.
 
+    A path given as `model` is run as `run` and `bench` run it, activations in 8 bits where there is a kernel; one given as `against` is
+    run on its dequantized weights with float activations, because it stands for the truth.
     text: a UTF-8 file, or None for pydoc_data.topics. window, stride, windows, bos: see evaluation/text.py; they are stated in the
     record's protocol. windows None: the whole text. progress: called with (windows done, windows in all).
     Raises ModelError, ContainerError and RecipeError.
@@ -33,14 +35,14 @@ def evaluate(
     name, content = read_text(text)
     if against is None:
         return perplexity(judged, cut(judged.tokenizer, name, content, window, stride, windows, bos), progress)
-    base = _load(against, threads)
+    base = _load(against, threads, "float")
     check_same_vocabulary(judged, base)
     return divergence(judged, Base(base, cut(base.tokenizer, name, content, window, stride, windows, bos)), progress)
 
 
-def _load(model: str | Path | LanguageModel, threads: int | None) -> LanguageModel:
+def _load(model: str | Path | LanguageModel, threads: int | None, activations: str = "int8") -> LanguageModel:
     if not isinstance(model, (str, Path)):
         return model
     from tersor.engine import load
 
-    return load(model, threads=threads)
+    return load(model, threads=threads, activations=activations)

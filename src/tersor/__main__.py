@@ -1,0 +1,5 @@
+"""`python -m tersor` is `tersor`."""
+
+from tersor.cli import main
+
+main()

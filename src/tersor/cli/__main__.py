@@ -1,0 +1,5 @@
+"""`python -m tersor.cli` is `tersor`."""
+
+from tersor.cli import main
+
+main()

@@ -1,0 +1,19 @@
+"""Options that several commands share: one spelling, one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", help="CPU threads; by default all CPUs this process may use.")]
+To = Annotated[
+    str | None,
+    typer.Option("--to", metavar="CONTAINER", help="gguf, compressed-tensors or huggingface; by default what OUT and the recipe imply."),
+]
+Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text to judge on; by default pydoc_data.topics, which every Python has.")]
+Window = Annotated[int, typer.Option("--window", help="Tokens that the model sees at once.")]

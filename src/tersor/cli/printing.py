@@ -1,0 +1,68 @@
+"""Results on stdout, progress on stderr: a bar with the time left on a terminal, a plain line now and then in a pipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Report = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
+LINE_SECONDS = 5.0  # between two plain lines about the same thing
+
+
+def print_json(value: Any) -> None:
+    """Prints one JSON document. Infinities and NaN, which JSON lacks, become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Gives a function to call with (what, done, total); shows it on stderr until the block ends."""
+    if not sys.stderr.isatty():
+        yield _Lines().report
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what.replace("[", "\\["), total=total)
+            bar.update(tasks[what], completed=done, total=total, visible=done < total)
+
+        yield report
+
+
+class _Lines:
+    """Plain lines: `judge q4_0: 37 %, 12 s left`, at most every LINE_SECONDS, and one at the end of each thing."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, float] = {}
+        self._last = 0.0
+
+    def report(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begun = self._begun.setdefault(what, now)
+        if done >= total:
+            print(f"{what}: done in {now - begun:.1f} s", file=sys.stderr, flush=True)
+        elif now - self._last >= LINE_SECONDS and done > 0 and now > begun:
+            left = (now - begun) * (total - done) / done
+            print(f"{what}: {100 * done // total} %, {left:.0f} s left", file=sys.stderr, flush=True)
+        else:
+            return
+        self._last = now
