@@ -18,8 +18,9 @@ from math import prod
 
 import numpy as np
 
+from tersor import _native
 from tersor.errors import FormatError
-from tersor.formats.format import Format
+from tersor.formats.format import Format, as_rows, check_importance
 from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
 from tersor.tensor import Array, Params, QuantizedTensor
 
@@ -36,6 +37,8 @@ _NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|([ct]))([sm]?)")
 
 _PER_ROW = 0  # group_size of `_c`
 _PER_TENSOR = -1  # group_size of `_t`
+
+_KINDS = {"": "asymmetric", "s": "symmetric", "m": "minimum"}  # as the native functions call them
 
 _F16_MAX = 65504.0
 _F16_NORMAL = np.float32(2.0**-14)  # smallest normal float16
@@ -183,6 +186,49 @@ class AffineFormat(Format):
             params["min"] = fields["min"]
         return unpack_bits(fields["codes"], self.width, tensor.columns), params
 
+    def quantize(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        self.check(w.shape)
+        self.refuse_importance(importance)
+        return self._quantize(w, None, search=False)
+
+    def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        """Returns w on the grid of the least squared error per group, over both ends of the range and then by least squares.
+
+        The objective is sum h (w - w_hat)^2 with what is stored: the float16 scale and minimum, the integer zero. The
+        search is described in native/formats/affine_search.inc. The min-max grid is its start, so it is never worse.
+        """
+        self.check(w.shape)
+        return self._quantize(w, check_importance(importance, w.shape[-1], self.name), search=True)
+
+    def dequantize(self, tensor: QuantizedTensor) -> Array:
+        scale, offset = self._wide(tensor)
+        codes, columns = np.ascontiguousarray(tensor.fields["codes"]), tensor.columns
+        w: Array = _native.affine_decode(codes, scale, offset, columns, self.groups(columns), self.kind == "m", self.width)
+        return w.reshape(tensor.shape)
+
+    def _quantize(self, w: Array, importance: Array | None, search: bool) -> QuantizedTensor:
+        """Returns w fitted, encoded and packed natively."""
+        rows = as_rows(w)
+        columns = rows.shape[1]
+        group = {_PER_ROW: columns, _PER_TENSOR: 0}.get(self.group_size, self.group_size)
+        scale, offset = _native.affine_fit(rows, group, _KINDS[self.kind], self.max_code, importance, search)
+        fields = {"scale": self.stored_scale(scale)}
+        if self.kind == "":
+            fields["zero"] = pack_bits(offset.astype(np.uint8), self.width)
+        elif self.kind == "m":
+            fields["min"] = self.stored_minimum(offset)
+        codes = _native.affine_encode(rows, scale, offset, self.groups(columns), self.kind == "m", self.width, self.max_code)
+        return QuantizedTensor(self.name, w.shape, {"codes": codes, **fields})
+
+    def _wide(self, tensor: QuantizedTensor) -> tuple[Array, Array]:
+        """Returns (scale, offset) as the native functions take them: float32, (rows, groups) or (1, 1)."""
+        scale = tensor.fields["scale"].astype(np.float32)
+        if self.kind == "s":
+            return scale, np.full((1, 1), self.middle, dtype=np.float32)
+        if self.kind == "m":
+            return scale, tensor.fields["min"].astype(np.float32)
+        return scale, unpack_bits(tensor.fields["zero"], self.width, scale.shape[1]).astype(np.float32)
+
     def stored_scale(self, scale: Array) -> Array:
         """Returns scale, float32 >= 0, as float16. Raises FormatError for one that float16 cannot hold."""
         rounded = scale.astype(np.float16)
@@ -197,7 +243,7 @@ class AffineFormat(Format):
 
     def stored_minimum(self, minimum: Array) -> Array:
         """Returns minimum, float32, as the nearest float16. Raises FormatError for one that float16 cannot hold."""
-        rounded = minimum.astype(np.float16)
+        rounded = minimum.astype(np.float16) + np.float16(0)  # -0 becomes 0
         if not np.isfinite(rounded).all():
             raise FormatError(
                 f"{self.name}: a group has minimum {minimum[~np.isfinite(rounded)][0]:g}, beyond float16's {_F16_MAX:g}; "

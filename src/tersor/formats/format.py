@@ -8,19 +8,25 @@ A format says which numbers can be stored. It knows nothing of files or methods.
     tensor = fmt.pack(codes, params)  # QuantizedTensor: the bytes as docs/formats.md draws them
     codes, params = fmt.unpack(tensor)
 
-`quantize` and `dequantize` do all of it at once and are the fast (native) way; the four above are the numpy
+`quantize`, `quantize_clipped` and `dequantize` do all of it at once and are the fast (native) way; the four above are the numpy
 reference, and what a method with its own idea about codes (GPTQ) calls group by group.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from math import ceil, prod
 
 import numpy as np
 
 from tersor.errors import FormatError
 from tersor.tensor import Array, Params, QuantizedTensor
+
+PART_VALUES = 1 << 22  # weights quantized at once where numpy needs temporary arrays
+
+# Shares of a group's range that the generic clip search tries.
+CLIP_RATIOS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77, 0.73, 0.68, 0.63, 0.57, 0.5)
 
 
 class Format(ABC):
@@ -78,9 +84,59 @@ class Format(ABC):
     def quantize(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
         """Returns w, (..., in) float32, stored in this format by round-to-nearest on the fitted grid."""
         self.check(w.shape)
-        flat = as_rows(w)
-        params = self.fit(flat, importance)
-        return self.pack(self.encode(flat, params), params, w.shape)
+
+        def quantize_rows(rows: Array) -> QuantizedTensor:
+            params = self.fit(rows, importance)
+            return self.pack(self.encode(rows, params), params)
+
+        return self.by_parts(w, quantize_rows)
+
+    def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        """Returns w with each group's range clipped so that the (importance-weighted) squared error is least.
+
+        For every ratio of CLIP_RATIOS each group is clipped to ratio * (min w, max w), quantized with this format's own
+        fit, and kept where sum h (w - w_hat)^2 falls, w being the weights before clipping. Ratio 1 is among them, so the
+        error is never above `quantize`'s. Clip search as in OmniQuant (arXiv 2308.13137) and AWQ (arXiv 2306.00978).
+        Needs a row-independent format whose fields divide evenly among the groups; others override it.
+        """
+        self.check(w.shape)
+        importance = check_importance(importance, w.shape[-1], self.name)
+        return self.by_parts(w, lambda rows: self._clip_rows(rows, importance))
+
+    def _clip_rows(self, rows: Array, importance: Array | None) -> QuantizedTensor:
+        """Returns `quantize_clipped` of (rows, in) float32; every field is merged group by group."""
+        shape = (rows.shape[0], self.groups(rows.shape[1]), -1)
+        blocks = rows.reshape(shape)
+        low, high = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
+        best: dict[str, Array] = {}
+        least = np.full(shape[:2], np.inf)
+        for ratio in CLIP_RATIOS:
+            clipped = np.clip(blocks, low * np.float32(ratio), high * np.float32(ratio)).reshape(rows.shape)
+            tensor = self.quantize(clipped, importance if self.uses_importance else None)
+            error = np.square(rows - self.dequantize(tensor))
+            if importance is not None:
+                error *= importance
+            total = error.reshape(shape).sum(axis=-1, dtype=np.float64)
+            better = total < least
+            least[better] = total[better]
+            for name, field in tensor.fields.items():
+                parts = field.reshape(shape)
+                best[name] = np.where(better[..., None], parts, best[name]) if name in best else parts
+        return QuantizedTensor(self.name, rows.shape, {name: parts.reshape(rows.shape[0], -1) for name, parts in best.items()})
+
+    def by_parts(self, w: Array, quantize_rows: Callable[[Array], QuantizedTensor]) -> QuantizedTensor:
+        """Returns quantize_rows of w in parts of a few million values, joined, so that temporary arrays stay small.
+
+        A format whose rows depend on each other is done in one part.
+        """
+        rows = as_rows(w)
+        step = max(1, PART_VALUES // rows.shape[1]) if self.row_independent else rows.shape[0]
+        parts = [quantize_rows(rows[i : i + step]) for i in range(0, rows.shape[0], step)]
+        if len(parts) == 1:
+            return QuantizedTensor(self.name, w.shape, parts[0].fields)
+        return QuantizedTensor(
+            self.name, w.shape, {name: np.concatenate([part.fields[name] for part in parts]) for name in parts[0].fields}
+        )
 
     def dequantize(self, tensor: QuantizedTensor) -> Array:
         """Returns the float32 values of a stored tensor, in its shape."""
@@ -125,6 +181,18 @@ class Format(ABC):
 
     def __repr__(self) -> str:
         return f"<format {self.name}>"
+
+
+def check_importance(importance: Array | None, columns: int, where: str) -> Array | None:
+    """Returns the importance as (columns,) float32. Raises FormatError unless it is finite, >= 0 and one per column."""
+    if importance is None:
+        return None
+    h = np.ascontiguousarray(importance, dtype=np.float32)
+    if h.shape != (columns,):
+        raise FormatError(f"{where}: importance has shape {h.shape}; need one value per column, ({columns},)")
+    if not np.isfinite(h).all() or (h < 0).any():
+        raise FormatError(f"{where}: importance holds {h[~(np.isfinite(h) & (h >= 0))][0]}; need finite values >= 0")
+    return h
 
 
 def as_rows(w: Array) -> Array:

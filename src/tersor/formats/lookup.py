@@ -15,7 +15,8 @@ from math import ceil, prod
 
 import numpy as np
 
-from tersor.formats.format import Format
+from tersor import _native
+from tersor.formats.format import Format, as_rows, check_importance
 from tersor.tensor import Array, Params, QuantizedTensor
 
 EXAMPLES = ("nf4", "fp4", "nf4_dq", "fp4_dq")
@@ -72,14 +73,20 @@ def dynamic_map() -> Array:
     return np.sort(np.array(values, dtype=np.float32))
 
 
-def nearest(values: Array, table: Array) -> Array:
-    """Returns the codes, uint8, of the table entries nearest to values (float32); halfway goes to the lower entry.
+def levels(table: Array) -> tuple[Array, Array]:
+    """Returns (bounds, code_of_level) of rounding to a table, which may be in any order.
 
-    table may be in any order; of equal entries the first code is used (0 and -0 of fp4: code 0).
+    The values in increasing order are the levels; bounds, one fewer, lie halfway between neighbours (float32). A value x
+    has level = number of bounds < x, so halfway goes to the lower level. Of equal values the first code counts (fp4's 0 and -0: code 0).
     """
-    levels, first = np.unique(table, return_index=True)  # increasing
-    bounds = (levels[:-1] + levels[1:]) / np.float32(2)
-    codes: Array = first.astype(np.uint8)[np.searchsorted(bounds, values, side="left")]
+    values, first = np.unique(table, return_index=True)
+    return (values[:-1] + values[1:]) / np.float32(2), first.astype(np.uint8)
+
+
+def nearest(values: Array, table: Array) -> Array:
+    """Returns the codes, uint8, of the table entries nearest to values (float32); halfway goes to the lower entry."""
+    bounds, code_of_level = levels(table)
+    codes: Array = code_of_level[np.searchsorted(bounds, values, side="left")]
     return codes
 
 
@@ -125,6 +132,29 @@ class LookupFormat(Format):
 
     def unpack(self, tensor: QuantizedTensor) -> tuple[Array, Params]:
         return unpack_nibbles(tensor.fields["codes"]), {"absmax": tensor.fields["absmax"]}
+
+    def quantize(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        self.check(w.shape)
+        self.refuse_importance(importance)
+        return self._store(as_rows(w), self.absmax(as_rows(w)), w.shape)
+
+    def dequantize(self, tensor: QuantizedTensor) -> Array:
+        w: Array = _native.lookup_decode(np.ascontiguousarray(tensor.fields["codes"]), self._stored_absmax(tensor.fields), self.table)
+        return w.reshape(tensor.shape)
+
+    def _store(self, rows: Array, absmax: Array, shape: tuple[int, ...]) -> QuantizedTensor:
+        """Returns rows encoded natively with these absmax (rows, in/64), as they are stored."""
+        stored = self._absmax_fields(absmax)
+        codes = _native.lookup_encode(rows, self._stored_absmax(stored), *levels(self.table))
+        return QuantizedTensor(self.name, shape, {"codes": codes, **stored})
+
+    def _absmax_fields(self, absmax: Array) -> Params:
+        """Returns the fields that store absmax."""
+        return {"absmax": absmax}
+
+    def _stored_absmax(self, fields: Params) -> Array:
+        """Returns the float32 absmax (rows, in/64) that the fields hold."""
+        return np.ascontiguousarray(fields["absmax"])
 
     def absmax(self, w: Array) -> Array:
         """Returns max |w| of every block, float32 (rows, in/64)."""
@@ -178,6 +208,18 @@ class DoubleLookupFormat(LookupFormat):
         self.refuse_importance(importance)
         return self.nest(self.absmax(w))
 
+    def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        """Returns w with the absmax of every block chosen by the clip search before double quantization, then encoded anew."""
+        self.check(w.shape)
+        clipped = LookupFormat(self.name.removesuffix("_dq")).quantize_clipped(w, check_importance(importance, w.shape[-1], self.name))
+        return self._store(as_rows(w), clipped.fields["absmax"], w.shape)
+
+    def _absmax_fields(self, absmax: Array) -> Params:
+        return self.nest(absmax)
+
+    def _stored_absmax(self, fields: Params) -> Array:
+        return self.unnest(fields)
+
     def nest(self, absmax: Array) -> Params:
         """Returns the params that store absmax, float32 (rows, in/64): blocks of 256 scaled by their own largest magnitude."""
         offset = np.float32(absmax.mean(dtype=np.float64))
@@ -199,7 +241,8 @@ class DoubleLookupFormat(LookupFormat):
         """Returns the float32 absmax (rows, in/64) that the params store: map[a] * nested_absmax + offset."""
         codes = params["absmax"]
         scale = np.repeat(params["nested_absmax"], NESTED_BLOCK)[: codes.size].reshape(codes.shape)
-        return dynamic_map()[codes] * scale + params["nested_offset"]
+        absmax: Array = dynamic_map()[codes] * scale + params["nested_offset"]
+        return absmax
 
     def encode(self, w: Array, params: Params) -> Array:
         """Returns the codes nearest to w on the table scaled by the absmax as it is stored."""

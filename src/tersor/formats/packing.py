@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tersor import _native
 from tersor.tensor import Array
 
 
@@ -20,13 +21,11 @@ def packed_bytes(count: int, bits: int) -> int:
 
 def pack_bits(codes: Array, bits: int) -> Array:
     """Returns the packed rows, (rows, ceil(n * bits / 8)) uint8. codes: (rows, n) uint8 in [0, 2^bits); bits in 1..8."""
-    rows, n = codes.shape
-    stream = np.unpackbits(np.ascontiguousarray(codes)[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(stream.reshape(rows, n * bits), axis=-1, bitorder="little")
+    packed: Array = _native.pack_bits(np.ascontiguousarray(codes), bits)
+    return packed
 
 
 def unpack_bits(packed: Array, bits: int, n: int) -> Array:
     """Returns the codes, (rows, n) uint8, of rows packed by `pack_bits`. packed: (rows, ceil(n * bits / 8)) uint8."""
-    rows = packed.shape[0]
-    stream = np.unpackbits(np.ascontiguousarray(packed), axis=-1, count=n * bits, bitorder="little")
-    return np.packbits(stream.reshape(rows, n, bits), axis=-1, bitorder="little").reshape(rows, n)
+    codes: Array = _native.unpack_bits(np.ascontiguousarray(packed), bits, n)
+    return codes

@@ -11,13 +11,15 @@ threshold by 0.7 mean |w|; sorting finds the best one.) With importance h, sums 
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from math import prod
 
 import numpy as np
 
+from tersor import _native
 from tersor.errors import FormatError
 from tersor.formats.affine import check_group
-from tersor.formats.format import Format
+from tersor.formats.format import Format, check_importance
 from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
 from tersor.tensor import Array, Params, QuantizedTensor
 
@@ -69,6 +71,20 @@ class _SignFormat(Format):
             raise FormatError(f"{self.name}: a group needs scale {worst:g}, beyond float16's 65504; use nf4 (float32 scales), bf16 or f32")
         return rounded
 
+    def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        """Returns `quantize`: its scale has the least squared error already, so there is nothing to search."""
+        return self.quantize(w, importance)
+
+    def dequantize(self, tensor: QuantizedTensor) -> Array:
+        scale, offset, minimum = self._as_affine(tensor.fields["scale"].astype(np.float32))
+        codes = np.ascontiguousarray(tensor.fields["codes"])
+        w: Array = _native.affine_decode(codes, scale, offset, tensor.columns, self.groups(tensor.columns), minimum, self.width)
+        return w.reshape(tensor.shape)
+
+    @abstractmethod
+    def _as_affine(self, scale: Array) -> tuple[Array, Array, bool]:
+        """Returns (scale, offset, minimum), float32, of the affine grid with the same values, for the native decoder."""
+
     def _blocks(self, w: Array) -> Array:
         return w.reshape(w.shape[0], self.groups(w.shape[1]), self.group_size)
 
@@ -76,7 +92,9 @@ class _SignFormat(Format):
         """Returns the importance as float64 (1, groups, group_size); ones when there is none or a group's is all zero."""
         if importance is None:
             return np.ones((1, self.groups(columns), self.group_size))
-        h = np.asarray(importance, dtype=np.float64).reshape(1, self.groups(columns), self.group_size)
+        checked = check_importance(importance, columns, self.name)
+        assert checked is not None
+        h = checked.astype(np.float64).reshape(1, self.groups(columns), self.group_size)
         return np.where(h.sum(axis=-1, keepdims=True) > 0, h, 1.0)
 
 
@@ -105,6 +123,9 @@ class BinaryFormat(_SignFormat):
     def decode(self, codes: Array, params: Params) -> Array:
         signs = self._blocks(codes).astype(np.float32) * np.float32(2) - np.float32(1)
         return (signs * params["scale"].astype(np.float32)[..., None]).reshape(codes.shape)
+
+    def _as_affine(self, scale: Array) -> tuple[Array, Array, bool]:
+        return scale * np.float32(2), -scale, True  # q * 2s - s, exact in float32
 
 
 class TernaryFormat(_SignFormat):
@@ -141,3 +162,6 @@ class TernaryFormat(_SignFormat):
     def decode(self, codes: Array, params: Params) -> Array:
         values = self._blocks(codes).astype(np.float32) - np.float32(1)
         return (values * params["scale"].astype(np.float32)[..., None]).reshape(codes.shape)
+
+    def _as_affine(self, scale: Array) -> tuple[Array, Array, bool]:
+        return scale, np.ones((1, 1), dtype=np.float32), False  # (q - 1) * s
