@@ -103,9 +103,12 @@ def quantize(
     """Writes the model with every tensor in the format that the recipe names, and returns what was written.
 
     model: a Hugging Face directory, a .gguf file, a hub id, or an opened Checkpoint; one that is quantized already is
-    dequantized first, which `note` of the result says. recipe: see recipe.py; None: 4 bits, GGUF_RECIPE or DIRECTORY_RECIPE. to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF,
-    any other a directory (compressed-tensors, or huggingface when nothing is quantized). force: replace an existing output.
-    threads: of all native loops of this process from now on. progress: called after every slab with (weights done, weights in all, tensor).
+        dequantized first, which `note` of the result says.
+    recipe: see recipe.py; None: 4 bits, GGUF_RECIPE or DIRECTORY_RECIPE.
+    to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF, any other a directory (compressed-tensors,
+        or huggingface when nothing is quantized).
+    force: replace an existing output. threads: of all native loops of this process from now on.
+    progress: called after every slab with (weights done, weights in all, tensor).
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
     Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
     """

@@ -26,8 +26,9 @@ def command(
     isa: Annotated[bool, typer.Option("--isa", help="List the instruction sets of this CPU, name the one in use, and stop.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Measure prefill and decode tokens per second, load time and memory of each PATH beside this machine's bandwidth.
+    """Measure tokens per second.
 
+    Prefill and decode speed, load time and memory of each PATH, beside the memory bandwidth of this machine.
     TERSOR_ISA=name forces an instruction set.
     """
     from tersor.cli.printing import print_json, progress

@@ -34,9 +34,10 @@ def command(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Quantize MODEL by several recipes into DIR, judge each against the original and time it.
+    """Compare recipes: size, quality, speed.
 
-    Prints a table and writes results.json and index.html with the plot of KL divergence over file size.
+    Quantizes MODEL by several recipes into DIR, judges each against the original and times it. Prints a table and writes
+    results.json and index.html with the plot of KL divergence over file size.
     """
     from tersor.cli.printing import print_json, progress
     from tersor.comparison import DEFAULT_RECIPES, compare

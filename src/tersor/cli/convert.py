@@ -17,8 +17,9 @@ def command(
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
-    """Write the model IN to OUT in another container; codes are moved, never rounded again.
+    """Move a model to another container.
 
+    Writes the model IN to OUT; codes are moved, never rounded again.
     Refuses when OUT's container has no place for a format of IN; `tersor quantize` is for that.
     """
     from tersor.cli.printing import print_json

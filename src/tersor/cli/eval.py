@@ -23,9 +23,10 @@ def command(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Judge PATH on a text: perplexity with its standard error and, with --against, KL divergence from BASE.
+    """Judge a model on a text.
 
-    BASE is run on its dequantized weights with float activations. No logits are stored. The first token of a window never counts.
+    Prints its perplexity with standard error and, with --against, its KL divergence from BASE. BASE is run on its dequantized
+    weights with float activations. No logits are stored. The first token of a window never counts.
     """
     from tersor.cli.printing import print_json, progress
     from tersor.evaluation import Divergence, evaluate

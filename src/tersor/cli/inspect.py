@@ -18,7 +18,10 @@ def command(
     every: Annotated[bool, typer.Option("--all", help="List every tensor instead of one line for all equal ones.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Show tensors, formats, true bits per weight, sizes and metadata of PATH. Reads headers only."""
+    """Show what a model file holds.
+
+    Tensors, formats, true bits per weight, sizes and metadata of PATH. Only headers are read.
+    """
     from tersor.cli.printing import print_json
     from tersor.inspection import inspect
 

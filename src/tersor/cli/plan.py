@@ -23,9 +23,10 @@ def command(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Show the size of MODEL at every bit width and under each recipe, its KV cache, and what fits in memory.
+    """Predict sizes from config.json alone.
 
-    Needs no weights: config.json is enough. Nothing is quantized.
+    Shows the size of MODEL at every bit width and under each recipe, its KV cache, and what fits in memory. Needs no weights:
+    config.json is enough. Nothing is quantized.
     """
     from tersor.cli.printing import print_json
     from tersor.planning import parse_bytes, plan

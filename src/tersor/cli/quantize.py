@@ -27,7 +27,9 @@ def command(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Write MODEL to OUT with its weights in the formats of a recipe.
+    """Store a model in fewer bits.
+
+    Writes MODEL to OUT with its weights in the formats of a recipe.
 
     A recipe is a method and a format for the matrices of the blocks, then rules for others, the last that matches counts:
     "rtn:int4_g64, lm_head=int8_c, layers.0-1=q8_0, *.down_proj=keep". Methods: rtn (round to nearest), clip (range searched for the

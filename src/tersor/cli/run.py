@@ -31,8 +31,9 @@ def command(
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
-    """Generate with PATH: the answer to a prompt, or a chat when there is none.
+    """Answer a prompt, or chat.
 
+    Generates with PATH: the answer to a prompt, or a chat when there is none.
     The answer goes to stdout as it is made, tokens per second to stderr.
     """
     from tersor.cli.printing import print_json

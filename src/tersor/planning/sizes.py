@@ -77,8 +77,9 @@ def plan(
 ) -> Plan:
     """Returns the plan of a config.json, a Hugging Face directory (weights or not), a .gguf file or a hub id.
 
-    recipes: None = RECIPES, without those that fit no tensor of this width. context: tokens of KV cache to count. ram: bytes that may be used; by default all that this machine has. gguf: whether embedding
-    and head follow GGUF's defaults; None: GGUF's for ggml types, else the directory's.
+    recipes: None = RECIPES, without those that fit no tensor of this width. context: tokens of KV cache to count.
+    ram: bytes that may be used; by default all that this machine has.
+    gguf: whether embedding and head follow GGUF's defaults; None: GGUF's for ggml types, else the directory's.
     Raises ModelError for a config that no architecture reads, RecipeError and FormatError for recipes.
     """
     if context < 1 or (ram is not None and ram < 1):
