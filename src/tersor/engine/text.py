@@ -57,10 +57,10 @@ class StopStrings:
     def push(self, text: str) -> str:
         """Returns the text that is safe to give out. Once `found` is set, all before the stop string was given out."""
         self._held += text
-        starts = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if starts:
+        found = [(at + len(stop), at) for stop, at in ((stop, self._held.find(stop)) for stop in self._stops) if at >= 0]
+        if found:
             self.found = True
-            return self._take(min(starts))
+            return self._take(min(found)[1])  # the one that ends first, however the text was cut into pieces
         return self._take(len(self._held) - self._longest_beginning())
 
     def finish(self) -> str:

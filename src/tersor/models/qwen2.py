@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tersor.models.rope import rope_of
-from tersor.models.spec import DecoderSpec, Layer, dense_spec, flag, head_dim, layer_count, layer_kinds, size
+from tersor.models.spec import DecoderSpec, Layer, dense_spec, flag, head_dim, layer_count, layer_kinds, number, size
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
@@ -20,7 +20,7 @@ def qwen_layers(config: Mapping[str, Any]) -> list[Layer]:
     rope = rope_of(config, head_dim(config))
     if not flag(config, "use_sliding_window") or config.get("sliding_window") is None:
         return [Layer(0, rope)] * layer_count(config)
-    first = config.get("max_window_layers", 28)
+    first = int(number(config, "max_window_layers", 28))
     default = ["sliding_attention" if i >= first else "full_attention" for i in range(layer_count(config))]
     window = size(config, "sliding_window")
     return [Layer(window if kind == "sliding_attention" else 0, rope) for kind in layer_kinds(config, default)]

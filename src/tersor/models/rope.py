@@ -56,11 +56,18 @@ def _settings(config: Mapping[str, Any], kind: str | None, theta_key: str) -> Se
     given = config.get("rope_parameters")
     if given is None:
         scaling = config.get("rope_scaling") if kind != "sliding_attention" else None
-        settings = {"rope_theta": config.get(theta_key), **(scaling or {})}
+        settings = {"rope_theta": config.get(theta_key), **_mapping(scaling)}
     else:
-        settings = given.get(kind) or {} if kind is not None else given
+        settings = _mapping(given) if kind is None else _mapping(_mapping(given).get(kind))
     settings = {"partial_rotary_factor": config.get("partial_rotary_factor"), **settings}
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def _mapping(value: Any) -> Settings:
+    """Returns a JSON object of the config, empty for null."""
+    if not isinstance(value, Mapping) and value is not None:
+        raise ModelError(f"config.json: rope scaling is {value!r}; need an object")
+    return value or {}
 
 
 def _number(settings: Settings, key: str, default: float | None = None) -> float:

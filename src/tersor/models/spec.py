@@ -180,8 +180,9 @@ def layer_count(config: Mapping[str, Any]) -> int:
 
 def layer_kinds(config: Mapping[str, Any], default: Sequence[str]) -> list[str]:
     """Returns sliding_attention or full_attention for every layer: the config's layer_types, or the default."""
-    kinds = config.get("layer_types")
-    kinds = list(default) if kinds is None else list(kinds)
+    kinds = config.get("layer_types") or list(default)
+    if not isinstance(kinds, list):
+        raise ModelError(f"config.json: layer_types is {kinds!r}; need a list")
     if len(kinds) != layer_count(config):
         raise ModelError(f"config.json: layer_types has {len(kinds)} entries for {layer_count(config)} layers")
     for kind in kinds:

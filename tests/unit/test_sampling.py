@@ -1,0 +1,117 @@
+"""Sampling against transformers' logits processors, and the draw against the distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tersor.engine.sampling import Sampler, Sampling, distribution, penalized
+from tersor.errors import RecipeError
+
+
+def oracle(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """Returns transformers' probabilities of every token after all filters, (vocab,)."""
+    steps = LogitsProcessorList([TemperatureLogitsWarper(s.temperature)])
+    if s.top_k:
+        steps.append(TopKLogitsWarper(s.top_k))
+    if s.top_p < 1:
+        steps.append(TopPLogitsWarper(s.top_p))
+    if s.min_p:
+        steps.append(MinPLogitsWarper(s.min_p))
+    scores = steps(torch.zeros(1, 1, dtype=torch.long), torch.tensor(logits)[None].double())
+    return scores.softmax(-1)[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.4),
+        Sampling(temperature=1.0, top_k=7),
+        Sampling(temperature=1.0, top_k=1000),
+        Sampling(temperature=1.5, top_p=0.8),
+        Sampling(temperature=1.0, top_p=1e-6),
+        Sampling(temperature=2.0, min_p=0.1),
+        Sampling(temperature=1.0, min_p=1.0),
+        Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.05),
+        Sampling(temperature=3.0, top_k=5, top_p=0.5),
+    ],
+    ids=str,
+)
+def test_filters_are_those_of_transformers(sampling: Sampling) -> None:
+    for seed in range(20):
+        logits = (np.random.default_rng(seed).standard_normal(300) * 3).astype(np.float32)
+        tokens, probabilities = distribution(logits, sampling)
+        got = np.zeros(300)
+        got[tokens] = probabilities
+        np.testing.assert_allclose(got, oracle(logits, sampling), rtol=1e-9, atol=1e-12)
+
+
+def test_ties_with_the_last_of_top_k_stay() -> None:
+    logits = np.array([1, 5, 3, 3, 3, 0], np.float32)
+    tokens, _ = distribution(logits, Sampling(temperature=1.0, top_k=2))
+    assert sorted(tokens.tolist()) == [1, 2, 3, 4]
+
+
+def test_repeat_penalty_is_that_of_transformers() -> None:
+    logits = np.random.default_rng(3).standard_normal(50).astype(np.float32)
+    seen = [4, 4, 7, 49, 0]
+    want = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen]), torch.tensor(logits)[None])[0].numpy()
+    before = logits.copy()
+    np.testing.assert_allclose(penalized(logits, seen, 1.3), want, rtol=1e-6)
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.1, 0.025], np.float32))
+    sampler = Sampler(Sampling(temperature=1.0, seed=11))
+    draws = 20_000
+    counts = np.bincount([sampler.choose(logits, []) for _ in range(draws)], minlength=5)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum()
+    assert (np.abs(counts - draws * p) < 4.5 * np.sqrt(draws * p * (1 - p))).all()  # 4.5 sigma: 1 in 150,000 by chance
+
+
+def test_equal_seeds_draw_equal_tokens() -> None:
+    logits = np.random.default_rng(5).standard_normal(1000).astype(np.float32)
+
+    def draws(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
+        return [sampler.choose(logits, []) for _ in range(20)]
+
+    assert draws(1) == draws(1) != draws(2)
+
+
+def test_without_temperature_the_first_of_the_largest() -> None:
+    logits = np.array([0, 2, 1, 2], np.float32)
+    assert Sampler(Sampling()).choose(logits, []) == 1
+    assert Sampler(Sampling(repeat_penalty=1.5)).choose(logits, [1]) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"repeat_penalty": 0.0},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match=f"^{next(iter(wrong))} is "):
+        Sampling(**wrong)  # type: ignore[arg-type]
