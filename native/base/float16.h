@@ -1,0 +1,45 @@
+// float16 (IEEE 754 binary16) and bfloat16 to and from float32, in plain C++. Rounds to nearest, ties to even.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace tersor {
+
+static inline float bits_to_float(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+static inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+// sign 1 | exponent 5 (bias 15) | fraction 10.
+static inline float f16_to_f32(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
+  // Subnormals need no case: the multiplication by 2^112 (127 - 15 = 112) normalizes them, exactly.
+  const float value = bits_to_float(magnitude << 13) * 0x1p112f;
+  return bits_to_float(sign | float_to_bits(value));
+}
+
+static inline uint16_t f32_to_f16(float f) {
+  const uint32_t bits = float_to_bits(f), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // >= 65520 rounds to infinity
+  if (magnitude < 0x38800000) {                       // < 2^-14: subnormal, in units of 2^-24
+    // Adding 0.5 leaves the value in units of ulp(0.5) = 2^-24 in the low bits, rounded by the adder.
+    return sign | uint16_t(float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000);
+  }
+  const uint32_t odd = magnitude >> 13 & 1;
+  return sign | uint16_t((magnitude - 0x38000000 + 0xfff + odd) >> 13);
+}
+
+static inline float bf16_to_f32(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
+
+}  // namespace tersor

@@ -1,0 +1,116 @@
+// Sixteen floats as one AVX-512 register. Names and meanings: base/simd/scalar.h. Include only from *x86_avx512vnni.cc.
+#pragma once
+
+#ifdef TERSOR_EMULATE_AVX512  // run this file's code on any CPU, for tests: see tests/native/run_emulated.sh
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+namespace tersor {
+namespace {
+
+struct F {
+  __m512 a;
+};
+struct I {
+  __m512i a;
+};
+struct Codes {
+  __m512i a;
+};
+
+inline F set(float x) { return {_mm512_set1_ps(x)}; }
+inline F zero() { return {_mm512_setzero_ps()}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
+inline F load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+inline F load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x.a); }
+inline void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.a); }
+inline void store_f16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT)); }
+
+inline F add(F x, F y) { return {_mm512_add_ps(x.a, y.a)}; }
+inline F sub(F x, F y) { return {_mm512_sub_ps(x.a, y.a)}; }
+inline F mul(F x, F y) { return {_mm512_mul_ps(x.a, y.a)}; }
+inline F div(F x, F y) { return {_mm512_div_ps(x.a, y.a)}; }
+inline F fma(F x, F y, F z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
+inline F max(F x, F y) { return {_mm512_max_ps(x.a, y.a)}; }
+inline F min(F x, F y) { return {_mm512_min_ps(x.a, y.a)}; }
+inline F abs(F x) { return {_mm512_abs_ps(x.a)}; }
+inline F select_less(F x, F y, F a, F b) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ), b.a, a.a)}; }
+inline float sum(F x) {
+  alignas(64) float v[16];
+  _mm512_store_ps(v, x.a);
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+inline float max_of(F x) {
+  alignas(64) float v[16];
+  _mm512_store_ps(v, x.a);
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  return v[0];
+}
+inline double sum_f64(F x) {
+  alignas(64) float v[16];
+  _mm512_store_ps(v, x.a);
+  double s = 0;
+  for (float one : v) s += one;
+  return s;
+}
+
+inline I round_to_int(F x) { return {_mm512_cvtps_epi32(x.a)}; }
+inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.a)}; }
+inline F scale_by_power(F x, I n) {
+  return mul(x, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.a, _mm512_set1_epi32(127)), 23))});
+}
+inline void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x.a)); }
+
+using Four = __m512i;
+inline Four load_four(const int8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return _mm512_set1_epi32(x);
+}
+
+// vpdpbusd sums in int32: nothing overflows within a group.
+using Dot = I;
+template <int kBits>
+inline constexpr int kDotSteps = 8;
+inline Dot dot_zero() { return {_mm512_setzero_si512()}; }
+inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Codes load_low(const uint8_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15))}; }
+inline Codes load_high(const uint8_t* p) { return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))}; }
+inline Dot dot(Dot s, Codes w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
+inline I widen(Dot d) { return d; }
+inline I add(I x, I y) { return {_mm512_add_epi32(x.a, y.a)}; }
+
+// vpdpbusd wants unsigned codes: w + 128 is w with its top bit flipped.
+using Signed = Codes;
+inline constexpr int kSignedBias = 128;
+inline I int_zero() { return {_mm512_setzero_si512()}; }
+inline Signed load_signed(const uint8_t* p) { return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))}; }
+using Table = __m512i;
+inline Table load_table(const int8_t* p) {
+  const __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));
+  return _mm512_broadcast_i32x4(t);
+}
+inline Signed lookup(Table t, Codes c) { return {_mm512_shuffle_epi8(t, c.a)}; }
+inline I dot_signed(I s, Signed w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
+
+inline constexpr int kIntTile = 8;
+inline constexpr int kFloatTile = 12;
+
+}  // namespace
+}  // namespace tersor

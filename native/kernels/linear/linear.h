@@ -1,0 +1,62 @@
+// y = x W^T + bias + residual for weights in any number format, repacked once for the kernels.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/linear/kernels.h"
+
+namespace tersor::linear {
+
+// Memory that starts on a cache line; large blocks start on a 2 MiB page, which spares address translations.
+class Bytes {
+ public:
+  explicit Bytes(int64_t size);
+  uint8_t* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const;
+  };
+  std::unique_ptr<uint8_t, Free> data_;
+  int64_t size_;
+};
+
+// Consecutive rows of a weight that share a scheme.
+struct Part {
+  int64_t rows, columns;
+  bool integer;
+  Float floating;  // if not integer
+  Code code;       // if integer, with group (16 or 32), second, offset and table
+  int group;
+  Second second;
+  float offset;
+  const int8_t* table;
+  int64_t panel_bytes;
+  Bytes panels;
+  std::vector<float> scale;  // (panels * 16) per row
+  std::vector<float> bias;   // the same, or empty
+
+  int64_t panel_count() const { return (rows + kPanelRows - 1) / kPanelRows; }
+};
+
+struct Weight {
+  int64_t rows = 0, columns = 0;
+  std::vector<Part> parts;
+
+  Weight() = default;
+  Weight(const Weight&) = delete;
+  Weight& operator=(const Weight&) = delete;
+
+  int64_t nbytes() const;
+  // What computes it, e.g. "avx2 u4x32min"; parts are joined by '+'.
+  std::string kernel() const;
+};
+
+// y (n, rows) = x (n, columns) W^T + bias + residual (n, rows); residual may be null and may be y.
+void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y);
+
+}  // namespace tersor::linear

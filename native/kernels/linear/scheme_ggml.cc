@@ -1,0 +1,240 @@
+// The ggml block types whose weights are small integers times a scale. Layouts: docs/formats.md;
+// ggml-org/ggml src/ggml-common.h (structs) and src/ggml-quants.c (dequantize_row_*).
+#include <cmath>
+#include <cstring>
+
+#include "base/float16.h"
+#include "kernels/linear/scheme.h"
+
+namespace tersor::linear {
+namespace {
+
+constexpr int8_t kIq4Table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t kE2m1Table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
+
+float half(const uint8_t* p) {
+  uint16_t h;
+  memcpy(&h, p, 2);
+  return f16_to_f32(h);
+}
+
+// n bytes to 2n values: first the low nibbles, then the high ones.
+void split_nibbles(const uint8_t* qs, int n, uint8_t* codes) {
+  for (int i = 0; i < n; ++i) {
+    codes[i] = qs[i] & 15;
+    codes[n + i] = qs[i] >> 4;
+  }
+}
+
+// Adds bit i of qh (32 bits) to value i as its bit 4.
+void add_fifth_bits(const uint8_t* qh, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] |= (qh[i / 8] >> (i % 8) & 1) << 4;
+}
+
+// Value i of 256: bits 2*(i/32 % 4).. of byte 32*(i/128) + i%32.
+uint8_t two_bits(const uint8_t* qs, int i) { return qs[32 * (i / 128) + i % 32] >> (2 * (i / 32 % 4)) & 3; }
+
+// The eight 6-bit scales and minima of q4_k and q5_k, as the layout in formats/ggml_layouts.py draws them.
+void k_scales(const uint8_t* s, uint8_t* scale, uint8_t* min) {
+  for (int j = 0; j < 4; ++j) {
+    scale[j] = s[j] & 63;
+    min[j] = s[4 + j] & 63;
+    scale[4 + j] = (s[8 + j] & 15) | (s[j] >> 6) << 4;
+    min[4 + j] = s[8 + j] >> 4 | (s[4 + j] >> 6) << 4;
+  }
+}
+
+// Each block function reads one block: codes of all its values, and scale and second of its groups.
+
+void q4_0(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b);
+  split_nibbles(b + 2, 16, r.codes);
+}
+
+void q4_1(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b);
+  r.second[0] = half(b + 2);
+  split_nibbles(b + 4, 16, r.codes);
+}
+
+void q5_0(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b);
+  split_nibbles(b + 6, 16, r.codes);
+  add_fifth_bits(b + 2, r.codes);
+}
+
+void q5_1(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b);
+  r.second[0] = half(b + 2);
+  split_nibbles(b + 8, 16, r.codes);
+  add_fifth_bits(b + 4, r.codes);
+}
+
+void q8_0(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b);
+  memcpy(r.codes, b + 2, 32);
+}
+
+void mxfp4(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = std::ldexp(1.0f, b[0] - 128);
+  split_nibbles(b + 1, 16, r.codes);
+}
+
+void q2_k(const uint8_t* b, const RowCodes& r) {
+  const float d = half(b + 80), dmin = half(b + 82);
+  for (int g = 0; g < 16; ++g) {
+    r.scale[g] = d * float(b[g] & 15);
+    r.second[g] = -(dmin * float(b[g] >> 4));
+  }
+  for (int i = 0; i < 256; ++i) r.codes[i] = two_bits(b + 16, i);
+}
+
+void q3_k(const uint8_t* b, const RowCodes& r) {
+  const uint8_t* s = b + 96;
+  const float d = half(b + 108);
+  for (int g = 0; g < 16; ++g) {
+    const int low = s[g % 8] >> (g / 8 * 4) & 15, high = s[8 + g % 4] >> (g / 4 * 2) & 3;
+    r.scale[g] = d * float((low | high << 4) - 32);
+  }
+  for (int i = 0; i < 256; ++i) r.codes[i] = two_bits(b + 32, i) | (b[i % 32] >> (i / 32) & 1) << 2;
+}
+
+void scales_of_k(const uint8_t* b, const RowCodes& r) {
+  const float d = half(b), dmin = half(b + 2);
+  uint8_t scale[8], min[8];
+  k_scales(b + 4, scale, min);
+  for (int g = 0; g < 8; ++g) {
+    r.scale[g] = d * float(scale[g]);
+    r.second[g] = -(dmin * float(min[g]));
+  }
+}
+
+void q4_k(const uint8_t* b, const RowCodes& r) {
+  scales_of_k(b, r);
+  for (int k = 0; k < 4; ++k) split_nibbles(b + 16 + 32 * k, 32, r.codes + 64 * k);
+}
+
+void q5_k(const uint8_t* b, const RowCodes& r) {
+  scales_of_k(b, r);
+  for (int k = 0; k < 4; ++k) split_nibbles(b + 48 + 32 * k, 32, r.codes + 64 * k);
+  for (int i = 0; i < 256; ++i) r.codes[i] |= (b[16 + i % 32] >> (i / 32) & 1) << 4;
+}
+
+void q6_k(const uint8_t* b, const RowCodes& r) {
+  const float d = half(b + 208);
+  for (int g = 0; g < 16; ++g) r.scale[g] = d * float(int8_t(b[192 + g]));
+  for (int k = 0; k < 2; ++k) split_nibbles(b + 64 * k, 64, r.codes + 128 * k);
+  for (int i = 0; i < 256; ++i) r.codes[i] |= two_bits(b + 128, i) << 4;
+}
+
+void iq4_xs(const uint8_t* b, const RowCodes& r) {
+  const float d = half(b);
+  const int high = b[2] | b[3] << 8;
+  for (int g = 0; g < 8; ++g) {
+    const int low = b[4 + g / 2] >> (g % 2 * 4) & 15;
+    r.scale[g] = d * float((low | (high >> (2 * g) & 3) << 4) - 32);
+    split_nibbles(b + 8 + 16 * g, 16, r.codes + 32 * g);
+  }
+}
+
+void one_scale(float d, int groups, const RowCodes& r) {
+  for (int g = 0; g < groups; ++g) r.scale[g] = d;
+}
+
+// Trit t of a byte: the leading digits are multiplied away modulo 256, the next one is the top of byte * 3.
+uint8_t trit(uint8_t byte, int t) {
+  static constexpr uint8_t kPowers[5] = {1, 3, 9, 27, 81};
+  return uint16_t(uint8_t(byte * kPowers[t])) * 3 >> 8;
+}
+
+void tq1_0(const uint8_t* b, const RowCodes& r) {
+  one_scale(half(b + 52), 8, r);
+  for (int i = 0; i < 160; ++i) r.codes[i] = trit(b[i % 32], i / 32);
+  for (int i = 0; i < 80; ++i) r.codes[160 + i] = trit(b[32 + i % 16], i / 16);
+  for (int i = 0; i < 16; ++i) r.codes[240 + i] = trit(b[48 + i % 4], i / 4);
+}
+
+void tq2_0(const uint8_t* b, const RowCodes& r) {
+  one_scale(half(b + 64), 8, r);
+  for (int i = 0; i < 256; ++i) r.codes[i] = two_bits(b, i);
+}
+
+// w = d when the bit is set, else -d: the code is 2 * bit, the offset -1.
+void q1_0(const uint8_t* b, const RowCodes& r) {
+  one_scale(half(b), 4, r);
+  for (int i = 0; i < 128; ++i) r.codes[i] = (b[2 + i / 8] >> (i % 8) & 1) * 2;
+}
+
+void q2_0(const uint8_t* b, const RowCodes& r) {
+  one_scale(half(b), 2, r);
+  for (int i = 0; i < 64; ++i) r.codes[i] = b[2 + i / 4] >> (i % 4 * 2) & 3;
+}
+
+// UE4M3: exponent bits 6..3 with bias 7, mantissa bits 2..0, 0x7f reads as 0; halved since the table is doubled.
+float ue4m3_half(uint8_t x) {
+  if (x == 0x7f) return 0;
+  const int exponent = x >> 3 & 15, mantissa = x & 7;
+  return exponent == 0 ? std::ldexp(float(mantissa), -10) : std::ldexp(float(8 + mantissa), exponent - 11);
+}
+
+void nvfp4(const uint8_t* b, const RowCodes& r) {
+  for (int g = 0; g < 4; ++g) {
+    r.scale[g] = ue4m3_half(b[g]);
+    split_nibbles(b + 4 + 8 * g, 8, r.codes + 16 * g);
+  }
+}
+
+struct Type {
+  const char* name;
+  int values, bytes;  // of a block
+  Code code;
+  int group;
+  Second second;
+  float offset;
+  const int8_t* table;
+  void (*block)(const uint8_t*, const RowCodes&);
+};
+
+constexpr Type kTypes[] = {
+    {"q4_0", 32, 18, kU4, 32, kNone, -8, nullptr, q4_0},
+    {"q4_1", 32, 20, kU4, 32, kMin, 0, nullptr, q4_1},
+    {"q5_0", 32, 22, kU6, 32, kNone, -16, nullptr, q5_0},
+    {"q5_1", 32, 24, kU6, 32, kMin, 0, nullptr, q5_1},
+    {"q8_0", 32, 34, kS8, 32, kNone, 0, nullptr, q8_0},
+    {"q2_k", 256, 84, kU4, 16, kMin, 0, nullptr, q2_k},
+    {"q3_k", 256, 110, kU4, 16, kNone, -4, nullptr, q3_k},
+    {"q4_k", 256, 144, kU4, 32, kMin, 0, nullptr, q4_k},
+    {"q5_k", 256, 176, kU6, 32, kMin, 0, nullptr, q5_k},
+    {"q6_k", 256, 210, kU6, 16, kNone, -32, nullptr, q6_k},
+    {"iq4_nl", 32, 18, kT4, 32, kNone, 0, kIq4Table, q4_0},  // the bytes of q4_0
+    {"iq4_xs", 256, 136, kT4, 32, kNone, 0, kIq4Table, iq4_xs},
+    {"tq1_0", 256, 54, kU4, 32, kNone, -1, nullptr, tq1_0},
+    {"tq2_0", 256, 66, kU4, 32, kNone, -1, nullptr, tq2_0},
+    {"mxfp4", 32, 17, kT4, 32, kNone, 0, kE2m1Table, mxfp4},
+    {"nvfp4", 64, 36, kT4, 16, kNone, 0, kE2m1Table, nvfp4},
+    {"q1_0", 128, 18, kU4, 32, kNone, -1, nullptr, q1_0},
+    {"q2_0", 64, 18, kU4, 32, kNone, -1, nullptr, q2_0},
+};
+
+void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
+  const int64_t groups = s.block_values / s.group;
+  for (int64_t i = 0; i < columns / s.block_values; ++i) {
+    s.block(fields[0] + i * s.block_bytes, {row.codes + i * s.block_values, row.scale + i * groups, row.second + i * groups});
+  }
+}
+
+}  // namespace
+
+std::optional<Scheme> find_ggml_scheme(const std::string& format, int64_t columns) {
+  for (const Type& t : kTypes) {
+    if (format != t.name || columns % t.values != 0) continue;
+    Scheme s{t.code, t.group, t.second, t.offset, t.table, {{"blocks", columns / t.values * t.bytes}}, extract};
+    s.block_values = t.values;
+    s.block_bytes = t.bytes;
+    s.block = t.block;
+    return s;
+  }
+  return {};
+}
+
+}  // namespace tersor::linear
