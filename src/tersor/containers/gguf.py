@@ -1,7 +1,7 @@
 """GGUF as a container: Hugging Face's names, orders and config on our side, llama.cpp's in the file.
 
-The file itself (header, offsets) is gguf_file.py; names and row orders gguf_names.py; config gguf_config.py; tokenizer
-gguf_tokenizer.py.
+The file itself (header, offsets) is gguf_file.py; names and row orders gguf_names.py; config gguf_config.py; tokenizers
+tokenizer_from_gguf.py and tokenizer_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from tersor.containers.gguf_names import (
     to_gguf,
     to_hugging_face,
 )
-from tersor.containers.gguf_tokenizer import read_tokenizer, write_tokenizer
 from tersor.containers.huggingface import find, refuse_unheld
 from tersor.containers.output import check_output, disk_errors, remove, temporary_path
 from tersor.containers.safetensors_file import shorten
+from tersor.containers.tokenizer_from_gguf import read_tokenizer
+from tersor.containers.tokenizer_to_gguf import write_tokenizer
 from tersor.errors import ContainerError
 from tersor.formats import get_format
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
@@ -94,7 +95,7 @@ class GGUFCheckpoint(Checkpoint):
             self._source[name] = tensor
         config = read_config(where, self._architecture, metadata, {n: t.shape for n, t in self._source.items()}, self._rope_freqs())
         self.tensors: Mapping[str, TensorInfo] = {name: self._info(name, tensor) for name, tensor in self._source.items()}
-        files = TokenizerFiles(lambda: read_tokenizer(where, metadata, config))
+        files = TokenizerFiles(lambda: read_tokenizer(where, metadata))
         self.description = ModelDescription(config, files, metadata)
 
     def _info(self, name: str, tensor: GGUFTensor) -> TensorInfo:

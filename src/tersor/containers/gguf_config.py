@@ -102,8 +102,9 @@ def read_config(
     config["vocab_size"] = shapes["model.embed_tokens.weight"][0]
     config["rms_norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
-    config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
-    config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
+    if architecture.name == "llama":  # the others' biases go without saying
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
     config |= _token_ids(where, metadata, config["vocab_size"])
     config |= _read_rope(keys, config, rope_freqs)
     config |= _read_attention(keys, architecture, config)

@@ -121,12 +121,14 @@ def rows_from_gguf(rows: int, heads: int) -> Array:
 
     Within a head of size 2n, Hugging Face row s*n + j (half s, pair j) is GGUF row 2j + s.
     """
-    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    order: Array = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return order
 
 
 def rows_to_gguf(rows: int, heads: int) -> Array:
     """Returns for every GGUF row the Hugging Face row that goes there, (rows,) int64: the inverse of `rows_from_gguf`."""
-    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    order: Array = np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+    return order
 
 
 def reorder(tensor: QuantizedTensor, order: Array) -> QuantizedTensor:
