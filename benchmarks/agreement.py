@@ -41,7 +41,6 @@ def theirs(path: Path, windows: list[list[int]]) -> float:
     model, total, count = Llama(str(path), n_ctx=1024, n_threads=2, logits_all=True, verbose=False), 0.0, 0
     for w in windows:
         model.reset()
-        model._ctx.memory_clear(True)
         model.eval(w)
         total, count = total + nll_rows(model.scores[: len(w) - 1], np.array(w[1:])), count + len(w) - 1
     return exp(total / count)

@@ -14,7 +14,6 @@ model = Llama(path, n_ctx=1024, n_batch=512, n_ubatch=512, n_threads=threads, n_
 
 def prefill(tokens: list[int]) -> None:
     model.reset()
-    model._ctx.memory_clear(True)
     model.eval(tokens)
 
 
