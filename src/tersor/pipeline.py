@@ -174,7 +174,7 @@ def source_note(tensors: Mapping[str, TensorInfo]) -> str:
             counts[info.format] = counts.get(info.format, 0) + 1
     if not counts:
         return ""
-    formats = ", ".join(f"{name} ({n} tensors)" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
+    formats = ", ".join(f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in sorted(counts.items(), key=lambda item: -item[1]))
     return f"the source is itself stored in {formats}: errors are against its dequantized weights, and its own grids are flattered"
 
 

@@ -44,8 +44,8 @@ def _print(found: Inspection, every: bool) -> None:
     print(text_table(["format", "tensors", "weights", "size", "bits/weight"], rows) + "\n")
     groups: dict[tuple[str, str, str], tuple[int, int]] = {}
     for t in found.tensors:
-        name = t.name if every else re.sub(r"(?<=\.)\d+(?=\.)", "*", t.name)
-        key = name, t.format, " x ".join(map(str, t.shape))
+        shown = t.name if every else re.sub(r"(?<=\.)\d+(?=\.)", "*", t.name)
+        key = shown, t.format, " x ".join(map(str, t.shape))
         count, nbytes = groups.get(key, (0, 0))
         groups[key] = count + 1, nbytes + t.nbytes
     rows = [[name, format, shape, str(n), format_bytes(nbytes)] for (name, format, shape), (n, nbytes) in groups.items()]
@@ -53,9 +53,9 @@ def _print(found: Inspection, every: bool) -> None:
     keys = [(key, value) for key, value in found.metadata.items() if len(str(value)) <= 200]
     if keys:
         print("\nmetadata")
-        for key, value in keys:
-            print(f"  {key} = {value}")
+        for label, value in keys:
+            print(f"  {label} = {value}")
     if found.files:
         print("\nfiles")
-        for name, size in found.files.items():
-            print(f"  {name}, {format_bytes(size)}")
+        for file, size in found.files.items():
+            print(f"  {file}, {format_bytes(size)}")
