@@ -25,6 +25,7 @@ from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.tensor import Array, QuantizedTensor, TensorInfo
 
 SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
+FLOAT16_MAX = 65504.0
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
 
@@ -297,15 +298,17 @@ def check_finite(w: Array, name: str, first_row: int = 0) -> None:
 
 
 def _check_range(w: Array, decoded: Array, format: str, name: str, first_row: int) -> None:
-    """Raises FormatError when finite weights became infinite, because a float16 value or scale overflowed."""
+    """Raises FormatError when a weight beyond float16's range was lost, because its value or the scale of its group saturated."""
+    if max(w.max(), -w.min()) <= FLOAT16_MAX:
+        return
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(np.sum(decoded)):
-            return
-    bad = np.argwhere(~np.isfinite(decoded))
-    if len(bad):
-        row, column = (int(i) for i in bad[0])
-        where = f"{name} holds {w[row, column]:g} near row {first_row + row}, column {column}"
-        raise FormatError(f"{format}: {where}, beyond what a float16 value or scale can hold (65504); use bf16, f32 or keep for it")
+        lost = np.argwhere((np.abs(w) > FLOAT16_MAX) & ~(np.abs(decoded - w) <= 0.5 * np.abs(w)))
+    if len(lost):
+        row, column = (int(i) for i in lost[0])
+        where = f"{name} holds {w[row, column]:g} at row {first_row + row}, column {column}"
+        raise FormatError(
+            f"{format}: {where}, beyond what a float16 value or scale can hold ({FLOAT16_MAX:g}); use bf16, f32 or keep for it"
+        )
 
 
 def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
