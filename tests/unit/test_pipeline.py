@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize as gguf_dequantize
-from tiny import tiny_config, tiny_model, tiny_tensors
 
 from tersor import pipeline
 from tersor.containers import open_checkpoint
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError
 from tersor.pipeline import quantize
+from tiny import tiny_config, tiny_model, tiny_tensors
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
