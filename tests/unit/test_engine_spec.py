@@ -79,6 +79,12 @@ def test_gemma3_has_two_rotations(spelling: str) -> None:
     np.testing.assert_allclose(layers[5].rope.inv_freq, 1e6**-exponents / 8, rtol=1e-6)
 
 
+def test_gemma3_rotations_by_default() -> None:
+    gone = dict.fromkeys(("rope_theta", "rope_local_base_freq"), ...)
+    sliding, full = spec_of(config("gemma3_text", **gone)).layers
+    np.testing.assert_allclose([sliding.rope.inv_freq[1], full.rope.inv_freq[1]], [1e4 ** (-1 / 8), 1e6 ** (-1 / 8)], rtol=1e-6)
+
+
 def test_layers_with_a_window() -> None:
     def windows(kind: str, **changes: Any) -> list[int]:
         return [layer.window for layer in spec_of(config(kind, num_hidden_layers=4, **changes)).layers]

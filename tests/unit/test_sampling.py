@@ -62,6 +62,11 @@ def test_ties_with_the_last_of_top_k_stay() -> None:
     assert sorted(tokens.tolist()) == [1, 2, 3, 4]
 
 
+def test_top_p_stops_when_it_is_reached() -> None:
+    tokens, _ = distribution(np.zeros(4, np.float32), Sampling(temperature=1.0, top_p=0.5))
+    assert tokens.tolist() == [0, 1]
+
+
 def test_repeat_penalty_is_that_of_transformers() -> None:
     logits = np.random.default_rng(3).standard_normal(50).astype(np.float32)
     seen = [4, 4, 7, 49, 0]

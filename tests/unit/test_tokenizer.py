@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, processors
@@ -159,6 +159,7 @@ def test_bytes_that_are_no_text_do_not_stall() -> None:
     assert [detokenizer.push(token) for token in (letter, byte, letter)] == ["c", "", "\ufffdc"]
 
 
+@example(text="ab b", stops=["ab b", "b "], cuts=set())  # one inside the other: the inner one ends first
 @given(
     text=st.text("ab ", max_size=20),
     stops=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3),
