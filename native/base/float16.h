@@ -1,10 +1,15 @@
-// float16 (IEEE 754 binary16) and bfloat16 to and from float32, in plain C++. Rounds to nearest, ties to even.
+// The float types, and float16 (IEEE 754 binary16) and bfloat16 to and from float32 in plain C++. Rounds to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace tersor {
+
+// The float types that weights and caches are stored in.
+enum Float { kF32, kF16, kBF16, kFloats };
+
+constexpr int float_bytes(Float type) { return type == kF32 ? 4 : 2; }
 
 static inline float bits_to_float(uint32_t bits) {
   float f;

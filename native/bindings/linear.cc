@@ -24,7 +24,7 @@ namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-const char* const kFloatNames[] = {"f32", "f16", "bf16"};  // in the order of linear::Float
+const char* const kFloatNames[] = {"f32", "f16", "bf16"};  // in the order of Float
 
 int find_float(const std::string& format) {
   for (int i = 0; i < 3; ++i) {
@@ -45,15 +45,14 @@ struct Stored {
 
 Stored read_stored(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays) {
   Stored t{format, rows, columns, linear::find_scheme(format, columns), find_float(format), {}, {}};
-  require(t.scheme || t.floating >= 0, format + ": no native kernel for " + std::to_string(columns) + " columns");
-  const std::vector<Field> need = t.scheme ? t.scheme->fields : std::vector<Field>{{"values", columns * (t.floating == 0 ? 4 : 2)}};
+  require(t.scheme || t.floating >= 0, format, ": no native kernel for ", columns, " columns");
+  const std::vector<Field> need = t.scheme ? t.scheme->fields : std::vector<Field>{{"values", columns * float_bytes(Float(t.floating))}};
   for (const Field& field : need) {
-    require(arrays.contains(field.name.c_str()), format + ": field '" + field.name + "' is missing");
+    require(arrays.contains(field.name.c_str()), format, ": field '", field.name, "' is missing");
     t.owners.push_back(nb::cast<Bytes>(arrays[field.name.c_str()]));
     const Bytes& bytes = t.owners.back();
-    const std::string what = format + ": field '" + field.name + "', ";
-    require_size((what + "rows").c_str(), int64_t(bytes.shape(0)), field.shared ? 1 : rows);
-    require_size((what + "bytes of a row").c_str(), int64_t(bytes.shape(1)), field.row_bytes);
+    require_size(format, "rows of " + field.name, int64_t(bytes.shape(0)), field.shared ? 1 : rows);
+    require_size(format, "bytes of a row of " + field.name, int64_t(bytes.shape(1)), field.row_bytes);
     t.fields.push_back(bytes.data());
   }
   return t;
@@ -69,21 +68,21 @@ Weight* pack(nb::list tensors, nb::object bias) {
   auto weight = std::make_unique<Weight>();
   weight->columns = stored[0].columns;
   for (const Stored& t : stored) {
-    require_size("pack: columns", t.columns, weight->columns);
+    require_size("pack", "columns", t.columns, weight->columns);
     require(t.columns > 0, "pack: a tensor without columns");
     weight->rows += t.rows;
   }
   std::vector<float> all_bias;
   if (!bias.is_none()) {
     auto values = nb::cast<Array<const float, 1>>(bias);
-    require_size("pack: bias", int64_t(values.shape(0)), weight->rows);
+    require_size("pack", "bias", int64_t(values.shape(0)), weight->rows);
     all_bias.assign(values.data(), values.data() + weight->rows);
   }
   nb::gil_scoped_release release;
   int64_t row = 0;
   for (const Stored& t : stored) {
     weight->parts.push_back(t.scheme ? linear::pack_integers(*t.scheme, t.fields.data(), t.rows, t.columns)
-                                     : linear::pack_floats(linear::Float(t.floating), t.fields[0], t.rows, t.columns));
+                                     : linear::pack_floats(Float(t.floating), t.fields[0], t.rows, t.columns));
     if (!all_bias.empty()) {
       std::vector<float>& part = weight->parts.back().bias;
       part.assign(weight->parts.back().panel_count() * linear::kPanelRows, 0.0f);
@@ -96,26 +95,26 @@ Weight* pack(nb::list tensors, nb::object bias) {
 
 void multiply(Array<const float, 2> x, const Weight& weight, Array<float, 2> y, std::optional<Array<const float, 2>> residual) {
   const auto n = int64_t(x.shape(0));
-  require_size("linear: columns of x", int64_t(x.shape(1)), weight.columns);
-  require_size("linear: rows of y", int64_t(y.shape(0)), n);
-  require_size("linear: columns of y", int64_t(y.shape(1)), weight.rows);
+  require_size("linear", "columns of x", int64_t(x.shape(1)), weight.columns);
+  require_size("linear", "rows of y", int64_t(y.shape(0)), n);
+  require_size("linear", "columns of y", int64_t(y.shape(1)), weight.rows);
   if (residual) {
-    require_size("linear: rows of residual", int64_t(residual->shape(0)), n);
-    require_size("linear: columns of residual", int64_t(residual->shape(1)), weight.rows);
+    require_size("linear", "rows of residual", int64_t(residual->shape(0)), n);
+    require_size("linear", "columns of residual", int64_t(residual->shape(1)), weight.rows);
   }
   nb::gil_scoped_release release;
   linear::multiply(x.data(), n, weight, residual ? residual->data() : nullptr, y.data());
 }
 
 void float_row(int type, const uint8_t* bytes, int64_t columns, float* out) {
-  if (type == linear::kF32) {
+  if (type == kF32) {
     memcpy(out, bytes, columns * 4);
     return;
   }
   for (int64_t i = 0; i < columns; ++i) {
     uint16_t h;
     memcpy(&h, bytes + 2 * i, 2);
-    out[i] = type == linear::kF16 ? f16_to_f32(h) : bf16_to_f32(h);
+    out[i] = type == kF16 ? f16_to_f32(h) : bf16_to_f32(h);
   }
 }
 
@@ -123,11 +122,11 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
            Array<float, 2> out) {
   const Stored t = read_stored(format, rows, columns, arrays);
   const auto n = int64_t(tokens.shape(0));
-  require_size("embed: rows of out", int64_t(out.shape(0)), n);
-  require_size("embed: columns of out", int64_t(out.shape(1)), columns);
+  require_size("embed", "rows of out", int64_t(out.shape(0)), n);
+  require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
   for (int64_t i = 0; i < n; ++i) {
     const int32_t token = tokens.data()[i];
-    require(token >= 0 && token < rows, "embed: token " + std::to_string(token) + ", need 0 to " + std::to_string(rows - 1));
+    require(token >= 0 && token < rows, "embed: token ", token, ", need 0 to ", rows - 1);
   }
   nb::gil_scoped_release release;
   parallel_for(n, 16, [&](int64_t begin, int64_t end) {
@@ -140,7 +139,7 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
         for (size_t f = 0; f < at.size(); ++f) at[f] = t.fields[f] + (t.scheme->fields[f].shared ? 0 : row * t.scheme->fields[f].row_bytes);
         linear::decode_row(*t.scheme, at.data(), columns, scratch, values);
       } else {
-        float_row(t.floating, t.fields[0] + row * columns * (t.floating == 0 ? 4 : 2), columns, values);
+        float_row(t.floating, t.fields[0] + row * columns * float_bytes(Float(t.floating)), columns, values);
       }
       if (scale != 1.0f) {
         for (int64_t k = 0; k < columns; ++k) values[k] *= scale;

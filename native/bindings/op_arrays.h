@@ -14,12 +14,24 @@ namespace nb = nanobind;
 template <typename T, int kDimensions>
 using Array = nb::ndarray<T, nb::ndim<kDimensions>, nb::c_contig, nb::device::cpu>;
 
-inline void require(bool good, const std::string& text) {
-  if (!good) throw nb::value_error(text.c_str());
+template <typename T>
+using AnyArray = nb::ndarray<T, nb::c_contig, nb::device::cpu>;  // of any number of axes
+
+inline std::string text_of(const char* piece) { return piece; }
+inline std::string text_of(const std::string& piece) { return piece; }
+inline std::string text_of(int64_t piece) { return std::to_string(piece); }
+
+// Raises ValueError with the pieces joined, unless the condition holds. Texts are only made then: calls are frequent.
+template <typename... Pieces>
+inline void require(bool condition, const Pieces&... pieces) {
+  if (condition) return;
+  const std::string text = (text_of(pieces) + ...);
+  throw nb::value_error(text.c_str());
 }
 
-inline void require_size(const char* what, int64_t got, int64_t need) {
-  if (got != need) require(false, std::string(what) + ": got " + std::to_string(got) + ", need " + std::to_string(need));
+template <typename Op, typename What>
+inline void require_size(const Op& op, const What& what, int64_t got, int64_t need) {
+  require(got == need, op, ": ", what, ": got ", got, ", need ", need);
 }
 
 }  // namespace tersor::ops_bindings

@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "base/cpu.h"
+#include "base/isa_table.h"
 #include "base/threads.h"
 #include "kernels/linear/linear.h"
 
@@ -17,14 +17,6 @@ namespace {
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kMinMacs = 1 << 16;           // multiply-adds worth a thread: some microseconds
 constexpr int64_t kActivationBytes = 4 << 20;   // activations at a time, so that they stay in the outer cache
-
-const Kernels& active_kernels() {
-#if defined(__x86_64__)
-  if (active_isa() == Isa::kAvx2) return avx2_kernels;
-  if (active_isa() == Isa::kAvx512Vnni) return avx512vnni_kernels;
-#endif
-  return scalar_kernels;
-}
 
 // Grows as needed and is kept by the calling thread from call to call.
 struct Scratch {
@@ -96,7 +88,7 @@ std::string Weight::kernel() const {
 
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
   static thread_local Scratch scratch;
-  const Kernels& kernels = active_kernels();
+  const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
   const bool integer = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return p.integer; });
   const int64_t chunk = std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * weight.columns) / kMaxRows) * kMaxRows;
   int64_t panels = 0;

@@ -5,6 +5,7 @@
 // of a large product has the same bits as that row alone.
 #pragma once
 
+#include "base/simd/product.h"
 #include "kernels/linear/kernels.h"
 
 namespace tersor::linear {
@@ -153,34 +154,6 @@ void quantize(const float* x, int64_t k, int8_t* codes, float* scale, float* sum
 
 // ---- Float panels ----
 
-template <Float kFloat>
-inline F load_weights(const void* panel, int64_t k) {
-  if constexpr (kFloat == kF32) return load((const float*)panel + 16 * k);
-  if constexpr (kFloat == kF16) return load_f16((const uint16_t*)panel + 16 * k);
-  return load_bf16((const uint16_t*)panel + 16 * k);
-}
-
-// sums (M, 16) += x (M, k) times the panel (k, 16).
-template <Float kFloat, int M>
-void float_tile(const void* panel, int64_t k, const float* x, int64_t stride, float* sums_out) {
-  F sums[M];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) sums[m] = load(sums_out + 16 * m);
-  for (int64_t i = 0; i < k; ++i) {
-    const F w = load_weights<kFloat>(panel, i);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) sums[m] = fma(set(x[m * stride + i]), w, sums[m]);
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) store(sums_out + 16 * m, sums[m]);
-}
-
-template <Float kFloat, int M = kFloatTile>
-void float_rows(const void* panel, int64_t k, const float* x, int64_t stride, int row, int n, float* sums) {
-  for (; n - row >= M; row += M) float_tile<kFloat, M>(panel, k, x + row * stride, stride, sums + 16 * row);
-  if constexpr (M > 1) float_rows<kFloat, (M > 4 ? 4 : M / 2)>(panel, k, x, stride, row, n, sums);
-}
-
 inline constexpr int kBlockK = 256;  // columns at a time: 16 KiB of float32 weights stay in the first cache
 
 template <Float kFloat>
@@ -191,12 +164,12 @@ void float_panel(const void* panel, int64_t k, const float* x, int64_t stride, i
   const bool convert = kFloat != kF32 && n > kFloatTile;  // else in registers, on the way
   for (int64_t first = 0; first < k; first += kBlockK) {
     const int64_t size = k - first < kBlockK ? k - first : kBlockK;
-    const void* block = (const char*)panel + first * 16 * (kFloat == kF32 ? 4 : 2);
+    const void* block = (const char*)panel + first * 16 * float_bytes(kFloat);
     if (convert) {
-      for (int64_t i = 0; i < size; ++i) store(converted + 16 * i, load_weights<kFloat>(block, i));
-      float_rows<kF32>(converted, size, x + first, stride, 0, n, sums);
+      for (int64_t i = 0; i < size; ++i) store(converted + 16 * i, load_as<kFloat>(block, 16 * i));
+      product<kF32>({converted, 16, size, x + first, stride, sums, 16}, 0, n);
     } else {
-      float_rows<kFloat>(block, size, x + first, stride, 0, n, sums);
+      product<kFloat>({block, 16, size, x + first, stride, sums, 16}, 0, n);
     }
   }
   for (int m = 0; m < n; ++m) finish_row(load(sums + 16 * m), finish, m);

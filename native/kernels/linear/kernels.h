@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "base/float16.h"
+
 namespace tersor::linear {
 
 inline constexpr int kPanelRows = 16;
@@ -27,8 +29,6 @@ enum Code { kU4, kU6, kS8, kT4, kCodes };
 // What `second` holds.   kNone: w = scale * (code + offset)   kMin: w = scale * (code + offset) + second
 //                        kZero: w = scale * (code + offset - second)
 enum Second { kNone, kMin, kZero, kSeconds };
-
-enum Float { kF32, kF16, kBF16, kFloats };
 
 constexpr int code_bytes(Code code) { return code == kU4 || code == kT4 ? 8 : 16; }  // per column of a panel
 

@@ -105,7 +105,7 @@ Part pack_integers(const Scheme& s, const uint8_t* const* fields, int64_t rows, 
 }
 
 Part pack_floats(Float type, const void* values, int64_t rows, int64_t columns) {
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, size = type == kF32 ? 4 : 2, panel_bytes = columns * kPanelRows * size;
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type), panel_bytes = columns * kPanelRows * size;
   Part part{rows, columns, false, type, kU4, 0, kNone, 0, nullptr, panel_bytes, Bytes(panels * panel_bytes), {}, {}};
   part.scale.assign(panels * kPanelRows, 1.0f);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {

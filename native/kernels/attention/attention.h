@@ -1,0 +1,49 @@
+// The key-value cache and attention over it.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "base/float16.h"
+#include "kernels/attention/kernels.h"
+
+namespace tersor::attention {
+
+// Keys and values of every layer for positions [0, length); layout in kernels.h. Memory is reserved for `capacity` positions
+// and touched only as positions are appended.
+class Cache {
+ public:
+  // type: kF32 or kF16. Throws std::bad_alloc.
+  Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float type);
+
+  const int layers, kv_heads, head_dim, width;
+  const int64_t capacity;
+  const Float type;
+  int64_t length = 0;
+
+  int64_t nbytes() const { return 2 * int64_t(layers) * kv_heads * head_bytes_; }
+  Head head(int layer, int kv_head) const;
+
+ private:
+  struct Free {
+    void operator()(uint8_t* p) const { std::free(p); }
+  };
+  int64_t head_bytes_;  // of the keys, and as much for the values, of one layer and head
+  std::unique_ptr<uint8_t, Free> data_;
+};
+
+// Rows of heads: row i is at data + i * stride; each is (heads, head_dim), contiguous.
+struct Rows {
+  const float* data;
+  int64_t n, stride;
+};
+
+// Writes keys and values at positions length .. length + n of a layer.
+void append(Cache& cache, int layer, const Rows& keys, const Rows& values);
+
+// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i is at position length + i and sees the keys up to its own, only
+// the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
+void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window, float* out);
+
+}  // namespace tersor::attention

@@ -1,0 +1,27 @@
+// Softmax statistics of rows of logits: what every instruction set provides.
+#pragma once
+
+#include <cstdint>
+
+namespace tersor::logits {
+
+struct Comparison {
+  double nll_p, nll_q;  // -log of the target's probability, in nats
+  double divergence;    // KL(p || q) in nats
+  double same_top;      // 1 when both have the same argmax (the first of equals), else 0
+  double change;        // q(target) - p(target)
+};
+
+struct Kernels {
+  // log sum exp of n logits. exp in float32 (relative error 2e-7), sums in float64.
+  double (*log_sum_exp)(const float* x, int64_t n);
+  Comparison (*compare)(const float* p, const float* q, int64_t n, int64_t target);
+};
+
+extern const Kernels scalar_kernels;
+#if defined(__x86_64__)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512vnni_kernels;
+#endif
+
+}  // namespace tersor::logits

@@ -1,0 +1,16 @@
+// Softmax statistics of rows of logits, on the thread pool.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/logits/kernels.h"
+
+namespace tersor::logits {
+
+// out[i] = -log softmax(x[i])[targets[i]]; x (n, vocab).
+void nll(const float* x, int64_t n, int64_t vocab, const int32_t* targets, double* out);
+
+// out[i] compares row i of p with row i of q.
+void compare(const float* p, const float* q, int64_t n, int64_t vocab, const int32_t* targets, Comparison* out);
+
+}  // namespace tersor::logits
