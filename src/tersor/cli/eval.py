@@ -17,8 +17,10 @@ def command(
     against: Annotated[str | None, typer.Option("--against", "-a", metavar="BASE", help="The original: adds the KL divergence.")] = None,
     text: options.Text = None,
     window: options.Window = 512,
-    stride: Annotated[int | None, typer.Option("--stride", help="Tokens between the starts of two windows; by default no overlap.")] = None,
-    windows: Annotated[int, typer.Option("--windows", "-n", help="Windows to judge; 0 = the whole text.")] = 16,
+    stride: Annotated[
+        int | None, typer.Option("--stride", metavar="N", help="Tokens between the starts of two windows; by default no overlap.")
+    ] = None,
+    windows: Annotated[int, typer.Option("--windows", "-n", metavar="N", help="Windows to judge; 0 = the whole text.")] = 16,
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS; by default as the tokenizer does.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,

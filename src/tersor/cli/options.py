@@ -10,10 +10,13 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", help="CPU threads; by default all CPUs this process may use.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", metavar="N", help="CPU threads; by default all CPUs this process may use.")]
 To = Annotated[
     str | None,
     typer.Option("--to", metavar="CONTAINER", help="gguf, compressed-tensors or huggingface; by default what OUT and the recipe imply."),
 ]
-Text = Annotated[Path | None, typer.Option("--text", help="UTF-8 text to judge on; by default pydoc_data.topics, which every Python has.")]
-Window = Annotated[int, typer.Option("--window", help="Tokens that the model sees at once.")]
+Text = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="UTF-8 text to judge on; by default pydoc_data.topics, which every Python has."),
+]
+Window = Annotated[int, typer.Option("--window", metavar="N", help="Tokens that the model sees at once.")]

@@ -16,8 +16,10 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="config.json, Hugging Face directory, .gguf file or hub id.", show_default=False)
     ],
-    recipes: Annotated[list[str] | None, typer.Option("--recipe", "-r", help='A recipe to add up; repeat it, or separate by ";".')] = None,
-    context: Annotated[int, typer.Option("--context", "-c", help="Tokens of KV cache to count.")] = 1024,
+    recipes: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", metavar="RECIPE", help='A recipe to add up; repeat it, or separate by ";".')
+    ] = None,
+    context: Annotated[int, typer.Option("--context", "-c", metavar="N", help="Tokens of KV cache to count.")] = 1024,
     ram: Annotated[
         str | None, typer.Option("--ram", metavar="SIZE", help="Memory to fit in, like 8GiB; by default this machine's.")
     ] = None,

@@ -18,6 +18,7 @@ def command(
         typer.Option(
             "--recipe",
             "-r",
+            metavar="RECIPE",
             help='"method:format, pattern=format, ..." or a .toml file; by default 4 bits: rtn:q4_k|q5_0 for GGUF, '
             "clip:int4_g128|int4_g64|int4_g32 for a directory.",
         ),
@@ -32,7 +33,7 @@ def command(
     Writes MODEL to OUT with its weights in the formats of a recipe.
 
     A recipe is a method and a format for the matrices of the blocks, then rules for others, the last that matches counts:
-    "rtn:int4_g64, lm_head=int8_c, layers.0-1=q8_0, *.down_proj=keep". Methods: rtn (round to nearest), clip (range searched for the
+    "clip:int4_g64, lm_head=int8_c, layers.0-1=rtn:int8_c, *.down_proj=keep". Methods: rtn (round to nearest), clip (range searched for the
     least squared error). Formats: docs/formats.md. q4_k|q5_0 takes q5_0 where the columns do not divide by 256.
     """
     from tersor.cli.printing import print_json, progress

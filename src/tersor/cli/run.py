@@ -17,17 +17,23 @@ if TYPE_CHECKING:
 
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Hugging Face directory, .gguf file or hub id.", show_default=False)],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and stop; without it, chat line by line.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and stop; without it, chat line by line.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message of the chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as plain text, without the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 = always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Sample among this many likeliest tokens; 0 = all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one's probability.")] = 0.0,
-    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", help="Above 1 makes seen tokens less likely.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sampling.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="String that ends the answer; may be repeated.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", metavar="N", help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="X", help="0 = always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Sample among this many likeliest tokens; 0 = all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="X", help="Sample among the likeliest tokens of this total probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option("--min-p", metavar="X", help="Drop tokens below this share of the likeliest one's probability.")
+    ] = 0.0,
+    repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", metavar="X", help="Above 1 makes seen tokens less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="String that ends the answer; may be repeated.")] = None,
     threads: options.Threads = None,
     json: options.Json = False,
 ) -> None:
