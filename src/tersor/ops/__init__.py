@@ -1,0 +1,160 @@
+"""The ops that a model may call, native. `reference` has the same in plain numpy.
+
+All arrays are C-contiguous float32 unless said otherwise. The native functions check shapes and raise ValueError, since a
+wrong shape is a mistake of the caller, not of the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tersor import _native
+from tersor.errors import FormatError
+from tersor.formats import get_format
+from tersor.tensor import Array, QuantizedTensor
+
+KVCache = _native.KVCache
+Weight = _native.Weight
+
+_CHUNK_VALUES = 1 << 24  # values decoded at a time, 64 MiB of float32
+
+
+def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8") -> Weight:
+    """Returns the tensors joined along rows and repacked for this CPU's kernels. bias: (rows of all,) float32 or None.
+
+    activations "int8": weights stay integers where the format is integers times a scale (all affine, sign and ggml types but
+    iq1 .. iq3), and `linear` rounds its input to 8 bits, absmax / 127 per 32 values. k-quants' scales times sub-scales are
+    rounded to float16's 11 bits. Lookup formats (nf4, fp4, iq1 .. iq3) are decoded once to float16 (float32 when that
+    overflows), and they and float formats take the input as it is.
+    activations "float": everything is decoded once to float32, exactly. Raises FormatError for another word.
+    """
+    if activations not in ("int8", "float"):
+        raise FormatError(f"activations {activations!r}; need int8 or float")
+    return _native.pack([_stored(_packable(t, activations)) for t in tensors], bias)
+
+
+def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
+    """Returns x W^T + bias + residual. x: (n, columns) -> (n, rows). Row i has the same bits whatever n and the threads are."""
+    y = np.empty((x.shape[0], weight.rows), np.float32)
+    _native.linear(x, weight, y, residual)
+    return y
+
+
+def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
+    """Returns the tokens' rows of the tensor, decoded, times scale. tokens: (n,) int32 in [0, rows) -> (n, columns)."""
+    if _native.has_scheme(tensor.format, tensor.columns):
+        out = np.empty((tokens.shape[0], tensor.columns), np.float32)
+        _native.embed(*_stored(tensor), tokens, scale, out)
+        return out
+    fmt = get_format(tensor.format)
+    if not fmt.row_independent:
+        return fmt.dequantize(tensor).reshape(tensor.rows, tensor.columns)[tokens] * np.float32(scale)
+    fields = {name: np.ascontiguousarray(array[tokens]) for name, array in tensor.fields.items()}
+    return fmt.dequantize(QuantizedTensor(tensor.format, (len(tokens), tensor.columns), fields)) * np.float32(scale)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d); weight: (d,)."""
+    y = np.empty(x.shape, np.float32)
+    _native.rms_norm(x, weight, eps, y)
+    return y
+
+
+def gated(x: Array, activation: str) -> Array:
+    """Returns act(first half) * second half. x: (n, 2f) -> (n, f); activation: silu | gelu_tanh."""
+    y = np.empty((x.shape[0], x.shape[1] // 2), np.float32)
+    _native.gated(x, activation, y)
+    return y
+
+
+def add(x: Array, y: Array) -> None:
+    """Adds y to x in place."""
+    _native.add(x, y)
+
+
+def softcap(x: Array, cap: float) -> None:
+    """Replaces x by cap * tanh(x / cap), in place; relative error below 1e-6."""
+    _native.softcap(x, cap)
+
+
+def rope(x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None:
+    """Rotates pairs (i, i + head_dim/2) of x in place by position * inv_freq[i] radians; row n is at position start + n.
+
+    x: (n, heads, head_dim), rows may be apart (a view of a joined product is fine); inv_freq: (head_dim/2,); cos and sin
+    are multiplied by scale. The angle is the float32 product, as in Hugging Face's rotary embedding.
+    """
+    _native.rope(x, start, inv_freq, scale)
+
+
+def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
+    """Returns softmax(scale q k^T) v, (n, heads * head_dim). q: (n, heads, head_dim), rows may be apart.
+
+    Causal: query i is at position cache.length + i and sees keys 0 .. its position, only the last `window` of them when
+    window > 0. Heads share keys in groups of heads / kv_heads. softcap > 0: scores become softcap * tanh(score / softcap).
+    """
+    out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
+    _native.attention(q, cache, layer, scale, softcap, window, out)
+    return out
+
+
+def nll(logits: Array, targets: Array) -> Array:
+    """Returns -log p(target), in nats, (n,) float64. logits: (n, vocab); targets: (n,) int32. Absolute error below 1e-6."""
+    out = np.empty(logits.shape[0], np.float64)
+    _native.nll(logits, targets, out)
+    return out
+
+
+def compare_logits(p: Array, q: Array, targets: Array) -> Array:
+    """Returns, (n, 5) float64: nll of p, nll of q, KL(p || q) in nats, 1 if the argmax is the same else 0, and the
+    difference q - p of the target's probability. p, q: (n, vocab) logits; targets: (n,) int32."""
+    out = np.empty((p.shape[0], 5), np.float64)
+    _native.compare_logits(p, q, targets, out)
+    return out
+
+
+def _stored(tensor: QuantizedTensor) -> tuple[str, int, int, dict[str, Array]]:
+    """Returns what the native side takes: format, rows, columns, and every field as uint8 (rows, bytes of a row)."""
+    fields = {name: np.ascontiguousarray(a).reshape(a.shape[0], -1).view(np.uint8) for name, a in tensor.fields.items()}
+    return tensor.format, tensor.rows, tensor.columns, fields
+
+
+def _packable(tensor: QuantizedTensor, activations: str) -> QuantizedTensor:
+    """Returns the tensor in a format that the kernels read: itself, or decoded to floats."""
+    if tensor.format in ("f32", "f16", "bf16"):
+        return tensor
+    if activations == "float":
+        return _decoded(tensor, np.float32)
+    if _native.has_scheme(tensor.format, tensor.columns):
+        return tensor
+    halves = _decoded(tensor, np.float16)
+    return halves if np.isfinite(halves.fields["values"]).all() else _decoded(tensor, np.float32)
+
+
+def _decoded(tensor: QuantizedTensor, dtype: type[np.floating[np.typing.Any]]) -> QuantizedTensor:
+    """Returns the tensor's values as float16 or float32, decoded some rows at a time."""
+    values = np.empty((tensor.rows, tensor.columns), dtype)
+    with np.errstate(over="ignore"):
+        for first, part in _row_chunks(tensor):
+            rows = get_format(part.format).dequantize(part).reshape(-1, tensor.columns)
+            values[first : first + len(rows)] = rows
+    return QuantizedTensor("f16" if dtype is np.float16 else "f32", tensor.shape, {"values": values})
+
+
+def _row_chunks(tensor: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]]:
+    """Yields (first row, those rows) for all rows; a format that mixes rows comes in one piece."""
+    step = max(1, _CHUNK_VALUES // max(1, tensor.columns)) if get_format(tensor.format).row_independent else max(1, tensor.rows)
+    for first in range(0, tensor.rows, step):
+        count = min(step, tensor.rows - first)
+        if count == tensor.rows:
+            yield first, tensor
+        else:
+            fields = {name: a[first : first + count] for name, a in tensor.fields.items()}
+            yield first, QuantizedTensor(tensor.format, (count, tensor.columns), fields)
+
+
+__all__ = [
+    *("KVCache", "Weight", "add", "attention", "compare_logits", "embed", "gated", "linear", "nll", "pack", "rms_norm"),
+    *("rope", "softcap"),
+]
