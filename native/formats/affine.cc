@@ -1,5 +1,6 @@
 #include "formats/affine.h"
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -39,12 +40,8 @@ float at(const AffineParams& p, int64_t row, int64_t group) {
   return p.values[row * p.row_stride + group * p.group_stride];
 }
 
-// x is clipped long before it leaves the range in which adding 1.5 * 2^23 rounds to nearest even.
-inline float round_even(float x) {
-  x = x > -1024.0f ? x : -1024.0f;
-  x = x < 1024.0f ? x : 1024.0f;
-  return (x + 12582912.0f) - 12582912.0f;
-}
+// Half to even for |x| < 2^22, by adding 1.5 * 2^23; a larger x stays far outside the codes, where to_code clips it.
+inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 inline uint8_t to_code(float q, float max_code) {
   q = q > 0.0f ? q : 0.0f;
@@ -82,6 +79,16 @@ AffineGrid affine_range_grid(float lo, float hi, AffineKind kind, int max_code) 
   }
   const float scale = affine_stored_scale((hi - lo) / steps);
   return {scale, static_cast<float>(to_code(round_even(-lo / (scale == 0.0f ? 1.0f : scale)), steps))};
+}
+
+// Here and not in the search: an initializer in a file with instruction-set flags would run on every CPU.
+double affine_ratio(int step) {
+  static const std::array<double, kAffineRatios> ratios = [] {
+    std::array<double, kAffineRatios> values;
+    for (int k = 0; k < kAffineRatios; k++) values[k] = std::pow(0.8, static_cast<double>(k) / kAffineRatioSteps);
+    return values;
+  }();
+  return ratios[step];
 }
 
 AffineGrid affine_fit(const AffineGroup& group, AffineKind kind, int max_code, bool search) {
