@@ -150,7 +150,9 @@ def recipe_bytes(tensors: Mapping[str, TensorInfo], text: str, tied: bool = Fals
     from tersor.formats import get_format
 
     recipe = Recipe.parse(text)
-    as_gguf = all(CONTAINERS["gguf"].holds(f) for f in recipe.default.formats if f != "keep") if gguf is None else gguf
+    as_gguf = gguf
+    if as_gguf is None:
+        as_gguf = not recipe.default.is_cast and all(CONTAINERS["gguf"].holds(f) for f in recipe.default.formats)
     total = 0
     for name, choice in recipe.assign(tensors, gguf=as_gguf, tied=tied).items():
         info = tensors[name]
