@@ -167,11 +167,13 @@ class GGUFWriter(Writer):
         self._plan = {info.name: info for info in plan}
         if len(self._plan) != len(plan):
             raise ContainerError(f"{path}: a tensor is announced twice")
-        metadata, freqs = self._metadata(description)
-        self._config = description.config
-        self._architecture = ARCHITECTURES[metadata["general.architecture"][1]]
+        where, self._config = str(path), description.config
+        translated, freqs = write_metadata(where, self._config)
+        self._architecture = ARCHITECTURES[translated["general.architecture"][1]]
         self._names = {name: self._gguf_name(name) for name in self._plan}
+        self._check_shapes()
         kinds = {name: "f32" if len(info.shape) == 1 else info.format for name, info in self._plan.items()}
+        metadata = _carried(description) or translated | write_tokenizer(where, description)
         metadata |= _quantization_keys(self._plan.values())
         tensors = [(self._names[name], BLOCK_TYPES[kinds[name]], info.shape) for name, info in self._plan.items()]
         if freqs is not None:
@@ -190,18 +192,22 @@ class GGUFWriter(Writer):
             self.abort()
             raise
 
-    def _metadata(self, description: ModelDescription) -> tuple[dict[str, KeyValue], Array | None]:
-        """Returns (all key-values, rope_freqs): a GGUF source's verbatim, or else translated from config and tokenizer."""
-        translated, freqs = write_metadata(str(self.path), description.config)
-        if "general.architecture" in description.metadata:
-            return {k: v for k, v in description.metadata.items() if not k.startswith(("split.", "tersor."))}, freqs
-        return translated | write_tokenizer(str(self.path), description), freqs
-
     def _gguf_name(self, name: str) -> str:
         found = to_gguf(self._architecture, name)
         if found is None:
             raise ContainerError(f"{self.path}: GGUF's {self._architecture.name} has no place for tensor {shorten(name)!r}")
         return found
+
+    def _check_shapes(self) -> None:
+        """Raises ContainerError when the plan contradicts the config where the file depends on both: head sizes and vocabulary."""
+        config = self._config
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for name, info in self._plan.items():
+            heads = permuted_heads(self._architecture, name, config)
+            if heads and info.shape[0] != heads * head_dim:
+                raise ContainerError(f"{self.path}: {name} has {info.shape[0]} rows, but the config says {heads} heads of {head_dim}")
+            if name == "model.embed_tokens.weight" and info.shape[0] != config["vocab_size"]:
+                raise ContainerError(f"{self.path}: {name} has {info.shape[0]} rows, but the config says vocab_size {config['vocab_size']}")
 
     def write(self, name: str, tensor: QuantizedTensor) -> None:
         """Writes one announced tensor: renamed, rows in GGUF's order, gemma's norms shifted."""
@@ -249,6 +255,13 @@ class GGUFWriter(Writer):
             with suppress(OSError):  # the rest of the buffer may meet a full disk; the file goes anyway
                 self._file.close()
         remove(self._temporary)
+
+
+def _carried(description: ModelDescription) -> dict[str, KeyValue]:
+    """Returns the key-values of a model that came from a GGUF file, verbatim; nothing for another one."""
+    if "general.architecture" not in description.metadata:
+        return {}
+    return {key: value for key, value in description.metadata.items() if not key.startswith(("split.", "tersor."))}
 
 
 def _quantization_keys(plan: Iterable[TensorInfo]) -> dict[str, KeyValue]:

@@ -194,15 +194,17 @@ def _read_rope(keys: _Keys, config: Mapping[str, Any], rope_freqs: Array | None)
     return out
 
 
-def rope_factors(scaling: Mapping[str, Any], theta: float, head_dim: int, context: int) -> Array:
+def rope_factors(where: str, scaling: Mapping[str, Any], theta: float, head_dim: int, context: int) -> Array:
     """Returns the divisors of the rope frequencies, (head_dim/2,) float32, that rope_type llama3 means.
 
     With wavelength L: 1 where L < original/high, factor where L > original/low, and in between
     1 / ((1 - s)/factor + s), s = (original/L - low) / (high - low). Source: transformers modeling_rope_utils.py,
     `_compute_llama3_parameters`; llama.cpp conversion/llama.py.
     """
-    factor, low, high = (float(scaling[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = float(scaling.get("original_max_position_embeddings", context))
+    factor, low, high = (_number(where, scaling, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = _number(where, scaling, "original_max_position_embeddings", context)
+    if high <= low:
+        raise ContainerError(f"{where}: rope scaling llama3 needs high_freq_factor {high} above low_freq_factor {low}")
     turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
@@ -224,7 +226,7 @@ def llama3_scaling(factors: Array, theta: float, context: int) -> dict[str, Any]
         if offset < 0 < slope:
             found = {"rope_type": "llama3", "factor": _snap(factor), "low_freq_factor": 1.0, "high_freq_factor": _snap(1 - 1 / offset)}
             found["original_max_position_embeddings"] = round(_snap(-slope / offset))
-            again = rope_factors(found, theta, 2 * len(factors), context)
+            again = rope_factors("", found, theta, 2 * len(factors), context)
             if np.allclose(again, factors, rtol=1e-4):
                 return found
     listed = [float(f) for f in factors]
@@ -256,11 +258,12 @@ def write_metadata(where: str, config: Mapping[str, Any]) -> tuple[dict[str, Key
     if name := str(config.get("_name_or_path") or "").rstrip("/").rpartition("/")[2]:
         pairs["general.name"] = ("str", name)
     pairs |= {f"{prefix}.{key}": ("u32", _config_size(where, config, name)) for key, name in _SIZES.items()}
-    pairs[f"{prefix}.attention.head_count_kv"] = ("u32", config.get("num_key_value_heads") or config["num_attention_heads"])
+    kv_heads = "num_attention_heads" if config.get("num_key_value_heads") is None else "num_key_value_heads"
+    pairs[f"{prefix}.attention.head_count_kv"] = ("u32", _config_size(where, config, kv_heads))
     pairs[f"{prefix}.attention.key_length"] = ("u32", head_dim)
     pairs[f"{prefix}.attention.value_length"] = ("u32", head_dim)
     pairs[f"{prefix}.rope.dimension_count"] = ("u32", head_dim)
-    pairs[f"{prefix}.attention.layer_norm_rms_epsilon"] = ("f32", float(config.get("rms_norm_eps", 1e-6)))
+    pairs[f"{prefix}.attention.layer_norm_rms_epsilon"] = ("f32", _number(where, config, "rms_norm_eps", 1e-6))
     pairs[f"{prefix}.vocab_size"] = ("u32", _config_size(where, config, "vocab_size"))
     rope, freqs = _write_rope(where, prefix, config, head_dim)
     return pairs | rope | _write_attention(where, architecture, config, head_dim), freqs
@@ -273,51 +276,78 @@ def _config_size(where: str, config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _number(where: str, settings: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Returns a positive finite number of config.json; absent or null: the default."""
+    value = settings.get(name)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ContainerError(f"{where}: config.json's {name} is {shorten(value)}, needs a number above 0")
+    return float(value)
+
+
 def _head_dim(where: str, config: Mapping[str, Any]) -> int:
     if config.get("head_dim") is not None:
         return _config_size(where, config, "head_dim")
     return _config_size(where, config, "hidden_size") // _config_size(where, config, "num_attention_heads")
 
 
-def _rope_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+def _rope_settings(where: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
     """Returns (rope settings of the full layers with rope_theta, the local layers' base or None) from either spelling."""
-    given = config.get("rope_parameters")
+    given, scaling = config.get("rope_parameters"), config.get("rope_scaling") or {}
     if given is None:
-        return {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}, config.get("rope_local_base_freq")
-    if "full_attention" in given:
-        return dict(given["full_attention"]), given.get("sliding_attention", {}).get("rope_theta")
+        return {"rope_theta": config.get("rope_theta"), **_mapping(where, scaling)}, config.get("rope_local_base_freq")
+    if "full_attention" in _mapping(where, given):
+        return dict(_mapping(where, given["full_attention"])), _mapping(where, given.get("sliding_attention") or {}).get("rope_theta")
     return dict(given), config.get("rope_local_base_freq")
 
 
+def _mapping(where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ContainerError(f"{where}: config.json's rope settings are {shorten(value)}, need an object")
+    return value
+
+
 def _write_rope(where: str, prefix: str, config: Mapping[str, Any], head_dim: int) -> tuple[dict[str, KeyValue], Array | None]:
-    settings, local = _rope_settings(config)
-    theta = float(settings.get("rope_theta") or (1e6 if prefix == "gemma3" else 1e4))
+    settings, local = _rope_settings(where, config)
+    theta = _number(where, settings, "rope_theta", 1e6 if prefix == "gemma3" else 1e4)
     pairs: dict[str, KeyValue] = {f"{prefix}.rope.freq_base": ("f32", theta)}
-    if prefix == "gemma3" and local is not None and local != _LOCAL_ROPE_BASE:
-        pairs[f"{prefix}.rope.freq_base_swa"] = ("f32", float(local))
+    if (
+        prefix == "gemma3"
+        and (base := _number(where, {"rope_local_base_freq": local}, "rope_local_base_freq", _LOCAL_ROPE_BASE)) != _LOCAL_ROPE_BASE
+    ):
+        pairs[f"{prefix}.rope.freq_base_swa"] = ("f32", base)
     context = _config_size(where, config, "max_position_embeddings")
     kind = settings.get("rope_type") or settings.get("type") or "default"
     if settings.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ContainerError(f"{where}: partial_rotary_factor cannot be written as GGUF for {prefix}")
     if kind == "llama3" and prefix != "gemma3":
-        return pairs, rope_factors(settings, theta, head_dim, context)
+        return pairs, rope_factors(where, settings, theta, head_dim, context)
     if kind == "longrope" and settings.get("short_factor") == settings.get("long_factor") and settings.get("attention_factor") == 1.0:
-        return pairs, np.array(settings["long_factor"], np.float32)  # divisors that came from a GGUF file
+        return pairs, _listed_factors(where, settings["long_factor"], head_dim)
     if kind == "linear":
-        pairs |= {f"{prefix}.rope.scaling.type": ("str", "linear"), f"{prefix}.rope.scaling.factor": ("f32", float(settings["factor"]))}
+        pairs[f"{prefix}.rope.scaling.type"] = ("str", "linear")
+        pairs[f"{prefix}.rope.scaling.factor"] = ("f32", _number(where, settings, "factor"))
     elif kind == "yarn" and not any(settings.get(k) for k in ("attention_factor", "mscale", "mscale_all_dim")):
         pairs[f"{prefix}.rope.scaling.type"] = ("str", "yarn")
-        pairs[f"{prefix}.rope.scaling.factor"] = ("f32", float(settings["factor"]))
-        original = int(settings.get("original_max_position_embeddings", context))
+        pairs[f"{prefix}.rope.scaling.factor"] = ("f32", _number(where, settings, "factor"))
+        original = int(_number(where, settings, "original_max_position_embeddings", context))
         pairs[f"{prefix}.rope.scaling.original_context_length"] = ("u32", original)
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            if float(settings.get(key) or default) != default:
-                pairs[f"{prefix}.rope.scaling.yarn_{key}"] = ("f32", float(settings[key]))
+            if (value := _number(where, settings, key, default)) != default:
+                pairs[f"{prefix}.rope.scaling.yarn_{key}"] = ("f32", value)
     elif kind != "default":
         raise ContainerError(
             f"{where}: rope scaling {shorten(kind)!r} with these settings has no place in GGUF; known: default, linear, llama3, yarn"
         )
     return pairs, None
+
+
+def _listed_factors(where: str, listed: Any, head_dim: int) -> Array:
+    """Returns the divisors that `llama3_scaling` could only list."""
+    if not isinstance(listed, list) or len(listed) != head_dim // 2 or not all(isinstance(f, (int, float)) and f > 0 for f in listed):
+        raise ContainerError(f"{where}: long_factor is {shorten(listed)}, needs {head_dim // 2} numbers above 0")
+    return np.array(listed, np.float32)
 
 
 def _write_attention(where: str, architecture: GGUFArchitecture, config: Mapping[str, Any], head_dim: int) -> dict[str, KeyValue]:
@@ -327,21 +357,30 @@ def _write_attention(where: str, architecture: GGUFArchitecture, config: Mapping
     if not prefix.startswith("gemma"):
         if prefix.startswith("qwen") and config.get("use_sliding_window") and window:
             raise ContainerError(f"{where}: GGUF's {prefix} has no sliding window (use_sliding_window is true)")
-        return {f"{prefix}.attention.sliding_window": ("u32", window)} if config.get("model_type") == "mistral" and window else {}
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        has = config.get("model_type") == "mistral" and window
+        return {f"{prefix}.attention.sliding_window": ("u32", _config_size(where, config, "sliding_window"))} if has else {}
+    layers, heads = _config_size(where, config, "num_hidden_layers"), _config_size(where, config, "num_attention_heads")
     need = config["hidden_size"] // heads if layers == _SCALED_BY_WIDTH[prefix] else head_dim
     if config.get("query_pre_attn_scalar", need) != need:
         raise ContainerError(
             f"{where}: query_pre_attn_scalar is {config['query_pre_attn_scalar']}; GGUF's {prefix} with {layers} layers always means {need}"
         )
-    pairs: dict[str, KeyValue] = {f"{prefix}.attention.sliding_window": ("u32", int(window or 4096))}
-    types = config.get("layer_types") or _layer_types(layers, config.get("sliding_window_pattern") or _WINDOW_PERIOD[prefix])
+    pairs: dict[str, KeyValue] = {
+        f"{prefix}.attention.sliding_window": ("u32", _config_size(where, {"sliding_window": 4096, **config}, "sliding_window"))
+    }
+    types = config.get("layer_types")
+    if types is None:
+        types = _layer_types(
+            layers, _config_size(where, {"sliding_window_pattern": _WINDOW_PERIOD[prefix], **config}, "sliding_window_pattern")
+        )
+    if not isinstance(types, list) or len(types) != layers:
+        raise ContainerError(f"{where}: config.json's layer_types is {shorten(types)}, needs one type for each of {layers} layers")
     period = _period(where, types)
     if period != _WINDOW_PERIOD[prefix] and types != _layer_types(layers, _WINDOW_PERIOD[prefix]):
         pairs[f"{prefix}.attention.sliding_window_pattern"] = ("u32", period)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(key):
-            pairs[f"{prefix}.{key}"] = ("f32", float(config[key]))
+            pairs[f"{prefix}.{key}"] = ("f32", _number(where, config, key))
         elif prefix == "gemma2":
             raise ContainerError(f"{where}: {key} is {config.get(key)}; GGUF's gemma2 always has one")
     return pairs

@@ -96,7 +96,8 @@ def to_gguf(architecture: GGUFArchitecture, name: str) -> str | None:
     if kind not in ("weight", "bias"):
         return None
     if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
+        # gemma2's readers always take the embedding for the head, and reject a file with a head of its own
+        return None if (architecture.name, stem) == ("gemma2", "lm_head") else f"{_TOP[stem]}.{kind}"
     if not stem.startswith("model.layers."):
         return None
     number, _, part = stem.removeprefix("model.layers.").partition(".")

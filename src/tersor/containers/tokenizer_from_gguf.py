@@ -21,6 +21,9 @@ from tersor.errors import ContainerError, unknown
 # tokenizer.ggml.token_type (llama.h, llama_token_type)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+# No vocabulary has longer tokens; finding the merges of one takes time quadratic in its length.
+MAX_TOKEN = 1024
+
 SPACE = "\u2581"  # how SentencePiece writes a space
 _MODELS = ("gpt2", "llama", "none", "no_vocab")
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -33,6 +36,9 @@ class Vocabulary:
         self.where, self._metadata = where, metadata
         self.tokens: list[str] = self._list("tokenizer.ggml.tokens", "[str]")
         n = len(self.tokens)
+        longest = max(self.tokens, key=len, default="")
+        if len(longest) > MAX_TOKEN:
+            raise ContainerError(f"{where}: a token of {len(longest)} characters, above the limit of {MAX_TOKEN}; the file is damaged")
         self.types = self._numbers("tokenizer.ggml.token_type", n, np.ones(n, np.int64)).astype(np.int64)
         self.scores = self._numbers("tokenizer.ggml.scores", n, np.zeros(n)).astype(np.float64)
         if not np.isfinite(self.scores).all():

@@ -15,7 +15,7 @@ import numpy as np
 from tersor.containers.gguf_file import KeyValue
 from tersor.containers.pretokenizers import name_of
 from tersor.containers.safetensors_file import parse_json, shorten
-from tersor.containers.tokenizer_from_gguf import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from tersor.containers.tokenizer_from_gguf import BYTE, CONTROL, MAX_TOKEN, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from tersor.errors import ContainerError
 from tersor.tensor import ModelDescription
 
@@ -79,15 +79,17 @@ def _tokens(source: _Source) -> tuple[list[str], list[int]]:
     for token, number in source.model["vocab"].items():
         _place(source, tokens, types, token, number, BYTE if source.model.get("byte_fallback") and _BYTE_TOKEN.fullmatch(token) else NORMAL)
     for added in source.tokenizer.get("added_tokens") or ():
-        _place(source, tokens, types, added["content"], added["id"], CONTROL if added.get("special") else USER_DEFINED)
+        if not isinstance(added, Mapping):
+            raise source.refuse(f"added token {shorten(added)} is no object")
+        _place(source, tokens, types, added.get("content"), added.get("id"), CONTROL if added.get("special") else USER_DEFINED)
     unk = source.model.get("unk_token")
     if unk is not None and unk in tokens:
         types[tokens.index(unk)] = UNKNOWN
     return tokens, types
 
 
-def _place(source: _Source, tokens: list[str], types: list[int], token: str, number: Any, kind: int) -> None:
-    if not isinstance(number, int) or not 0 <= number < source.size:
+def _place(source: _Source, tokens: list[str], types: list[int], token: Any, number: Any, kind: int) -> None:
+    if not isinstance(token, str) or len(token) > MAX_TOKEN or not isinstance(number, int) or not 0 <= number < source.size:
         raise source.refuse(f"token {shorten(token)!r} has id {shorten(number)}, the embedding has {source.size} rows")
     tokens[number], types[number] = token, kind
 
@@ -96,8 +98,10 @@ def _merges(source: _Source) -> list[tuple[str, str]]:
     """Returns the merges as pairs; they are written as pairs or as one text with a space."""
     out = []
     for merge in source.model.get("merges") or ():
-        left, right = merge if isinstance(merge, list) and len(merge) == 2 else str(merge).split(" ", 1)
-        out.append((left, right))
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and len(part) <= MAX_TOKEN for part in pair):
+            raise source.refuse(f"merge {shorten(merge)} is no pair of tokens")
+        out.append((pair[0], pair[1]))
     return out
 
 
