@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from tersor.errors import ContainerError, FormatError, ModelError, OutputError, 
 from tersor.formats import Format, get_format
 from tersor.methods import METHODS
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
-from tersor.tensor import Array, QuantizedTensor, TensorInfo
+from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
 SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
 FLOAT16_MAX = 65504.0
@@ -129,7 +129,8 @@ def quantize(
             tied=bool(checkpoint.description.config.get("tie_word_embeddings")),
         )
         plan = plan_tensors(checkpoint.tensors, choices, container)
-        results = _write(checkpoint, container, target, plan, choices, force, progress)
+        description = _described(checkpoint.description, plan)
+        results = _write(checkpoint, container, target, description, plan, choices, force, progress)
     finally:
         if checkpoint is not model:
             checkpoint.close()
@@ -198,6 +199,7 @@ def _write(
     checkpoint: Checkpoint,
     container: Container,
     target: Path,
+    description: ModelDescription,
     plan: Sequence[TensorInfo],
     choices: Mapping[str, Choice],
     force: bool,
@@ -205,7 +207,7 @@ def _write(
 ) -> list[TensorResult]:
     total, done = sum(prod(info.shape) for info in plan), 0
     results = []
-    with container.create(target, checkpoint.description, plan, force=force) as writer:
+    with container.create(target, description, plan, force=force) as writer:
         for info in plan:
             source = checkpoint.tensors[info.name]
 
@@ -227,6 +229,15 @@ def _write(
             checkpoint.release()
             results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error))
     return results
+
+
+def _described(description: ModelDescription, plan: Sequence[TensorInfo]) -> ModelDescription:
+    """Returns the description with config.json's dtype, which loaders cast floats to, as most float values of the plan are stored."""
+    values = {format: sum(prod(info.shape) for info in plan if info.format == format) for format in CASTS}
+    most = max(values, key=lambda format: values[format])
+    key = "torch_dtype" if "torch_dtype" in description.config else "dtype"
+    name = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[most]
+    return replace(description, config={**description.config, key: name})
 
 
 def _keep(checkpoint: Checkpoint, info: TensorInfo, report: Callable[[int], None]) -> QuantizedTensor:

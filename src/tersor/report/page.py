@@ -22,6 +22,7 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--ink); }
 svg .tick { fill: var(--soft); } svg .axis { font-size: 13px; fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .major { stroke: var(--major); }
+svg .label { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
 svg .frontier { fill: none; stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
 svg .dot { stroke: var(--paper); stroke-width: 1.5; } svg .bar { stroke-width: 2; opacity: .55; }
 .k0 { fill: var(--k0); stroke: var(--k0); } .k1 { fill: var(--k1); stroke: var(--k1); }

@@ -8,7 +8,7 @@ from html import escape
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 920, 520  # viewBox units
-LEFT, RIGHT, TOP, BOTTOM = 76, 28, 24, 58  # margins around the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 76, 28, 44, 58  # margins around the plotting area
 LABEL_HEIGHT, LETTER_WIDTH = 15, 6.7  # of a label at 12 px
 
 
@@ -139,12 +139,12 @@ def _outside(box: _Box) -> float:
 
 
 def _legend(kinds: Sequence[str]) -> list[str]:
-    parts = []
+    """Returns the kinds in a row above the plotting area."""
+    parts, x = [], LEFT + 6.0
     for i, kind in enumerate(kinds):
-        x, y = WIDTH - RIGHT - 170, TOP + 16 + 22 * i
-        parts.append(
-            f'<circle class="dot k{i % 4}" cx="{x}" cy="{y - 4}" r="5.5"/><text class="label" x="{x + 13}" y="{y}">{escape(kind)}</text>'
-        )
+        parts.append(f'<circle class="dot k{i % 4}" cx="{x:.1f}" cy="20" r="5.5"/>')
+        parts.append(f'<text class="label" x="{x + 12:.1f}" y="24">{escape(kind)}</text>')
+        x += 40 + LETTER_WIDTH * len(kind)
     return parts
 
 
