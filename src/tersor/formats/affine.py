@@ -212,13 +212,14 @@ class AffineFormat(Format):
         columns = rows.shape[1]
         group = {_PER_ROW: columns, _PER_TENSOR: 0}.get(self.group_size, self.group_size)
         scale, offset = _native.affine_fit(rows, group, _KINDS[self.kind], self.max_code, importance, search)
-        fields = {"scale": self.stored_scale(scale)}
+        second: dict[str, Array] = {}
         if self.kind == "":
-            fields["zero"] = pack_bits(offset.astype(np.uint8), self.width)
+            second["zero"] = pack_bits(offset.astype(np.uint8), self.width)
         elif self.kind == "m":
-            fields["min"] = self.stored_minimum(offset)
+            second["min"] = self.stored_minimum(offset)
+        stored_scale = self.stored_scale(scale)
         codes = _native.affine_encode(rows, scale, offset, self.groups(columns), self.kind == "m", self.width, self.max_code)
-        return QuantizedTensor(self.name, w.shape, {"codes": codes, **fields})
+        return QuantizedTensor(self.name, w.shape, {"codes": codes, "scale": stored_scale, **second})
 
     def _wide(self, tensor: QuantizedTensor) -> tuple[Array, Array]:
         """Returns (scale, offset) as the native functions take them: float32, (rows, groups) or (1, 1)."""
@@ -231,24 +232,20 @@ class AffineFormat(Format):
 
     def stored_scale(self, scale: Array) -> Array:
         """Returns scale, float32 >= 0, as float16. Raises FormatError for one that float16 cannot hold."""
-        rounded = scale.astype(np.float16)
+        with np.errstate(over="ignore"):
+            rounded = scale.astype(np.float16)
         if not np.isfinite(rounded).all():
-            raise FormatError(
-                f"{self.name}: a group needs scale {scale[~np.isfinite(rounded)][0]:g}, beyond float16's {_F16_MAX:g}; "
-                "use nf4 (float32 scales), bf16 or f32"
-            )
+            raise FormatError(f"{self.name}: a group's scale is beyond float16's {_F16_MAX:g}; use nf4 (float32 scales), bf16 or f32")
         too_small = (scale < _F16_NORMAL) & (rounded.astype(np.float32) < scale)
         rounded.view(np.uint16)[too_small] += 1  # the next float16 above
         return rounded
 
     def stored_minimum(self, minimum: Array) -> Array:
         """Returns minimum, float32, as the nearest float16. Raises FormatError for one that float16 cannot hold."""
-        rounded = minimum.astype(np.float16) + np.float16(0)  # -0 becomes 0
+        with np.errstate(over="ignore"):
+            rounded = minimum.astype(np.float16) + np.float16(0)  # -0 becomes 0
         if not np.isfinite(rounded).all():
-            raise FormatError(
-                f"{self.name}: a group has minimum {minimum[~np.isfinite(rounded)][0]:g}, beyond float16's {_F16_MAX:g}; "
-                "use nf4 (float32 scales), bf16 or f32"
-            )
+            raise FormatError(f"{self.name}: a group's minimum is beyond float16's -{_F16_MAX:g}; use nf4 (float32 scales), bf16 or f32")
         return rounded
 
     def _zeros(self, params: Params) -> Array:

@@ -1,0 +1,1 @@
+"""Slow loops written from the papers and the drawn layouts. They import nothing of tersor."""
