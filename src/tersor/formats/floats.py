@@ -55,6 +55,7 @@ class FloatFormat(Format):
     """f32, f16 or bf16. fields: {"values": (rows, in)} of float32, float16, or uint16 holding bfloat16 bits."""
 
     group_size = 1
+    uses_importance = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,7 +69,8 @@ class FloatFormat(Format):
         return prod(shape) * self.dtype.itemsize
 
     def fit(self, w: Array, importance: Array | None = None) -> Params:
-        """Returns no parameters: a float carries its own exponent."""
+        """Returns no parameters: a float carries its own exponent. Raises FormatError for any importance."""
+        self.refuse_importance(importance)
         return {}
 
     def encode(self, w: Array, params: Params) -> Array:
@@ -100,7 +102,12 @@ class FloatFormat(Format):
         return tensor.fields["values"], {}
 
     def quantize(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        self.refuse_importance(importance)
         return self.pack(self.encode(as_rows(w), {}), {}, w.shape)
+
+    def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
+        """Returns `quantize`: every value by itself is nearest already, whatever its importance."""
+        return self.quantize(w)
 
     def alternative(self, columns: int) -> str:
         return "every shape fits"

@@ -15,7 +15,7 @@ reference, and what a method with its own idea about codes (GPTQ) calls group by
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import ceil, prod
 
 import numpy as np
@@ -26,7 +26,7 @@ from tersor.tensor import Array, Params, QuantizedTensor
 PART_VALUES = 1 << 22  # weights quantized at once where numpy needs temporary arrays
 
 # Shares of a group's range that the generic clip search tries.
-CLIP_RATIOS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77, 0.73, 0.68, 0.63, 0.57, 0.5)
+CLIP_RATIOS = (0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77, 0.73, 0.68, 0.63, 0.57, 0.5)
 
 
 class Format(ABC):
@@ -92,37 +92,50 @@ class Format(ABC):
         return self.by_parts(w, quantize_rows)
 
     def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
-        """Returns w with each group's range clipped so that the (importance-weighted) squared error is least.
+        """Returns w by the candidates of `clipped`, each group from the one with the least squared error.
 
-        For every ratio of CLIP_RATIOS each group is clipped to ratio * (min w, max w), quantized with this format's own
-        fit, and kept where sum h (w - w_hat)^2 falls, w being the weights before clipping. Ratio 1 is among them, so the
-        error is never above `quantize`'s. Clip search as in OmniQuant (arXiv 2308.13137) and AWQ (arXiv 2306.00978).
-        Needs a row-independent format whose fields divide evenly among the groups; others override it.
+        The error is sum h (w - w_hat)^2 over the group, h being the importance (1 without). `quantize` is among the
+        candidates, so no group gets worse by it. Needs a row-independent format whose fields divide evenly among the
+        groups; others override it.
         """
         self.check(w.shape)
         importance = check_importance(importance, w.shape[-1], self.name)
-        return self.by_parts(w, lambda rows: self._clip_rows(rows, importance))
+        return self.by_parts(w, lambda rows: self._best_groups(rows, importance))
 
-    def _clip_rows(self, rows: Array, importance: Array | None) -> QuantizedTensor:
-        """Returns `quantize_clipped` of (rows, in) float32; every field is merged group by group."""
-        shape = (rows.shape[0], self.groups(rows.shape[1]), -1)
-        blocks = rows.reshape(shape)
+    def clipped(self, rows: Array, importance: Array | None) -> Iterator[QuantizedTensor]:
+        """Yields the candidates of `quantize_clipped`, for (rows, in) float32; the first is `quantize`.
+
+        A format whose fit is a weighted search adds that search with equal weights (its plain fit may be the format's
+        conventional one, as Q4_0's is). The others clip each group to ratio * (min w, max w) for CLIP_RATIOS before their
+        own fit: the clip search of AWQ (arXiv 2306.00978) and OmniQuant (arXiv 2308.13137).
+        """
+        if self.uses_importance:
+            yield self.quantize(rows, importance)
+            if importance is None:
+                yield self.quantize(rows, np.ones(rows.shape[1], dtype=np.float32))
+            return
+        yield self.quantize(rows)
+        blocks = rows.reshape(rows.shape[0], self.groups(rows.shape[1]), -1)
         low, high = blocks.min(axis=-1, keepdims=True), blocks.max(axis=-1, keepdims=True)
+        for ratio in CLIP_RATIOS:
+            yield self.quantize(np.clip(blocks, low * np.float32(ratio), high * np.float32(ratio)).reshape(rows.shape))
+
+    def _best_groups(self, rows: Array, importance: Array | None) -> QuantizedTensor:
+        """Returns the candidates of `clipped` merged group by group."""
+        shape = (rows.shape[0], self.groups(rows.shape[1]), -1)
         best: dict[str, Array] = {}
         least = np.full(shape[:2], np.inf)
-        for ratio in CLIP_RATIOS:
-            clipped = np.clip(blocks, low * np.float32(ratio), high * np.float32(ratio)).reshape(rows.shape)
-            tensor = self.quantize(clipped, importance if self.uses_importance else None)
-            error = np.square(rows - self.dequantize(tensor))
+        for candidate in self.clipped(rows, importance):
+            error = np.square(rows - self.dequantize(candidate))
             if importance is not None:
                 error *= importance
             total = error.reshape(shape).sum(axis=-1, dtype=np.float64)
             better = total < least
             least[better] = total[better]
-            for name, field in tensor.fields.items():
-                parts = field.reshape(shape)
-                best[name] = np.where(better[..., None], parts, best[name]) if name in best else parts
-        return QuantizedTensor(self.name, rows.shape, {name: parts.reshape(rows.shape[0], -1) for name, parts in best.items()})
+            for name, field in candidate.fields.items():
+                groups = field.reshape(shape)
+                best[name] = np.where(better[..., None], groups, best[name]) if name in best else groups
+        return QuantizedTensor(self.name, rows.shape, {name: groups.reshape(rows.shape[0], -1) for name, groups in best.items()})
 
     def by_parts(self, w: Array, quantize_rows: Callable[[Array], QuantizedTensor]) -> QuantizedTensor:
         """Returns quantize_rows of w in parts of a few million values, joined, so that temporary arrays stay small.
@@ -146,7 +159,7 @@ class Format(ABC):
     def refuse_importance(self, importance: Array | None) -> None:
         """Raises FormatError when there is an importance; called by the `fit` of formats that cannot use one."""
         if importance is not None:
-            raise FormatError(f"{self.name}: its fit is plain min-max, which takes no importance; use the method clip")
+            raise FormatError(f"{self.name}: its fit weighs no errors and takes no importance; use the method clip")
 
     def bits_per_weight(self, shape: tuple[int, ...] = (4096, 4096)) -> float:
         """Returns the true bits per weight for this shape, metadata included."""

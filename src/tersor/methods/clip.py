@@ -5,7 +5,8 @@
 A range short of the largest weights costs a few large errors and makes all others smaller. Sources: the clip search of
 AWQ (arXiv 2306.00978, its code's auto_clip) and OmniQuant's learned clipping (arXiv 2308.13137, section 3.1), here on the
 weights' own error with both ends free, as llm-compressor's MSE observer does with one ratio. Affine integers are searched
-natively over both ends and refined by least squares; other formats by ratios over their own fit (`Format.quantize_clipped`).
+natively over both ends and refined by least squares; ggml's types by their own weighted search; nf4, fp4 and int8_row by
+ratios of the range (`Format.quantize_clipped`).
 """
 
 from __future__ import annotations
