@@ -213,22 +213,15 @@ def rope_factors(where: str, scaling: Mapping[str, Any], theta: float, head_dim:
 def llama3_scaling(factors: Array, theta: float, context: int) -> dict[str, Any]:
     """Returns the rope_scaling whose divisors these are: llama3 when its formula gives them, or else longrope, which lists them.
 
-    GGUF keeps only the divisors. Only original/low and original/high can be told from them: low is taken as 1, as all models have it.
+    GGUF keeps only the divisors. The settings of all published Llama 3 models are tried first, then those that fit: only
+    original/low and original/high can be told from the divisors, and low is taken as 1.
     """
-    factor = float(factors.max())
-    turns_per_position = theta ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        smooth = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor)
-    between = (smooth > 1e-3) & (smooth < 1 - 1e-3)
-    if factor > 1 and between.sum() >= 2:
-        # s = original/(high - 1) * turns_per_position - 1/(high - 1)
-        slope, offset = np.polyfit(turns_per_position[between], smooth[between], 1)
-        if offset < 0 < slope:
-            found = {"rope_type": "llama3", "factor": _snap(factor), "low_freq_factor": 1.0, "high_freq_factor": _snap(1 - 1 / offset)}
-            found["original_max_position_embeddings"] = round(_snap(-slope / offset))
-            again = rope_factors("", found, theta, 2 * len(factors), context)
-            if np.allclose(again, factors, rtol=1e-4):
-                return found
+    factor = _snap(float(factors.max()))
+    for high, original in ((4.0, 8192), *_fitted_llama3(factors, theta)):
+        found = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high}
+        found["original_max_position_embeddings"] = original
+        if np.allclose(rope_factors("", found, theta, 2 * len(factors), context), factors, rtol=1e-4):
+            return found
     listed = [float(f) for f in factors]
     return {
         "rope_type": "longrope",
@@ -238,6 +231,23 @@ def llama3_scaling(factors: Array, theta: float, context: int) -> dict[str, Any]
         "long_factor": listed,
         "original_max_position_embeddings": context,
     }
+
+
+def _fitted_llama3(factors: Array, theta: float) -> list[tuple[float, int]]:
+    """Returns [(high, original)] that fit the blended divisors, with low = 1; empty when fewer than two are blended.
+
+    From s = original/(high - 1) * turns_per_position - 1/(high - 1), a straight line.
+    """
+    factor = float(factors.max())
+    if factor <= 1:
+        return []
+    turns_per_position = theta ** -(np.arange(len(factors)) / len(factors)) / (2 * math.pi)
+    smooth = (1 / factors.astype(np.float64) - 1 / factor) / (1 - 1 / factor)
+    between = (smooth > 1e-3) & (smooth < 1 - 1e-3)
+    if between.sum() < 2:
+        return []
+    slope, offset = np.polyfit(turns_per_position[between], smooth[between], 1)
+    return [(_snap(1 - 1 / offset), round(_snap(-slope / offset)))] if offset < 0 < slope else []
 
 
 def _snap(value: float) -> float:
