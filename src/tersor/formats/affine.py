@@ -196,6 +196,7 @@ class AffineFormat(Format):
 
         The objective is sum h (w - w_hat)^2 with what is stored: the float16 scale and minimum, the integer zero. The
         search is described in native/formats/affine_search.inc. The min-max grid is its start, so it is never worse.
+        The symmetric form's scale may come out negative, since its levels reach one step further on one side.
         """
         self.check(w.shape)
         return self._quantize(w, check_importance(importance, w.shape[-1], self.name), search=True)
@@ -231,13 +232,13 @@ class AffineFormat(Format):
         return scale, unpack_bits(tensor.fields["zero"], self.width, scale.shape[1]).astype(np.float32)
 
     def stored_scale(self, scale: Array) -> Array:
-        """Returns scale, float32 >= 0, as float16. Raises FormatError for one that float16 cannot hold."""
+        """Returns scale, float32, as float16; a subnormal one away from zero. Raises FormatError for one that float16 cannot hold."""
         with np.errstate(over="ignore"):
             rounded = scale.astype(np.float16)
         if not np.isfinite(rounded).all():
             raise FormatError(f"{self.name}: a group's scale is beyond float16's {_F16_MAX:g}; use nf4 (float32 scales), bf16 or f32")
-        too_small = (scale < _F16_NORMAL) & (rounded.astype(np.float32) < scale)
-        rounded.view(np.uint16)[too_small] += 1  # the next float16 above
+        too_small = (np.abs(scale) < _F16_NORMAL) & (np.abs(rounded.astype(np.float32)) < np.abs(scale))
+        rounded.view(np.uint16)[too_small] += 1  # the next float16 away from zero
         return rounded
 
     def stored_minimum(self, minimum: Array) -> Array:
