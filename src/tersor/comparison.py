@@ -146,7 +146,7 @@ def compare(
     directory.mkdir(parents=True, exist_ok=True)
     candidates: list[_Candidate] = []
     for recipe, target in zip(parsed, targets):
-        made = quantize(source, target, recipe, force=force, progress=_steps(tell, f"quantize {recipe}"))
+        made = quantize(source, target, recipe, force=force, progress=_steps(tell, f"quantize {short_name(recipe)}"))
         candidates.append(_Candidate(short_name(recipe), target, made.container, made))
     for path in also:
         with open_checkpoint(path) as checkpoint:
