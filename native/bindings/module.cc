@@ -9,6 +9,7 @@ void bind_affine(nb::module_& m);      // bindings/affine.cc: bit packing, affin
 void bind_linear(nb::module_& m);      // bindings/linear.cc: packed weights, products, embedding
 void bind_attention(nb::module_& m);   // bindings/attention.cc: key-value cache, attention
 void bind_ops(nb::module_& m);         // bindings/ops.cc: the ops that models call
+void bind_program(nb::module_& m);     // bindings/program.cc: recorded ops
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of tersor. Use the Python wrappers; this module checks shapes and nothing else.";
@@ -18,4 +19,5 @@ NB_MODULE(_native, m) {
   bind_linear(m);
   bind_attention(m);
   bind_ops(m);
+  bind_program(m);
 }

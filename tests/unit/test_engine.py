@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,28 @@ def test_prefill_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
     cache.truncate(PREFILL_CHUNK - 5)
     rest = np.concatenate([model.forward(tokens[i : i + 1], cache) for i in range(PREFILL_CHUNK - 5, len(tokens))])
     np.testing.assert_allclose(rest, whole[PREFILL_CHUNK - 5 :], rtol=0, atol=1e-4)
+
+
+def test_hidden_states_of_one_token_are_the_callers(model: Model) -> None:
+    cache = model.new_cache(4)
+    first = model.forward(np.array([3]), cache)
+    kept = first.copy()
+    model.forward(np.array([4]), cache)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_two_threads_may_decode_at_once(model: Model) -> None:
+    tokens = np.arange(3, 40, dtype=np.int32)
+
+    def decode(order: np.ndarray) -> np.ndarray:
+        cache = model.new_cache(len(order))
+        return np.concatenate([model.forward(order[i : i + 1], cache) for i in range(len(order))])
+
+    want = [decode(tokens), decode(tokens[::-1])]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            got = list(pool.map(decode, [tokens, tokens[::-1]]))
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
 from tersor import ops
 from tersor.formats import get_format
 from tersor.models.spec import DecoderSpec, Layer
+from tersor.ops.program import LayerOps, Program, Recorder
 from tersor.tensor import Array, QuantizedTensor
 
 Read = Callable[[str], QuantizedTensor]
@@ -52,6 +54,8 @@ class Decoder:
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight", spec.norm_offset)
+        self._recorded: tuple[Program, Array, Array] | None = None  # one token's ops, its input and its output
+        self._step_lock = Lock()
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
@@ -93,11 +97,35 @@ class Decoder:
         tokens: (n,) int32 in [0, vocab_size), at positions cache.length and on; the cache has room for them.
         """
         x = ops.embed(self._embedding, tokens, self.spec.embedding_scale)
-        for index, layer in enumerate(self._layers):
-            x = self._attend(x, index, layer, cache)
-            x = self._feed_forward(x, layer)
+        if len(tokens) == 1 and self._step_lock.acquire(blocking=False):  # its arrays serve one caller at a time
+            try:
+                hidden = self._step(x, cache)
+            finally:
+                self._step_lock.release()
+        else:
+            hidden = self._run(ops, x, cache)
         cache.advance(len(tokens))
-        return ops.rms_norm(x, self._norm, self.spec.norm_eps)
+        return hidden
+
+    def _step(self, x: Array, cache: ops.KVCache) -> Array:
+        """Does what _run does for one token, recorded the first time and replayed after that."""
+        if self._recorded is None:
+            s = self.spec
+            recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, 1)
+            hidden = self._run(recorder, x, cache)
+            self._recorded = (recorder.program, x, hidden)
+        else:
+            program, first, hidden = self._recorded
+            np.copyto(first, x)
+            program.run(cache)
+        return hidden.copy()
+
+    def _run(self, o: LayerOps, x: Array, cache: ops.KVCache) -> Array:
+        """Returns the hidden states of embedded tokens x, (n, hidden), through all layers and the final norm."""
+        for index, layer in enumerate(self._layers):
+            x = self._attend(o, x, index, layer, cache)
+            x = self._feed_forward(o, x, layer)
+        return o.rms_norm(x, self._norm, self.spec.norm_eps)
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
@@ -106,33 +134,34 @@ class Decoder:
             ops.softcap(logits, self.spec.final_softcap)
         return logits
 
-    def _attend(self, x: Array, index: int, layer: _LayerWeights, cache: ops.KVCache) -> Array:
+    def _attend(self, o: LayerOps, x: Array, index: int, layer: _LayerWeights, cache: ops.KVCache) -> Array:
         """Returns x + attention."""
         s, rope = self.spec, layer.spec.rope
-        joined = ops.linear(ops.rms_norm(x, layer.norm, s.norm_eps), layer.qkv)
+        joined = o.linear(o.rms_norm(x, layer.norm, s.norm_eps), layer.qkv)
         by_head = joined.reshape(len(x), s.heads + 2 * s.kv_heads, s.head_dim)
-        # copies for a batch; for one token they are views already
-        q = np.ascontiguousarray(by_head[:, : s.heads])
-        k = np.ascontiguousarray(by_head[:, s.heads : s.heads + s.kv_heads])
-        v = np.ascontiguousarray(by_head[:, s.heads + s.kv_heads :])
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = ops.rms_norm(q, layer.q_norm, s.norm_eps), ops.rms_norm(k, layer.k_norm, s.norm_eps)
-        ops.rope(q, cache.length, rope.inv_freq, rope.scale)
-        ops.rope(k, cache.length, rope.inv_freq, rope.scale)
-        cache.append(index, k, v)
-        mixed = ops.attention(q, cache, index, s.attention_scale, s.attention_softcap, layer.spec.window)
-        return self._into(x, mixed, layer.output, layer.after_attention)
+        rotated = s.heads + s.kv_heads
+        q, k, v = by_head[:, : s.heads], by_head[:, s.heads : rotated], by_head[:, rotated:]  # views
+        if layer.q_norm is None or layer.k_norm is None:
+            o.rope(by_head[:, :rotated], cache.length, rope.inv_freq, rope.scale)
+        else:  # of one token the views are contiguous, so that nothing is copied behind a Recorder's back
+            q = o.rms_norm(np.ascontiguousarray(q), layer.q_norm, s.norm_eps)
+            k = o.rms_norm(np.ascontiguousarray(k), layer.k_norm, s.norm_eps)
+            o.rope(q, cache.length, rope.inv_freq, rope.scale)
+            o.rope(k, cache.length, rope.inv_freq, rope.scale)
+        o.append(cache, index, k, v)
+        mixed = o.attention(q, cache, index, s.attention_scale, s.attention_softcap, layer.spec.window)
+        return self._into(o, x, mixed, layer.output, layer.after_attention)
 
-    def _feed_forward(self, x: Array, layer: _LayerWeights) -> Array:
+    def _feed_forward(self, o: LayerOps, x: Array, layer: _LayerWeights) -> Array:
         """Returns x + MLP."""
-        joined = ops.linear(ops.rms_norm(x, layer.mlp_norm, self.spec.norm_eps), layer.gate_up)
-        return self._into(x, ops.gated(joined, self.spec.activation), layer.down, layer.after_mlp)
+        joined = o.linear(o.rms_norm(x, layer.mlp_norm, self.spec.norm_eps), layer.gate_up)
+        return self._into(o, x, o.gated(joined, self.spec.activation), layer.down, layer.after_mlp)
 
-    def _into(self, x: Array, branch: Array, weight: ops.Weight, norm: Array | None) -> Array:
+    def _into(self, o: LayerOps, x: Array, branch: Array, weight: ops.Weight, norm: Array | None) -> Array:
         """Returns x + branch W^T, the product normed first where there is a norm."""
         if norm is None:
-            return ops.linear(branch, weight, x)
-        ops.add(x, ops.rms_norm(ops.linear(branch, weight), norm, self.spec.norm_eps))
+            return o.linear(branch, weight, x)
+        o.add(x, o.rms_norm(o.linear(branch, weight), norm, self.spec.norm_eps))
         return x
 
     def _packed(self) -> list[ops.Weight]:

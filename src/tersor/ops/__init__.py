@@ -88,6 +88,11 @@ def rope(x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None:
     _native.rope(x, start, inv_freq, scale)
 
 
+def append(cache: KVCache, layer: int, k: Array, v: Array) -> None:
+    """Writes k and v, (n, kv_heads, head_dim), rows may be apart, into the cache at positions cache.length and on."""
+    cache.append(layer, k, v)
+
+
 def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
     """Returns softmax(scale q k^T) v, (n, heads * head_dim). q: (n, heads, head_dim), rows may be apart.
 
@@ -155,6 +160,6 @@ def _row_chunks(tensor: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]
 
 
 __all__ = [
-    *("KVCache", "Weight", "add", "attention", "compare_logits", "embed", "gated", "linear", "nll", "pack", "rms_norm"),
+    *("KVCache", "Weight", "add", "append", "attention", "compare_logits", "embed", "gated", "linear", "nll", "pack", "rms_norm"),
     *("rope", "softcap"),
 ]

@@ -174,6 +174,11 @@ class KVCache:
         self.length = n
 
 
+def append(cache: KVCache, layer: int, k: Array, v: Array) -> None:
+    """Writes k and v, (n, kv_heads, head_dim), into the cache at positions cache.length and on."""
+    cache.append(layer, k, v)
+
+
 def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
     """Returns softmax(scale q k^T) v, (n, heads * head_dim). q: (n, heads, head_dim).
 

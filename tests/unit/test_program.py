@@ -1,0 +1,119 @@
+"""Recorded ops: a replay does what the ops did, to what is in the arrays now and at the cache's position; misfits are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tersor import ops
+from tersor.ops.program import Program, Recorder
+from tersor.tensor import Array, QuantizedTensor
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+RNG = np.random.default_rng(3)
+
+
+def normal(*shape: int) -> Array:
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def weight(rows: int, columns: int) -> ops.Weight:
+    w = normal(rows, columns)
+    return ops.pack([QuantizedTensor("f32", w.shape, {"values": w})], normal(rows), "float")
+
+
+QKV, OUT, GATE, NORM = weight((HEADS + 2 * KV_HEADS) * DIM, 40), weight(40, HEADS * DIM), weight(64, 40), normal(40)
+DOWN, HEAD_NORM, FREQUENCIES = weight(40, 32), normal(DIM), np.geomspace(1, 0.01, DIM // 2).astype(np.float32)
+
+
+def layer(o: Any, x: Array, cache: ops.KVCache) -> Array:
+    """A layer in which every op occurs."""
+    heads = o.linear(o.rms_norm(x, NORM, 1e-5), QKV).reshape(len(x), -1, DIM)
+    q = o.rms_norm(np.ascontiguousarray(heads[:, :HEADS]), HEAD_NORM, 1e-5)
+    o.rope(q, cache.length, FREQUENCIES, 1.2)
+    o.rope(heads[:, HEADS : HEADS + KV_HEADS], cache.length, FREQUENCIES)
+    o.append(cache, 1, heads[:, HEADS : HEADS + KV_HEADS], heads[:, HEADS + KV_HEADS :])
+    x = o.linear(o.attention(q, cache, 1, 0.3, 20.0, 3), OUT, x)
+    o.add(x, o.linear(o.gated(o.linear(x, GATE), "silu"), DOWN))
+    return o.linear(o.gated(o.linear(x, GATE), "gelu_tanh"), DOWN, x)
+
+
+def test_a_replay_equals_the_ops() -> None:
+    caches = [ops.KVCache(2, KV_HEADS, DIM, 9) for _ in range(2)]
+    inputs = [normal(1, 40) for _ in range(9)]
+    recorder = Recorder(2, KV_HEADS, DIM, 1)
+    first = inputs[0].copy()
+    out = layer(recorder, first, caches[0])
+    for i, x in enumerate(inputs):
+        if i:
+            np.copyto(first, x)
+            recorder.program.run(caches[0])
+        np.testing.assert_array_equal(out, layer(ops, x.copy(), caches[1]))
+        for cache in caches:
+            cache.advance(1)
+    with pytest.raises(ValueError, match="run: position 10, the cache holds 9"):
+        recorder.program.run(caches[0])
+
+
+def test_the_program_keeps_its_arrays() -> None:
+    recorder = Recorder(1, KV_HEADS, DIM, 1)
+    cache = ops.KVCache(1, KV_HEADS, DIM, 4)
+    first = normal(1, 40)
+    x = first
+    for _ in range(20):
+        x = recorder.linear(recorder.rms_norm(x, normal(40), 1e-5), weight(40, 40))
+    want = x.copy()
+    x[:] = 0
+    others = [np.ones((1, 40), np.float32) for _ in range(100)]  # would land in freed memory
+    recorder.program.run(cache)
+    np.testing.assert_array_equal(x, want)
+    assert all((o == 1).all() for o in others)
+
+
+@pytest.mark.parametrize("shape", [(2, KV_HEADS, DIM), (1, 1, DIM), (1, KV_HEADS, 8)])
+def test_a_cache_of_another_model_is_refused(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="run: a cache of another model"):
+        Program(1, KV_HEADS, DIM, 1).run(ops.KVCache(*shape, 4))
+
+
+Call = Callable[[Program], None]
+MISFITS: dict[str, tuple[Call, str]] = {
+    "linear rows": (lambda p: p.linear(normal(2, 40), OUT, normal(2, 40), None), "linear: rows of x: got 2, need 1"),
+    "linear columns": (lambda p: p.linear(normal(1, 40), OUT, normal(1, 40), None), "linear: columns of x: got 40, need 64"),
+    "linear rows out": (lambda p: p.linear(normal(1, 64), OUT, normal(2, 40), None), "linear: rows of y"),
+    "linear out": (lambda p: p.linear(normal(1, 64), OUT, normal(1, 41), None), "linear: columns of y"),
+    "linear residual": (lambda p: p.linear(normal(1, 64), OUT, normal(1, 40), normal(1, 41)), "linear: columns of residual"),
+    "linear residual rows": (lambda p: p.linear(normal(1, 64), OUT, normal(1, 40), normal(2, 40)), "linear: rows of residual"),
+    "rms_norm": (lambda p: p.rms_norm(normal(1, 40), NORM, 1e-5, normal(1, 80)), "rms_norm: x and y must be rows of 40 values"),
+    "gated activation": (lambda p: p.gated(normal(1, 40), "relu", normal(1, 20)), "gated: activation 'relu'"),
+    "gated columns": (lambda p: p.gated(normal(1, 40), "silu", normal(1, 21)), "gated: columns of x: got 40, need 42"),
+    "gated rows": (lambda p: p.gated(normal(1, 40), "silu", normal(2, 20)), "gated: rows of y"),
+    "add": (lambda p: p.add(normal(1, 40), normal(1, 39)), "add: values of y"),
+    "rope rows": (lambda p: p.rope(normal(2, 4, DIM), FREQUENCIES, 1.0), "rope: rows: got 2, need 1"),
+    "rope head_dim": (lambda p: p.rope(normal(1, 4, 8), FREQUENCIES, 1.0), "rope: head_dim: got 8, need 16"),
+    "rope strides": (lambda p: p.rope(normal(1, DIM, 4).transpose(0, 2, 1), FREQUENCIES, 1.0), "rope: "),
+    "rope frequencies": (lambda p: p.rope(normal(1, 4, DIM), normal(7), 1.0), "rope: values of inv_freq"),
+    "append layer": (lambda p: p.append(2, normal(1, 2, DIM), normal(1, 2, DIM)), "append: layer 2, need 0 to 1"),
+    "append heads": (lambda p: p.append(0, normal(1, 2, DIM), normal(1, 4, DIM)), "append: heads: got 4, need 2"),
+    "attention layer": (lambda p: p.attention(normal(1, 4, DIM), -1, 1.0, 0.0, 0, normal(1, 64)), "attention: layer -1"),
+    "attention heads": (lambda p: p.attention(normal(1, 3, DIM), 0, 1.0, 0.0, 0, normal(1, 48)), "attention: 3 heads"),
+    "attention out": (lambda p: p.attention(normal(1, 4, DIM), 0, 1.0, 0.0, 0, normal(1, 63)), "attention: columns of out"),
+    "attention rows": (lambda p: p.attention(normal(1, 4, DIM), 0, 1.0, 0.0, 0, normal(2, 64)), "attention: rows of out"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_misfits_are_refused(case: str) -> None:
+    call, message = MISFITS[case]
+    with pytest.raises(ValueError, match=message):
+        call(Program(2, KV_HEADS, DIM, 1))
+
+
+def test_arrays_that_would_be_copied_are_refused() -> None:
+    program = Program(2, KV_HEADS, DIM, 1)
+    for x in (normal(1, 40).astype(np.float64), normal(1, 80)[:, ::2]):
+        with pytest.raises((TypeError, RuntimeError)):
+            program.add(x, normal(1, 40))
