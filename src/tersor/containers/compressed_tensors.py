@@ -39,9 +39,9 @@ from tersor.containers.huggingface import (
     find,
     float_info,
     is_tied,
+    names_method,
     read_description,
     read_float,
-    read_json,
     refuse_unheld,
     with_tied,
 )
@@ -186,13 +186,13 @@ class CompressedTensorsCheckpoint(Checkpoint):
                 f"{where} is stored {stored}, but no config group with that format targets it; config and weights disagree"
             )
         scheme = max(fitting, key=lambda s: s.matches(module))
+        rows, columns = self._shape(where, module, entry, stored)
         try:
             format = get_format(scheme.our_format)
+            format.check((rows, columns), module)
         except FormatError as error:
             raise ContainerError(f"{where}: {error}") from None
         assert isinstance(format, AffineFormat)
-        rows, columns = self._shape(where, module, entry, stored)
-        format.check((rows, columns), module)
         self._check_parts(where, module, format, stored, rows, columns)
         name = f"{module}.weight"
         self._affine[name] = format
@@ -404,10 +404,7 @@ class CompressedTensors(Container):
 
     def recognizes(self, path: Path) -> bool:
         """Returns whether path is a directory whose config.json names this quant_method."""
-        if not (path / "config.json").is_file():
-            return False
-        quantization = read_json(path / "config.json").get("quantization_config")
-        return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+        return (path / "config.json").is_file() and names_method(path, METHOD)
 
     def open(self, path: Path) -> CompressedTensorsCheckpoint:
         """Opens the directory. Raises ContainerError."""

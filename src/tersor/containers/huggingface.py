@@ -61,6 +61,12 @@ def read_side_file(path: Path) -> bytes:
         raise ContainerError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
+def names_method(path: Path, method: str) -> bool:
+    """Returns whether the directory's config.json has a quantization_config of this quant_method."""
+    quantization = read_json(path / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == method
+
+
 def read_description(path: Path) -> tuple[ModelDescription, dict[str, Any] | None]:
     """Returns (description, quantization_config or None) of a directory."""
     config = read_json(path / "config.json")
@@ -366,8 +372,8 @@ class HuggingFace(Container):
     suffix = ""
 
     def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory that has a config.json and no quantization_config."""
-        return (path / "config.json").is_file() and "quantization_config" not in read_json(path / "config.json")
+        """Returns whether path is a directory with a config.json that is not compressed-tensors'."""
+        return (path / "config.json").is_file() and not names_method(path, "compressed-tensors")
 
     def open(self, path: Path) -> HuggingFaceCheckpoint:
         """Opens the directory. Raises ContainerError."""

@@ -1,0 +1,326 @@
+"""compressed-tensors directories: the package decompresses exactly what we meant, we read what the package writes, and refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tersor.containers import CONTAINERS, open_checkpoint
+from tersor.containers.compressed_tensors import read_schemes, write_quantization
+from tersor.containers.safetensors_file import Entry, SafetensorsFile, ShardWriter
+from tersor.errors import ContainerError
+from tersor.formats import get_format
+from tersor.tensor import QuantizedTensor, TensorInfo
+from tiny import tiny_model
+
+CT = CONTAINERS["compressed-tensors"]
+FORMATS = [
+    *(f"int{bits}_g{group}{kind}" for bits in (2, 3, 4, 5, 6, 8) for group in (16, 96) for kind in ("", "s")),
+    *("int1_g32", "int1_c", "int3_c", "int4_cs", "int8_c", "int8_cs", "int2_t", "int4_ts", "int8_t", "int8_ts"),
+]
+
+
+def quantized(out: Path, source: Path, choose: Callable[[str], str | None]) -> dict[str, QuantizedTensor]:
+    """Writes the model with the chosen format of every matrix; returns the tensors as they were written."""
+    checkpoint = open_checkpoint(source)
+    tensors = {}
+    for name, info in checkpoint.tensors.items():
+        tensor = checkpoint.read(name)
+        format = choose(name) if len(info.shape) == 2 else None
+        tensors[name] = get_format(format).quantize(get_format(tensor.format).dequantize(tensor)) if format else tensor
+    plan = [TensorInfo(n, t.format, t.shape, t.nbytes) for n, t in tensors.items()]
+    with CT.create(out, checkpoint.description, plan) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    return tensors
+
+
+def linears(format: str) -> Callable[[str], str | None]:
+    return lambda name: format if "_proj" in name else None
+
+
+def values(tensor: QuantizedTensor) -> np.ndarray:
+    return get_format(tensor.format).dequantize(tensor)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("m") / "m", hidden=96, intermediate=192, heads=4, kv_heads=1, layers=1, tie=False)
+
+
+def decompressed(path: Path, wide: bool) -> dict[str, np.ndarray]:
+    """Returns every quantized weight of a directory as the compressed-tensors package decompresses it.
+
+    wide: the scales are brought to float32 first, as loading the model in float32 does; otherwise as they are stored.
+    """
+    torch = pytest.importorskip("torch")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    config = QuantizationConfig.model_validate(json.loads((path / "config.json").read_text())["quantization_config"])
+    stored = load_file(path / "model.safetensors")
+    modules = {name.rpartition(".")[0] for name in stored if name.endswith("weight_scale")}
+    out = {}
+    for module in modules:
+        exact = [s for s in config.config_groups.values() if module in s.targets]
+        scheme = exact[0] if exact else next(iter(config.config_groups.values()))
+        state = {name.rpartition(".")[2]: t for name, t in stored.items() if name.rpartition(".")[0] == module}
+        state["weight_scale"] = state["weight_scale"].to(torch.float32) if wide else state["weight_scale"]
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        out[f"{module}.weight"] = compressor.decompress(state, scheme)["weight"].numpy()
+    return out
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_package_decompresses_our_weights(format: str, model: Path, tmp_path: Path) -> None:
+    tensors = quantized(tmp_path / "m", model, linears(format))
+    exact, rounded = decompressed(tmp_path / "m", wide=True), decompressed(tmp_path / "m", wide=False)
+    assert set(exact) == {name for name, t in tensors.items() if t.format == format} and len(exact) == 7
+    for name in exact:
+        expected = values(tensors[name])
+        assert exact[name].dtype == np.float32 and rounded[name].dtype == np.float16
+        np.testing.assert_array_equal(exact[name], expected)
+        np.testing.assert_array_equal(rounded[name], expected.astype(np.float16))
+
+
+def test_mixed_formats(model: Path, tmp_path: Path) -> None:
+    tensors = quantized(
+        tmp_path / "m",
+        model,
+        lambda n: "int8_cs" if "down" in n else "int3_g96" if "q_proj" in n else "int4_g32s" if "lm_head" in n else None,
+    )
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert sorted(g["format"] for g in config["config_groups"].values()) == ["int-quantized", "pack-quantized", "pack-quantized"]
+    assert set(config["ignore"]) == {
+        f"model.layers.0.{m}" for m in ("self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    }
+    found = decompressed(tmp_path / "m", wide=True)
+    assert set(found) == {"model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"}
+    for name, weight in found.items():
+        np.testing.assert_array_equal(weight, values(tensors[name]))
+    check_read_back(tmp_path / "m", tensors)
+
+
+def check_read_back(path: Path, tensors: dict[str, QuantizedTensor]) -> None:
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.container == "compressed-tensors" and "quantization_config" not in checkpoint.description.config
+    assert {n: (i.format, i.shape, i.nbytes) for n, i in checkpoint.tensors.items()} == {
+        n: (t.format, t.shape, t.nbytes) for n, t in tensors.items()
+    }
+    for name, tensor in tensors.items():
+        for rows in (None, slice(0, 1), slice(33, 70)) if len(tensor.shape) == 2 else (None,):
+            found = checkpoint.read(name, rows)
+            for field, expected in tensor.fields.items():
+                part = expected if rows is None or (tensor.format.endswith(("_t", "_ts")) and field != "codes") else expected[rows]
+                np.testing.assert_array_equal(found.fields[field], part, err_msg=f"{name} {field} {rows}")
+            assert found.shape == (tensor.shape if rows is None else (len(next(iter(found.fields.values()))), tensor.shape[1]))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_round_trip(format: str, model: Path, tmp_path: Path) -> None:
+    check_read_back(tmp_path / "m", quantized(tmp_path / "m", model, linears(format)))
+
+
+@pytest.mark.parametrize("format", ["int4_g32", "int4_g32s", "int8_cs", "int3_c"])
+def test_transformers_loads_it(format: str, model: Path, tmp_path: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tensors = quantized(tmp_path / "m", model, linears(format))
+    transformers.logging.set_verbosity_error()
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32, quantization_config=config).state_dict()
+    for name, tensor in tensors.items():
+        expected = values(tensor)
+        expected = expected if tensor.format == "f32" else expected.astype(np.float16).astype(np.float32)  # in the scale's type
+        np.testing.assert_array_equal(loaded[name].numpy(), expected.reshape(loaded[name].shape))
+
+
+@pytest.mark.parametrize("scale_type", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "strategy"), [(4, True, "group"), (4, False, "group"), (3, False, "channel"), (8, True, "tensor")]
+)
+def test_reads_what_the_package_compresses(bits: int, symmetric: bool, strategy: str, scale_type: str, tmp_path: Path) -> None:
+    """A directory whose layer was compressed by the package itself, with scales in any float type."""
+    torch = pytest.importorskip("torch")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_model(tmp_path / "m", layers=1)
+    group = {
+        "targets": ["re:.*q_proj"],
+        "format": "pack-quantized",
+        "weights": {"num_bits": bits, "symmetric": symmetric, "strategy": strategy},
+    }
+    if strategy == "group":
+        group["weights"]["group_size"] = 32
+    scheme = QuantizationScheme.model_validate(group)
+    torch.manual_seed(0)
+    module, weight = "model.layers.0.self_attn.q_proj", torch.randn(64, 64)
+    scale_shape = {"group": (64, 2), "channel": (64, 1), "tensor": (1,)}[strategy]
+    scale = (torch.rand(scale_shape) * 0.1 + 0.01).to(torch.bfloat16).to(getattr(torch, scale_type))  # numbers of every float type
+    state = {"weight": weight, "weight_scale": scale}
+    if not symmetric:
+        state["weight_zero_point"] = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), scale_shape, dtype=torch.int8)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    packed = compressor.compress(state, scheme)
+    tensors = load_file(path / "model.safetensors")
+    del tensors[f"{module}.weight"]
+    save_file(tensors | {f"{module}.{k}": v for k, v in packed.items()}, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    (path / "config.json").write_text(json.dumps(config))
+    found = open_checkpoint(path).read(f"{module}.weight")
+    assert found.format == f"int{bits}_{ {'group': 'g32', 'channel': 'c', 'tensor': 't'}[strategy] }{'s' if symmetric else ''}"
+    expected = compressor.decompress(packed | {"weight_scale": scale.float()}, scheme)["weight"].numpy()
+    np.testing.assert_array_equal(values(found), expected)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------------
+
+
+def config_edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Returns a change of the quantization_config."""
+
+    def apply(path: Path) -> None:
+        config = json.loads((path / "config.json").read_text())
+        change(config["quantization_config"])
+        (path / "config.json").write_text(json.dumps(config))
+
+    return apply
+
+
+def weights_edit(**changes: Any) -> Callable[[Path], None]:
+    return config_edit(lambda q: q["config_groups"]["group_0"]["weights"].update(changes))
+
+
+def group_edit(**changes: Any) -> Callable[[Path], None]:
+    return config_edit(lambda q: q["config_groups"]["group_0"].update(changes))
+
+
+def tensor_edit(change: Callable[[dict[str, tuple[str, np.ndarray]]], Any]) -> Callable[[Path], None]:
+    """Returns a change of the stored tensors, given as {name: (dtype, array)}."""
+
+    def apply(path: Path) -> None:
+        file = SafetensorsFile(path / "model.safetensors")
+        tensors = {name: (entry.dtype, file.array(name).copy()) for name, entry in file.entries.items()}
+        change(tensors)
+        entries, end = [], 0
+        for name, (dtype, array) in tensors.items():
+            entries.append(Entry(name, dtype, array.shape, end, end + array.nbytes))
+            end += array.nbytes
+        writer = ShardWriter(path / "model.safetensors", entries)
+        for entry in entries:
+            writer.write(entry, tensors[entry.name][1])
+        writer.close()
+
+    return apply
+
+
+Q = "model.layers.0.self_attn.q_proj"
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no groups": (config_edit(lambda q: q.pop("config_groups")), "needs config_groups"),
+    "preset instead of a scheme": (config_edit(lambda q: q.update(config_groups={"W4A16": ["Linear"]})), "needs config_groups"),
+    "kv cache": (config_edit(lambda q: q.update(kv_cache_scheme={"num_bits": 8})), "has a kv_cache_scheme, which is not supported"),
+    "transform": (config_edit(lambda q: q.update(transform_config={"a": 1})), "has a transform_config"),
+    "float weights": (weights_edit(type="float"), "only integers are supported"),
+    "no weights": (group_edit(weights=None), "only integers are supported"),
+    "static activations": (group_edit(input_activations={"num_bits": 8, "dynamic": False}), "activations with calibrated scales"),
+    "output activations": (group_edit(output_activations={"num_bits": 8}), "activations with calibrated scales"),
+    "block strategy": (weights_edit(strategy="block"), "unknown strategy 'block'; known: channel, group, tensor"),
+    "bits as text": (weights_edit(num_bits="4"), "needs integers num_bits"),
+    "targets as text": (group_edit(targets="Linear"), "a list of targets"),
+    "unknown format": (group_edit(format="marlin-24"), "unknown format 'marlin-24'; known: int-quantized, pack-quantized"),
+    "bad expression": (group_edit(targets=["re:("]), "'(' is no regular expression"),
+    "nothing targets it": (group_edit(targets=["re:.*k_proj"]), "no config group with that format targets it"),
+    "other format targets it": (group_edit(format="int-quantized"), "is stored pack-quantized, but no config group"),
+    "seven bits": (weights_edit(num_bits=7), "7-bit codes"),
+    "other bits": (weights_edit(num_bits=8), "weight_packed is ('I32', (64, 8)), int8_g32 of 64 x 64 needs I32 (64, 16)"),
+    "other groups": (weights_edit(group_size=16), "weight_scale is ('F16', (64, 2)), int4_g16 of 64 x 64 needs F16 (64, 4)"),
+    "groups that do not divide": (weights_edit(group_size=48), "not a multiple of 48"),
+    "zeros missing": (tensor_edit(lambda t: t.pop(f"{Q}.weight_zero_point")), "weight_zero_point is missing"),
+    "scale missing": (tensor_edit(lambda t: t.pop(f"{Q}.weight_scale")), "weight_scale is missing"),
+    "shape missing": (tensor_edit(lambda t: t.pop(f"{Q}.weight_shape")), "weight_shape is missing"),
+    "shape lies": (tensor_edit(lambda t: t.update({f"{Q}.weight_shape": ("I64", np.array([64, 32]))})), "weight_packed is"),
+    "shape negative": (tensor_edit(lambda t: t.update({f"{Q}.weight_shape": ("I64", np.array([-64, 64]))})), "has shape [-64, 64]"),
+    "scale of integers": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_scale": ("I16", np.ones((64, 2), np.int16))})),
+        "weight_scale is ('I16'",
+    ),
+    "order of columns": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.arange(64, dtype=np.int32) % 2)})),
+        "groups are not runs of columns (weight_g_idx, actorder)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_malformed_is_refused(case: str, tmp_path: Path) -> None:
+    change, text = REFUSED[case]
+    quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
+    change(tmp_path / "m")
+    with pytest.raises(ContainerError) as caught:
+        open_checkpoint(tmp_path / "m")
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_trivial_order_of_columns_is_fine(tmp_path: Path) -> None:
+    tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
+    tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.arange(64, dtype=np.int32) // 32)}))(tmp_path / "m")
+    check_read_back(tmp_path / "m", tensors)
+
+
+def test_dynamic_activations_are_fine(tmp_path: Path) -> None:
+    tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), linears("int8_cs"))
+    group_edit(input_activations={"num_bits": 8, "dynamic": True, "strategy": "token"})(tmp_path / "m")
+    check_read_back(tmp_path / "m", tensors)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6, 1 / 3])
+def test_scales_that_float16_cannot_hold_are_refused(scale: float, tmp_path: Path) -> None:
+    quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
+    tensor_edit(lambda t: t.update({f"{Q}.weight_scale": ("F32", np.full((64, 2), scale, np.float32))}))(tmp_path / "m")
+    with pytest.raises(ContainerError, match=r"q_proj\.weight_scale holds scales that are no float16 numbers"):
+        open_checkpoint(tmp_path / "m").read(f"{Q}.weight")
+
+
+@pytest.mark.parametrize(
+    ("choose", "text"),
+    [
+        (
+            lambda n: "int4_g32m" if "q_proj" in n else None,
+            "compressed-tensors cannot hold int4_g32m (model.layers.0.self_attn.q_proj.weight)",
+        ),
+        (lambda n: "q4_0" if "k_proj" in n else None, "compressed-tensors cannot hold q4_0"),
+        (lambda n: "int8_g32" if "embed" in n else None, "is also the head (tie_word_embeddings)"),
+    ],
+)
+def test_what_cannot_be_written(choose: Callable[[str], str | None], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ContainerError) as caught:
+        quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), choose)
+    assert text in str(caught.value) and [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+def test_float_models_have_no_quantization_config(tmp_path: Path) -> None:
+    quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: None)
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    assert open_checkpoint(tmp_path / "m").container == "huggingface"
+
+
+def test_config_of_one_format_targets_by_class_and_ignores_the_rest() -> None:
+    plan = [
+        TensorInfo("model.embed_tokens.weight", "f16", (10, 64), 0),
+        TensorInfo("model.layers.0.mlp.up_proj.weight", "int4_g32", (8, 64), 0),
+        TensorInfo("model.layers.0.mlp.down_proj.weight", "f16", (64, 8), 0),
+        TensorInfo("model.norm.weight", "f32", (64,), 0),
+    ]
+    config = write_quantization(plan, tied=True)
+    assert config is not None and config["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"] and config["format"] == "pack-quantized"
+    assert [s.our_format for s in read_schemes("x", config)] == ["int4_g32"]
