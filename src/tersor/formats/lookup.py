@@ -102,11 +102,14 @@ class LookupFormat(Format):
         self.table = TABLES[table]
 
     def layout(self) -> str:
-        values = ", ".join(f"{v:.7g}" for v in self.table)
         return (
             "codes:  uint8 (rows, in/2)  byte = q0<<4 | q1: the first value is in the high nibble\n"
-            f"absmax: float32 (rows, in/64)\nw = table[q] * absmax\ntable = {values}\n"
+            f"absmax: float32 (rows, in/64)\nw = table[q] * absmax\n{self._drawn_table()}"
         )
+
+    def _drawn_table(self) -> str:
+        values = [f"{v:.7g}" for v in self.table]
+        return f"table = {', '.join(values[:8])},\n        {', '.join(values[8:])}\n"
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return prod(shape) // 2 + 4 * (prod(shape) // BLOCK)
@@ -189,14 +192,13 @@ class DoubleLookupFormat(LookupFormat):
         self.name = f"{table}_dq"
 
     def layout(self) -> str:
-        values = ", ".join(f"{v:.7g}" for v in self.table)
         return (
             "codes:         uint8 (rows, in/2)  byte = q0<<4 | q1: the first value is in the high nibble\n"
             "absmax:        uint8 (rows, in/64)  a, index into the dynamic 8-bit map; block b = row * in/64 + column/64\n"
             "nested_absmax: float32 (ceil(blocks/256),)\n"
             "nested_offset: float32 (1,)  the mean absmax\n"
             "w = table[q] * (map[a] * nested_absmax[b // 256] + nested_offset)\n"
-            f"table = {values}\n"
+            f"{self._drawn_table()}"
         )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
