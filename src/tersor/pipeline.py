@@ -267,8 +267,7 @@ def _quantize_tensor(
         decoded = fmt.dequantize(part).reshape(w.shape)
         _check_range(w, decoded, format, source.name, rows.start)
         squares += _sum_of_squares(w)
-        np.subtract(decoded, w, out=decoded)
-        squared_error += _sum_of_squares(decoded)
+        squared_error += _sum_of_squares(decoded - w)  # not in place: a cast to f32 may share w's memory
         for key, values in part.fields.items():
             if not fmt.row_independent:
                 fields[key] = values

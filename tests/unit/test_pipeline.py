@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize as gguf_dequantize
+from safetensors.torch import load_file
 
 from tersor import pipeline
 from tersor.containers import open_checkpoint
@@ -109,6 +112,21 @@ def test_progress_ends_at_the_total(tmp_path):
     done = [call[0] for call in calls]
     assert done == sorted(done)
     assert calls[-1][0] == calls[-1][1] == sum(v.size for v in weights().values())
+
+
+@pytest.mark.parametrize("source", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("target", ["f32", "f16", "bf16"])
+def test_casts_round_once_and_exactly(tmp_path, source, target):
+    model = tiny_model(tmp_path / "m", dtype=source)
+    quantize(model, tmp_path / "out", target)
+    types = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, w in weights().items():
+        expected = torch.from_numpy(w).to(types[source]).to(types[target])
+        assert written[name].dtype == types[target]
+        assert torch.equal(written[name], expected), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(types[target]).removeprefix("torch.")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

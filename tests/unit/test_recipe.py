@@ -47,7 +47,9 @@ def test_a_recipe_without_a_method_is_rtn_and_case_does_not_matter():
     assert Recipe.parse("Q4_0") == Recipe.parse("RTN:q4_0")
 
 
-@pytest.mark.parametrize("text", ["q4_0", "clip:int4_g64|q8_0, lm_head=rtn:q6_k", "clip:keep, mlp=q4_0", "f16, layers.0-3=q8_0|f32, *norm*=bf16"])
+@pytest.mark.parametrize(
+    "text", ["q4_0", "clip:int4_g64|q8_0, lm_head=rtn:q6_k", "clip:keep, mlp=q4_0", "f16, layers.0-3=q8_0|f32, *norm*=bf16"]
+)
 def test_text_of_a_recipe_parses_to_the_same(text, tmp_path):
     recipe = Recipe.parse(text)
     assert Recipe.parse(str(recipe)) == recipe

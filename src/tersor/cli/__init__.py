@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -20,28 +19,31 @@ from tersor.errors import TersorError
 def main() -> None:
     """The `tersor` command."""
     signal.signal(signal.SIGTERM, _terminated)
-    code = execute(sys.argv[1:])
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-    raise SystemExit(code)
+    raise SystemExit(execute(sys.argv[1:]))
 
 
 def execute(arguments: Sequence[str]) -> int:
     """Runs one command line, without the program's name, and returns its exit code."""
-    from typer import Abort, BadParameter
+    from typer import Abort, BadParameter, Exit
+    from typer.main import get_command
 
     from tersor.cli.app import app
 
     usage_error: type[Any] = BadParameter.__mro__[2]  # click's ClickException, wherever this typer keeps it
     try:
-        return int(app(list(arguments), prog_name="tersor", standalone_mode=False) or 0)
+        command = get_command(app)
+        with command.make_context("tersor", list(arguments) or ["--help"]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except Exit as exit:
+        return exit.exit_code
     except TersorError as error:
         return _fail(str(error), 2)
     except (KeyboardInterrupt, Abort):
-        return 130
-    except BrokenPipeError:  # the reader of our output went away: `tersor inspect x | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _fail("stopped", 130)
+    except BrokenPipeError:
+        return _unread()
     except Exception as error:
         if isinstance(error, usage_error):
             return _fail(error.format_message(), 2)
@@ -54,6 +56,12 @@ def execute(arguments: Sequence[str]) -> int:
 def _fail(message: str, code: int) -> int:
     print("tersor: " + " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def _unread() -> int:
+    """The reader of our output went away (`tersor inspect x | head`): what is still buffered goes nowhere, without a complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

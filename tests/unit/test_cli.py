@@ -1,0 +1,255 @@
+"""Every command on a tiny model, through the same function that the program calls: output, JSON, progress, exit codes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tersor import _native
+from tersor.cli import execute
+from tersor.cli.page import main as page_main
+from tersor.cli.page import page
+from tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("cli") / "model", tie=False, dtype="bf16")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog 0123456789 times; " * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    assert execute(["quantize", str(model), "-o", str(path), "-r", "q8_0"]) == 0
+    return path
+
+
+def run(*arguments: object) -> int:
+    return execute([str(a) for a in arguments])
+
+
+def python(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+def test_quantize_prints_size_bits_and_error(model, tmp_path, capsys):
+    assert run("quantize", model, "-o", tmp_path / "a.gguf", "--recipe", "q4_0, lm_head=q5_0") == 0
+    out, err = capsys.readouterr()
+    assert "a.gguf: " in out
+    assert "4.500 in the blocks" in out
+    assert "14 q4_0" in out
+    assert "1 q5_0" in out
+    assert "quantize: done in" in err  # plain lines: this is no terminal
+
+
+def test_quantize_json_is_one_document(model, tmp_path, capsys):
+    assert run("quantize", model, "-o", tmp_path / "a", "--recipe", "clip:int4_g32", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["container"] == "compressed-tensors"
+    assert result["recipe"] == "clip:int4_g32"
+    tensor = next(t for t in result["tensors"] if t["name"] == "model.layers.1.mlp.up_proj.weight")
+    assert (tensor["format"], tensor["method"], tensor["shape"]) == ("int4_g32", "clip", [128, 64])
+    assert tensor["bits_per_weight"] == 4 + (16 + 4) / 32
+
+
+def test_quantize_says_what_the_source_was(small, tmp_path, capsys):
+    assert run("quantize", small, "-o", tmp_path / "b.gguf", "-r", "q4_0") == 0
+    assert "note: the source is itself stored in q8_0 (16 tensors)" in capsys.readouterr().out
+
+
+def test_quantize_takes_a_toml_recipe(model, tmp_path, capsys):
+    (tmp_path / "r.toml").write_text('default = "q4_0"\n[rules]\nmlp = "q5_0"\n')
+    assert run("quantize", model, "-o", tmp_path / "a.gguf", "-r", tmp_path / "r.toml", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "rtn:q4_0, mlp=rtn:q5_0"
+
+
+def test_inspect(small, model, capsys):
+    assert run("inspect", small) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj.weight" in out
+    assert "8.5000" in out
+    assert "general.architecture = llama" in out
+    assert run("inspect", small, "--all") == 0
+    assert "model.layers.1.self_attn.q_proj.weight" in capsys.readouterr().out
+    assert run("inspect", model, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["container"], found["formats"]["bf16"][0]) == ("huggingface", len(found["tensors"]))
+    assert found["bits_per_weight"] == 16
+    assert found["files"]["tokenizer.json"] > 0
+
+
+def test_eval(small, model, text, capsys):
+    assert run("eval", small, "--text", text, "--window", 32, "-n", 4) == 0
+    out = capsys.readouterr().out
+    assert "perplexity" in out
+    assert "4 windows of 32 tokens, no overlap, no BOS" in out
+    assert run("eval", small, "--against", model, "--text", text, "--window", 32, "-n", 4, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["kl_mean"] < 0.1
+    assert result["protocol"]["scored"] == 4 * 31
+    assert run("eval", small, "--against", model, "--text", text, "--window", 32, "-n", 4) == 0
+    out = capsys.readouterr().out
+    assert "KL divergence, mean" in out
+    assert "same top-1" in out
+
+
+def test_compare_writes_models_results_and_page(model, small, text, tmp_path, capsys):
+    arguments = ["--text", text, "--window", 64, "-n", 2, "--prefill", 16, "--decode", 4, "--repeats", 1, "--also", small]
+    assert run("compare", model, "-o", tmp_path / "out", "-r", "q8_0; q4_0, lm_head=q5_0", "--recipe", "clip:int4_g32", *arguments) == 0
+    out = capsys.readouterr().out
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["clip-int4_g32", "index.html", "q4_0-lm_head-q5_0.gguf", "q8_0.gguf", "results.json"]
+    lines = out.splitlines()
+    assert lines[0].split("  ")[0] == "recipe"
+    assert [line.split("  ")[0] for line in lines[2:7]] == ["original", "q8_0", "q4_0, lm_head=q5_0", "clip:int4_g32", "small"]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert rows[1]["divergence"]["kl_mean"] < rows[2]["divergence"]["kl_mean"]
+    assert rows[4]["divergence"]["kl_mean"] == pytest.approx(rows[1]["divergence"]["kl_mean"])
+    assert rows[1]["file_bytes"] == (tmp_path / "out" / "q8_0.gguf").stat().st_size
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert html.count("<circle") == 4 + 2  # a dot each, and the legend's two kinds
+    assert run("compare", model, "-o", tmp_path / "out", "-r", "q8_0", *arguments) == 2
+    assert "q8_0.gguf exists" in capsys.readouterr().err
+
+
+def test_convert(small, tmp_path, capsys):
+    assert run("convert", small, tmp_path / "floats", "--dequantize", "f16") == 0
+    assert "huggingface; tensors: 16 f16, 5 f32" in capsys.readouterr().out
+    assert run("convert", tmp_path / "floats", tmp_path / "again.gguf", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["container"] == "gguf"
+
+
+def test_plan_needs_no_weights(model, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert run("plan", tmp_path / "config.json", "--ram", "1GiB", "-r", "q4_0; int4_g64", "-r", "f16") == 0
+    out = capsys.readouterr().out
+    assert "32 bits" in out
+    assert "KV cache in float16" in out
+    assert run("plan", tmp_path / "config.json", "-r", "q4_0; int4_g64", "-r", "f16", "--json") == 0
+    assert [s["recipe"] for s in json.loads(capsys.readouterr().out)["sizes"]] == ["q4_0", "int4_g64", "f16"]
+
+
+def test_bench(small, capsys):
+    assert run("bench", small, "--prefill", 16, "--decode", 4, "--repeats", 1) == 0
+    out = capsys.readouterr().out
+    assert "prefill t/s" in out
+    assert "memory reads" in out
+    assert run("bench", small, "--prefill", 16, "--decode", 4, "--repeats", 1, "--json") == 0
+    speed = json.loads(capsys.readouterr().out)[str(small)]
+    assert speed["decode"] > 0
+    assert speed["isa"] == _native.isa()
+
+
+def test_bench_lists_instruction_sets(capsys):
+    assert run("bench", "--isa") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == _native.isas()
+    assert [line.split()[0] for line in lines if "in use" in line] == [_native.isa()]
+    assert run("bench", "--isa", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["isa"] == _native.isa()
+
+
+def test_run_answers_a_prompt(small, capsys):
+    assert run("run", small, "-p", "the quick brown", "--raw", "-n", 5) == 0
+    first = capsys.readouterr()
+    assert "decode 5 at" in first.err or "ended by eos" in first.err
+    assert run("run", small, "-p", "the quick brown", "--raw", "-n", 5, "--threads", 1) == 0
+    assert capsys.readouterr().out == first.out
+    assert run("run", small, "-p", "fox?", "--system", "be brief", "-n", 3, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["tokens"]) <= 3
+    assert result["finish"] in ("length", "eos")
+
+
+def test_run_samples_by_its_seed(small, capsys):
+    outs = []
+    for seed in (1, 1, 2):
+        assert run("run", small, "-p", "the", "--raw", "-n", 12, "--temperature", 1.5, "--seed", seed) == 0
+        outs.append(capsys.readouterr().out)
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_run_chats_line_by_line(small):
+    done = python("-m", "tersor", "run", small, "-n", 4, input="hello fox\nand again\n\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("t/s") == 2 * 2
+    prefilled = [int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("prefill")]
+    assert prefilled[1] < 2 * prefilled[0] + 8  # the conversation so far was in the cache
+
+
+def test_help_is_quick_and_lists_every_command():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = python("-m", "tersor", "--help")
+        times.append(time.perf_counter() - start)
+    for name in ("quantize", "inspect", "eval", "compare", "plan", "bench", "convert", "run"):
+        assert f"  {name} " in done.stdout
+    slow = python("-X", "importtime", "-m", "tersor", "--help").stderr
+    assert not [name for name in ("numpy", "torch", "rich", "tokenizers", "gguf") if f" {name}\n" in slow], times
+
+
+def test_importing_tersor_imports_nothing_heavy():
+    done = python("-c", "import sys, tersor; print([m for m in ('numpy', 'typer', 'gguf') if m in sys.modules], len(tersor.__all__))")
+    assert done.stdout.split()[0] == "[]"
+    assert int(done.stdout.split()[1]) <= 20
+    assert python("-c", "import tersor; print(all(hasattr(tersor, n) for n in tersor.__all__))").stdout.strip() == "True"
+
+
+def test_version(capsys):
+    import tersor
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"tersor {tersor.__version__}\n"
+
+
+def test_ctrl_c_leaves_nothing_and_exits_with_130(tmp_path):
+    model = tiny_model(tmp_path / "m", hidden=1024, intermediate=4096, layers=6)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tersor", "quantize", str(model), "-o", str(tmp_path / "out.gguf"), "-r", "clip:q4_0", "-t", "1"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == 130, err
+    assert err.splitlines()[-1] == "tersor: stopped"
+    assert "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_reader_that_goes_away_is_no_fault(small):
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tersor", "inspect", str(small), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.close()
+    _, err = child.communicate(timeout=30)
+    assert err == ""
+    assert child.returncode in (0, 141)
+
+
+def test_the_page_of_the_command_line_is_fresh(tmp_path, capsys):
+    (tmp_path / "cli.md").write_text(page())
+    assert page_main(["--check", str(tmp_path / "cli.md")]) == 0
+    (tmp_path / "cli.md").write_text(page() + "x")
+    assert page_main(["--check", str(tmp_path / "cli.md")]) == 1
+    assert "is stale" in capsys.readouterr().err
+    assert page_main(["--verify"]) == 2
+    assert page_main([]) == 0
+    assert "None" not in page()
