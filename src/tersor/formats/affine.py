@@ -28,7 +28,20 @@ BITS = (1, 2, 3, 4, 5, 6, 8)
 
 EXAMPLES = (
     *("int1_g32", "int1_g32m", "int2_g16", "int2_g32m", "int2_g64s", "int3_g32", "int3_g64m", "int3_g128s"),
-    *("int4_g32", "int4_g64", "int4_g128", "int4_g256", "int4_g96", "int4_g32s", "int4_g128s", "int4_g64m", "int4_c", "int4_cs", "int4_t"),
+    *(
+        "int4_g32",
+        "int4_g64",
+        "int4_g128",
+        "int4_g256",
+        "int4_g96",
+        "int4_g32s",
+        "int4_g64s",
+        "int4_g128s",
+        "int4_g64m",
+        "int4_c",
+        "int4_cs",
+        "int4_t",
+    ),
     *("int5_g64", "int5_g64s", "int5_g32m", "int6_g64", "int6_g128s", "int6_g64m"),
     *("int8_g64", "int8_g128s", "int8_g32m", "int8_c", "int8_cs", "int8_cm", "int8_t", "int8_ts", "int8_tm"),
 )
