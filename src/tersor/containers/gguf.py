@@ -258,10 +258,11 @@ class GGUFWriter(Writer):
 
 
 def _carried(description: ModelDescription) -> dict[str, KeyValue]:
-    """Returns the key-values of a model that came from a GGUF file, verbatim; nothing for another one."""
+    """Returns the key-values of a model that came from a GGUF file, verbatim but for those of `_quantization_keys`; of another none."""
     if "general.architecture" not in description.metadata:
         return {}
-    return {key: value for key, value in description.metadata.items() if not key.startswith(("split.", "tersor."))}
+    ours = ("split.", "tersor.", "general.file_type", "general.quantization_version")
+    return {key: value for key, value in description.metadata.items() if not key.startswith(ours)}
 
 
 def _quantization_keys(plan: Iterable[TensorInfo]) -> dict[str, KeyValue]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tersor.containers.safetensors_file import shorten
 from tersor.errors import ContainerError, unknown
 from tersor.tensor import Array, QuantizedTensor
 
@@ -69,9 +70,9 @@ ROPE_FREQS = "rope_freqs.weight"
 
 def architecture_of(where: str, model_type: object) -> GGUFArchitecture:
     """Returns the architecture of a Hugging Face model_type. Raises ContainerError that lists the known ones."""
-    if model_type not in MODEL_TYPES:
-        raise ContainerError(f"{where}: {unknown('model_type', str(model_type), MODEL_TYPES)}; GGUF can hold only these so far")
-    return MODEL_TYPES[str(model_type)]
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise ContainerError(f"{where}: {unknown('model_type', shorten(model_type), MODEL_TYPES)}; GGUF can hold only these so far")
+    return MODEL_TYPES[model_type]
 
 
 def to_hugging_face(architecture: GGUFArchitecture, name: str) -> str | None:
@@ -113,7 +114,7 @@ def permuted_heads(architecture: GGUFArchitecture, name: str, config: Mapping[st
     if ".self_attn.q_proj." in name:
         return int(config["num_attention_heads"])
     if ".self_attn.k_proj." in name:
-        return int(config["num_key_value_heads"])
+        return int(config["num_attention_heads" if config.get("num_key_value_heads") is None else "num_key_value_heads"])
     return 0
 
 
