@@ -26,7 +26,7 @@ for _family in _FAMILIES:
 def get_format(name: str) -> Format:
     """Returns the format of this name (any case). Raises FormatError, listing the known ones, for an unknown name."""
     for family in _FAMILIES:
-        found = family.parse(name.lower())
+        found: Format | None = family.parse(name.lower())
         if found is not None:
             return found
     families = "intB_gN[s|m], intB_c[s|m], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256"

@@ -257,7 +257,7 @@ class AffineFormat(Format):
     def stored_minimum(self, minimum: Array) -> Array:
         """Returns minimum, float32, as the nearest float16. Raises FormatError for one that float16 cannot hold."""
         with np.errstate(over="ignore"):
-            rounded = minimum.astype(np.float16) + np.float16(0)  # -0 becomes 0
+            rounded: Array = minimum.astype(np.float16) + np.float16(0)  # -0 becomes 0
         if not np.isfinite(rounded).all():
             raise FormatError(f"{self.name}: a group's minimum is beyond float16's -{_F16_MAX:g}; use nf4 (float32 scales), bf16 or f32")
         return rounded

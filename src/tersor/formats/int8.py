@@ -44,10 +44,12 @@ class Int8RowFormat(Format):
     def encode(self, w: Array, params: Params) -> Array:
         """Returns q = clip(round(w / scb * 127), -127, 127), int8, half to even; a row of zeros encodes as zeros."""
         divisor = np.where(params["scb"] == 0, np.float32(1), params["scb"])
-        return np.clip(np.rint(w / divisor * _STEPS), -_STEPS, _STEPS).astype(np.int8)
+        codes: Array = np.clip(np.rint(w / divisor * _STEPS), -_STEPS, _STEPS).astype(np.int8)
+        return codes
 
     def decode(self, codes: Array, params: Params) -> Array:
-        return codes.astype(np.float32) * (params["scb"] / _STEPS)
+        w: Array = codes.astype(np.float32) * (params["scb"] / _STEPS)
+        return w
 
     def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
         fields = {"codes": np.ascontiguousarray(codes), "scb": np.ascontiguousarray(params["scb"], dtype=np.float32)}

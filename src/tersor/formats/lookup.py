@@ -169,12 +169,14 @@ class LookupFormat(Format):
         """Returns the codes, uint8 like w, nearest to w on the table scaled by absmax (rows, in/64)."""
         inverse = np.float32(1) / np.where(np.abs(absmax) < _TINY, _TINY, absmax)
         scaled = np.clip(w.reshape(w.shape[0], -1, BLOCK) * inverse[..., None], np.float32(-1), np.float32(1))
-        return nearest(scaled, self.table).reshape(w.shape)
+        codes: Array = nearest(scaled, self.table).reshape(w.shape)
+        return codes
 
     def table_values(self, codes: Array, absmax: Array) -> Array:
         """Returns table[codes] * absmax, float32."""
         blocks = self.table[codes].reshape(codes.shape[0], -1, BLOCK)
-        return (blocks * absmax[..., None]).reshape(codes.shape)
+        w: Array = (blocks * absmax[..., None]).reshape(codes.shape)
+        return w
 
 
 class DoubleLookupFormat(LookupFormat):

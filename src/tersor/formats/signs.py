@@ -122,7 +122,8 @@ class BinaryFormat(_SignFormat):
 
     def decode(self, codes: Array, params: Params) -> Array:
         signs = self._blocks(codes).astype(np.float32) * np.float32(2) - np.float32(1)
-        return (signs * params["scale"].astype(np.float32)[..., None]).reshape(codes.shape)
+        w: Array = (signs * params["scale"].astype(np.float32)[..., None]).reshape(codes.shape)
+        return w
 
     def _as_affine(self, scale: Array) -> tuple[Array, Array, bool]:
         return scale * np.float32(2), -scale, True  # q * 2s - s, exact in float32
@@ -142,13 +143,16 @@ class TernaryFormat(_SignFormat):
 
     def fit(self, w: Array, importance: Array | None = None) -> Params:
         """Returns the scale of the least squared error per group: over the k largest |w| the k of largest (sum h|w|)^2 / sum h."""
-        h = self._weights(importance, w.shape[1])
-        magnitude = np.abs(self._blocks(w).astype(np.float64))
-        order = np.argsort(-magnitude, axis=-1, kind="stable")
-        h_sorted = np.take_along_axis(np.broadcast_to(h, magnitude.shape), order, axis=-1)
-        gain = np.cumsum(h_sorted * np.take_along_axis(magnitude, order, axis=-1), axis=-1)
-        mass = np.cumsum(h_sorted, axis=-1)
-        mass[mass == 0] = 1.0
+        magnitude = np.abs(self._blocks(w))
+        if importance is None:
+            gain = np.cumsum(-np.sort(-magnitude, axis=-1), axis=-1, dtype=np.float64)
+            mass = np.broadcast_to(np.arange(1.0, self.group_size + 1), gain.shape)
+        else:
+            order = np.argsort(-magnitude, axis=-1, kind="stable")
+            h = np.take_along_axis(np.broadcast_to(self._weights(importance, w.shape[1]), magnitude.shape), order, axis=-1)
+            gain = np.cumsum(h * np.take_along_axis(magnitude, order, axis=-1), axis=-1)
+            mass = np.cumsum(h, axis=-1)
+            mass[mass == 0] = 1.0
         best = np.argmax(gain * gain / mass, axis=-1)[..., None]
         scale = np.take_along_axis(gain, best, axis=-1) / np.take_along_axis(mass, best, axis=-1)
         return {"scale": self.stored_scale(scale[..., 0])}
@@ -157,11 +161,13 @@ class TernaryFormat(_SignFormat):
         """Returns clip(round(w / scale), -1, 1) + 1, half to even."""
         scale = params["scale"].astype(np.float32)
         blocks = self._blocks(w) / np.where(scale == 0, np.float32(np.inf), scale)[..., None]
-        return (np.clip(np.rint(blocks), -1, 1) + 1).astype(np.uint8).reshape(w.shape)
+        codes: Array = (np.clip(np.rint(blocks), -1, 1) + 1).astype(np.uint8).reshape(w.shape)
+        return codes
 
     def decode(self, codes: Array, params: Params) -> Array:
         values = self._blocks(codes).astype(np.float32) - np.float32(1)
-        return (values * params["scale"].astype(np.float32)[..., None]).reshape(codes.shape)
+        w: Array = (values * params["scale"].astype(np.float32)[..., None]).reshape(codes.shape)
+        return w
 
     def _as_affine(self, scale: Array) -> tuple[Array, Array, bool]:
         return scale, np.ones((1, 1), dtype=np.float32), False  # (q - 1) * s
