@@ -73,7 +73,7 @@ class Sampler:
 
 def penalized(logits: Array, seen: Sequence[int], penalty: float) -> Array:
     """Returns a copy of the logits with those of the seen tokens divided by penalty, or multiplied when negative."""
-    out = logits.copy()
+    out: Array = logits.copy()
     tokens = np.unique(np.asarray(seen))
     out[tokens] = np.where(out[tokens] > 0, out[tokens] / np.float32(penalty), out[tokens] * np.float32(penalty))
     return out

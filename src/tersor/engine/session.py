@@ -138,7 +138,8 @@ class Session:
         """Reads one token; returns the logits after it, (vocab,)."""
         hidden = self._model.forward(np.asarray([token], np.int32), self._cache)
         self._tokens.append(token)
-        return self._model.head(hidden)[0]
+        logits: Array = self._model.head(hidden)[0]
+        return logits
 
 
 def last(pieces: Generator[str, None, Generation]) -> Generation:

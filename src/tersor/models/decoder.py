@@ -89,7 +89,8 @@ class Decoder:
     def _vector(self, name: str, offset: float = 0.0) -> Array:
         """Returns a norm's weight or a bias as float32, plus offset."""
         tensor = self._read(name)
-        return get_format(tensor.format).dequantize(tensor).reshape(-1) + np.float32(offset)
+        values: Array = get_format(tensor.format).dequantize(tensor).reshape(-1) + np.float32(offset)
+        return values
 
     def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
@@ -118,7 +119,7 @@ class Decoder:
             program, first, hidden = self._recorded
             np.copyto(first, x)
             program.run(cache)
-        return hidden.copy()
+        return np.array(hidden)  # the program writes to its own again
 
     def _run(self, o: LayerOps, x: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states of embedded tokens x, (n, hidden), through all layers and the final norm."""

@@ -56,7 +56,7 @@ def _settings(config: Mapping[str, Any], kind: str | None, theta_key: str) -> Se
     given = config.get("rope_parameters")
     if given is None:
         scaling = config.get("rope_scaling") if kind != "sliding_attention" else None
-        settings = {"rope_theta": config.get(theta_key), **_mapping(scaling)}
+        settings: Settings = {"rope_theta": config.get(theta_key), **_mapping(scaling)}
     else:
         settings = _mapping(given) if kind is None else _mapping(_mapping(given).get(kind))
     settings = {"partial_rotary_factor": config.get("partial_rotary_factor"), **settings}

@@ -50,9 +50,9 @@ def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
         return out
     fmt = get_format(tensor.format)
     if not fmt.row_independent:
-        return fmt.dequantize(tensor).reshape(tensor.rows, tensor.columns)[tokens] * np.float32(scale)
+        return np.asarray(fmt.dequantize(tensor).reshape(tensor.rows, tensor.columns)[tokens] * np.float32(scale))
     fields = {name: np.ascontiguousarray(array[tokens]) for name, array in tensor.fields.items()}
-    return fmt.dequantize(QuantizedTensor(tensor.format, (len(tokens), tensor.columns), fields)) * np.float32(scale)
+    return np.asarray(fmt.dequantize(QuantizedTensor(tensor.format, (len(tokens), tensor.columns), fields)) * np.float32(scale))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -137,7 +137,7 @@ def _packable(tensor: QuantizedTensor, activations: str) -> QuantizedTensor:
     return halves if np.isfinite(halves.fields["values"]).all() else _decoded(tensor, np.float32)
 
 
-def _decoded(tensor: QuantizedTensor, dtype: type[np.floating[np.typing.Any]]) -> QuantizedTensor:
+def _decoded(tensor: QuantizedTensor, dtype: type[np.float16] | type[np.float32]) -> QuantizedTensor:
     """Returns the tensor's values as float16 or float32, decoded some rows at a time."""
     values = np.empty((tensor.rows, tensor.columns), dtype)
     with np.errstate(over="ignore"):
@@ -160,6 +160,18 @@ def _row_chunks(tensor: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]
 
 
 __all__ = [
-    *("KVCache", "Weight", "add", "append", "attention", "compare_logits", "embed", "gated", "linear", "nll", "pack", "rms_norm"),
-    *("rope", "softcap"),
+    "KVCache",
+    "Weight",
+    "add",
+    "append",
+    "attention",
+    "compare_logits",
+    "embed",
+    "gated",
+    "linear",
+    "nll",
+    "pack",
+    "rms_norm",
+    "rope",
+    "softcap",
 ]

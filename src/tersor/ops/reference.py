@@ -58,8 +58,8 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
     """Returns x @ W^T (+ bias) (+ residual). x: (n, columns) -> (n, rows).
 
     With 8-bit activations x is first rounded to a grid per row and group of ACTIVATION_GROUP values (a short last group
-    included): scale = max|x| / 127, q = round-half-even(x / scale) in [-127, 127], x ~ q * scale. A native kernel may
-    group differently; its tolerance follows from the step.
+    included): scale = max|x| / 127, q = round-half-even(x / scale) in [-127, 127], x ~ q * scale. Here that holds for every
+    format; native kernels do it for those that are integers times a scale, and take x as it is for the others.
     """
     inputs = round_activations(x) if weight.activations == "int8" else x
     out = inputs.astype(np.float64) @ weight.values.T
@@ -67,7 +67,7 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
         out += weight.bias
     if residual is not None:
         out += residual
-    return out.astype(np.float32)
+    return np.asarray(out, np.float32)
 
 
 def round_activations(x: Array, group: int = ACTIVATION_GROUP) -> Array:
@@ -84,10 +84,10 @@ def round_activations(x: Array, group: int = ACTIVATION_GROUP) -> Array:
 def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
     """Returns the tokens' rows of the tensor, times scale. tokens: (n,) int32 in [0, rows) -> (n, columns)."""
     if not get_format(tensor.format).row_independent:
-        return dequantize(tensor)[tokens] * np.float32(scale)
+        return np.asarray(dequantize(tensor)[tokens] * np.float32(scale))
     fields = {name: np.ascontiguousarray(array[tokens]) for name, array in tensor.fields.items()}
     rows = QuantizedTensor(tensor.format, (len(tokens), tensor.columns), fields)
-    return dequantize(rows) * np.float32(scale)
+    return np.asarray(dequantize(rows) * np.float32(scale))
 
 
 def dequantize(tensor: QuantizedTensor) -> Array:
@@ -99,7 +99,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d); weight: (d,)."""
     wide = x.astype(np.float64)
     mean = np.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide / np.sqrt(mean + eps) * weight).astype(np.float32)
+    return np.asarray(wide / np.sqrt(mean + eps) * weight, np.float32)
 
 
 def gated(x: Array, activation: str) -> Array:
