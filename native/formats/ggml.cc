@@ -1,5 +1,7 @@
 #include "formats/ggml.h"
 
+#include <vector>
+
 #include "base/threads.h"
 #include "formats/ggml_decode.h"
 #include "formats/ggml_extremes.h"
@@ -75,9 +77,21 @@ void ggml_decode(const GgmlType& type, const uint8_t* blocks, float* out, int64_
   });
 }
 
+// importance / mean + 2^-20, so that columns of no importance still have a defined best; empty when all are 0.
+static std::vector<float> normalized(const float* importance, int64_t columns) {
+  double total = 0;
+  for (int64_t i = 0; i < columns; ++i) total += static_cast<double>(importance[i]);
+  if (!(total > 0)) return {};
+  const double scale = static_cast<double>(columns) / total;
+  std::vector<float> weights(static_cast<size_t>(columns));
+  for (int64_t i = 0; i < columns; ++i) weights[i] = static_cast<float>(static_cast<double>(importance[i]) * scale + 0x1p-20);
+  return weights;
+}
+
 void ggml_encode(const GgmlType& type, const float* w, const float* importance, uint8_t* blocks, int64_t rows, int64_t columns) {
+  const std::vector<float> weights = importance == nullptr ? std::vector<float>{} : normalized(importance, columns);
   const int64_t row_blocks = columns / type.values, row_bytes = row_blocks * type.bytes;
-  if (importance == nullptr && type.encode_extremes != nullptr) {
+  if (weights.empty() && type.encode_extremes != nullptr) {
     parallel_for(rows * row_blocks, 4096 / type.values, [&](int64_t begin, int64_t end) {
       type.encode_extremes(w + begin * type.values, blocks + begin * type.bytes, end - begin);
     });
@@ -85,7 +99,7 @@ void ggml_encode(const GgmlType& type, const float* w, const float* importance, 
   }
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      search_row(type.search, w + row * columns, importance, blocks + row * row_bytes, row_blocks);
+      search_row(type.search, w + row * columns, weights.empty() ? nullptr : weights.data(), blocks + row * row_bytes, row_blocks);
   });
 }
 

@@ -52,14 +52,13 @@ static float affine_codes(const float* w, uint8_t* codes, float& min) {
 void encode_extremes(const float* w, BlockQ4_0& b) {
   uint8_t codes[32];
   b.d = f16_saturated(signed_codes<8>(w, codes));
-  pack_nibbles_16(codes, b.qs);
+  place(codes, b);
 }
 
 void encode_extremes(const float* w, BlockQ5_0& b) {
   uint8_t codes[32];
   b.d = f16_saturated(signed_codes<16>(w, codes));
-  pack_nibbles_16(codes, b.qs);
-  pack_fifth_bits(codes, b.qh);
+  place(codes, b);
 }
 
 void encode_extremes(const float* w, BlockQ4_1& b) {
@@ -67,7 +66,7 @@ void encode_extremes(const float* w, BlockQ4_1& b) {
   float min;
   b.d = f16_saturated(affine_codes<15>(w, codes, min));
   b.m = f16_saturated(min);
-  pack_nibbles_16(codes, b.qs);
+  place(codes, b);
 }
 
 void encode_extremes(const float* w, BlockQ5_1& b) {
@@ -75,8 +74,7 @@ void encode_extremes(const float* w, BlockQ5_1& b) {
   float min;
   b.d = f16_saturated(affine_codes<31>(w, codes, min));
   b.m = f16_saturated(min);
-  pack_nibbles_16(codes, b.qs);
-  pack_fifth_bits(codes, b.qh);
+  place(codes, b);
 }
 
 // Rounds to nearest, halves away from zero, clamped to -limit..limit; a NaN gives limit.
@@ -103,13 +101,13 @@ static float ternary_codes(const float* w, uint8_t* codes) {
 void encode_extremes(const float* w, BlockTQ1_0& b) {
   uint8_t codes[256];
   b.d = f16_saturated(ternary_codes(w, codes));
-  pack_trits(codes, b);
+  place(codes, b);
 }
 
 void encode_extremes(const float* w, BlockTQ2_0& b) {
   uint8_t codes[256];
   b.d = f16_saturated(ternary_codes(w, codes));
-  pack_planes(codes, 256, 0, 2, 32, b.qs);
+  place(codes, b);
 }
 
 void encode_extremes(const float* w, BlockMXFP4& b) {
@@ -119,7 +117,7 @@ void encode_extremes(const float* w, BlockMXFP4& b) {
   uint8_t codes[32];
   b.e = truncated(exponent, 254.f);
   mxfp4_codes(w, b.e, codes);
-  pack_nibbles_16(codes, b.qs);
+  place(codes, b);
 }
 
 void mxfp4_codes(const float* w, uint8_t e, uint8_t* codes) {

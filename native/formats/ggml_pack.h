@@ -71,4 +71,50 @@ static inline void pack_trits(const uint8_t* codes, BlockTQ1_0& b) {
   run(b.qh, 4, 4);
 }
 
+// All codes of one block.
+static inline void place(const uint8_t* codes, BlockQ4_0& b) { pack_nibbles_16(codes, b.qs); }
+static inline void place(const uint8_t* codes, BlockQ4_1& b) { pack_nibbles_16(codes, b.qs); }
+static inline void place(const uint8_t* codes, BlockQ5_0& b) {
+  pack_nibbles_16(codes, b.qs);
+  pack_fifth_bits(codes, b.qh);
+}
+static inline void place(const uint8_t* codes, BlockQ5_1& b) {
+  pack_nibbles_16(codes, b.qs);
+  pack_fifth_bits(codes, b.qh);
+}
+static inline void place(const uint8_t* codes, BlockQ8_0& b) {
+  for (int i = 0; i < 32; ++i) b.qs[i] = static_cast<int8_t>(codes[i] ^ 128);
+}
+static inline void place(const uint8_t* codes, BlockIQ4_NL& b) { pack_nibbles_16(codes, b.qs); }
+static inline void place(const uint8_t* codes, BlockTQ1_0& b) { pack_trits(codes, b); }
+static inline void place(const uint8_t* codes, BlockTQ2_0& b) { pack_planes(codes, 256, 0, 2, 32, b.qs); }
+static inline void place(const uint8_t* codes, BlockMXFP4& b) { pack_nibbles_16(codes, b.qs); }
+static inline void place(const uint8_t* codes, BlockQ2_K& b) { pack_planes(codes, 256, 0, 2, 32, b.qs); }
+static inline void place(const uint8_t* codes, BlockQ3_K& b) {
+  pack_planes(codes, 256, 0, 2, 32, b.qs);
+  pack_planes(codes, 256, 2, 1, 32, b.hmask);
+}
+static inline void place(const uint8_t* codes, BlockQ4_K& b) { pack_planes(codes, 256, 0, 4, 32, b.qs); }
+static inline void place(const uint8_t* codes, BlockQ5_K& b) {
+  pack_planes(codes, 256, 0, 4, 32, b.qs);
+  pack_planes(codes, 256, 4, 1, 32, b.qh);
+}
+static inline void place(const uint8_t* codes, BlockQ6_K& b) {
+  pack_planes(codes, 256, 0, 4, 64, b.ql);
+  pack_planes(codes, 256, 4, 2, 32, b.qh);
+}
+static inline void place(const uint8_t* codes, BlockIQ4_XS& b) {
+  for (int j = 0; j < 8; ++j) pack_nibbles_16(codes + 32 * j, b.qs + 16 * j);
+}
+
+// The parameters of a super-block.
+static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ2_K& b) {
+  for (int j = 0; j < 16; ++j) b.scales[j] = static_cast<uint8_t>(scales[j] | mins[j] << 4);
+}
+static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ4_K& b) { pack_k_scales(scales, mins, b.scales); }
+static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ5_K& b) { pack_k_scales(scales, mins, b.scales); }
+static inline void place_scales(const int8_t* scales, BlockQ3_K& b) { pack_q3k_scales(scales, b.scales); }
+static inline void place_scales(const int8_t* scales, BlockQ6_K& b) { std::memcpy(b.scales, scales, 16); }
+static inline void place_scales(const int8_t* scales, BlockIQ4_XS& b) { pack_iq4xs_scales(scales, b); }
+
 }  // namespace tersor

@@ -2,7 +2,6 @@
 #include "formats/ggml_search.h"
 
 #include <cmath>
-#include <cstdlib>
 
 #include "base/cpu.h"
 #include "formats/ggml_extremes.h"
@@ -10,18 +9,20 @@
 #include "formats/ggml_pack.h"
 #include "formats/ggml_tables.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 32 bytes stay inside this file
-
 #define TERSOR_SEARCH tersor::search_baseline
-namespace TERSOR_SEARCH {
-constexpr int kRefits = 3, kRounds = 4;
-using namespace tersor;
-}
 #include "formats/ggml_search.inc"
+#include "formats/ggml_search_types.inc"
+
+namespace tersor::search_avx2 {
+void search_row(SearchType type, const float* w, const float* importance, uint8_t* blocks, int64_t n_blocks);
+}
 
 namespace tersor {
 
 void search_row(SearchType type, const float* w, const float* importance, uint8_t* blocks, int64_t n_blocks) {
+#if defined(__x86_64__)
+  if (active_isa() >= Isa::kAvx2) return search_avx2::search_row(type, w, importance, blocks, n_blocks);
+#endif
   search_baseline::search_row(type, w, importance, blocks, n_blocks);
 }
 
