@@ -44,14 +44,18 @@ def oracle(logits: np.ndarray, s: Sampling) -> np.ndarray:
         Sampling(temperature=1.0, min_p=1.0),
         Sampling(temperature=0.8, top_k=40, top_p=0.9, min_p=0.05),
         Sampling(temperature=3.0, top_k=5, top_p=0.5),
+        Sampling(temperature=3.0, top_p=0.95),
+        Sampling(temperature=1.5, top_p=0.7, min_p=0.2),
+        Sampling(temperature=1.5, top_p=0.99, min_p=0.001),
     ],
     ids=str,
 )
 def test_filters_are_those_of_transformers(sampling: Sampling) -> None:
     for seed in range(20):
-        logits = (np.random.default_rng(seed).standard_normal(300) * 3).astype(np.float32)
+        size = 300 if seed % 2 else 3000  # more than are sorted at first
+        logits = (np.random.default_rng(seed).standard_normal(size) * (1 + seed % 3)).astype(np.float32)
         tokens, probabilities = distribution(logits, sampling)
-        got = np.zeros(300)
+        got = np.zeros(size)
         got[tokens] = probabilities
         np.testing.assert_allclose(got, oracle(logits, sampling), rtol=1e-9, atol=1e-12)
 

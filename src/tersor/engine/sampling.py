@@ -68,7 +68,8 @@ class Sampler:
         if s.temperature == 0:
             return int(np.argmax(logits))
         tokens, probabilities = distribution(logits, s)
-        return int(tokens[np.searchsorted(np.cumsum(probabilities), self._random.random() * probabilities.sum(), side="right")])
+        drawn = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
+        return int(tokens[min(drawn, len(tokens) - 1)])  # the sums may end a rounding below 1
 
 
 def penalized(logits: Array, seen: Sequence[int], penalty: float) -> Array:
@@ -80,21 +81,33 @@ def penalized(logits: Array, seen: Sequence[int], penalty: float) -> Array:
 
 
 def distribution(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """Returns the tokens that are left by temperature, top-k, top-p and min-p, most probable first, and their
-    probabilities, (k,) int64 and (k,) float64 that sum to 1. sampling.temperature > 0."""
+    """Returns the tokens that are left by temperature, top-k, top-p and min-p, (k,) int64, and their probabilities,
+    (k,) float64 that sum to 1. sampling.temperature > 0."""
     tokens = largest(logits, sampling.top_k)
     scores = logits[tokens].astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
-    tokens, scores = tokens[order], scores[order]
-    probabilities = np.exp((scores - scores[0]) / sampling.temperature)
-    probabilities /= probabilities.sum()
-    kept = len(tokens)
+    weights = np.exp((scores - scores.max()) / sampling.temperature)  # the largest is 1
+    mass = sampling.top_p * weights.sum()
+    if sampling.min_p > 0:  # before top-p, whose mass is known already: fewer to sort, and the same are left
+        kept = np.flatnonzero(weights >= sampling.min_p)
+        tokens, weights = tokens[kept], weights[kept]
     if sampling.top_p < 1:
-        kept = 1 + int(np.searchsorted(np.cumsum(probabilities)[:-1], sampling.top_p, side="left"))
-    if sampling.min_p > 0:
-        floor = sampling.min_p * probabilities[0]
-        kept = min(kept, int(np.count_nonzero(probabilities >= floor)))
-    return tokens[:kept], probabilities[:kept] / probabilities[:kept].sum()
+        kept = nucleus(weights, mass)
+        tokens, weights = tokens[kept], weights[kept]
+    return tokens, weights / weights.sum()
+
+
+def nucleus(weights: Array, mass: float, count: int = 256) -> Array:
+    """Returns the indices of the fewest largest weights whose sum reaches mass, largest first; all when it is not reached.
+
+    Sorting a vocabulary takes longer than a small model; so the `count` largest are tried first, then four times as many.
+    """
+    few = count < len(weights)
+    order = np.flatnonzero(weights >= np.partition(weights, len(weights) - count)[len(weights) - count]) if few else np.arange(len(weights))
+    order = order[np.argsort(-weights[order], kind="stable")]
+    sums = np.cumsum(weights[order])
+    if few and sums[-1] < mass:
+        return nucleus(weights, mass, 4 * count)
+    return np.asarray(order[: 1 + np.searchsorted(sums[:-1], mass, side="left")])
 
 
 def largest(logits: Array, k: int) -> Array:
