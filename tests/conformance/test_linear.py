@@ -1,0 +1,249 @@
+"""Packed weights and `linear`: every format, every kernel, every instruction set of this CPU, ragged sizes, 1 to 3 threads.
+
+The oracle is the format's own decoding (which tests of the formats pin to other packages) and the definition of 8-bit
+activations, in numpy. First every single weight is read back out of the packed panels by multiplying with unit vectors; then
+products of random inputs are compared with those weights, where only float32 sums may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tersor import _native, ops
+from tersor.errors import FormatError
+from tersor.formats import FORMATS, get_format
+from tersor.tensor import QuantizedTensor
+
+EPS = 2.0**-24  # half a unit in the last place of float32
+ROWS = 37  # two panels of 16 and a ragged one
+
+# Formats whose scale is a product of two stored numbers, which packing rounds to float16.
+PRODUCT_SCALES = {"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs"}
+# Decoded to float16 when packed.
+AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq", "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"}
+
+# One format per kernel and columns that it can have; odd ones where the format allows.
+KERNELS = {
+    "u4x32": ("q4_0", (32, 96)),
+    "u4x32min": ("q4_1", (32, 96)),
+    "u4x32zero": ("int4_c", (1, 7, 33, 100)),
+    "u4x16": ("int3_g16s", (16, 48)),
+    "u4x16min": ("int2_g16m", (16, 48)),
+    "u4x16zero": ("int4_g48", (48, 144)),
+    "u6x32": ("q5_0", (32, 96)),
+    "u6x32min": ("q5_1", (32, 96)),
+    "u6x32zero": ("int6_c", (1, 7, 33, 100)),
+    "u6x16": ("int6_g16s", (16, 48)),
+    "u6x16min": ("int5_g16m", (16, 48)),
+    "u6x16zero": ("int6_g16", (16, 48)),
+    "s8x32": ("int8_row", (1, 7, 33, 100)),
+    "s8x32min": ("int8_cm", (1, 7, 33, 100)),
+    "s8x32zero": ("int8_c", (1, 7, 33, 100)),
+    "s8x16": ("int8_g16s", (16, 48)),
+    "s8x16min": ("int8_g16m", (16, 48)),
+    "s8x16zero": ("int8_g16", (16, 48)),
+    "t4x32": ("iq4_nl", (32, 96)),
+    "t4x16": ("nvfp4", (64, 192)),
+    "f32": ("f32", (1, 7, 33, 300)),
+    "f16": ("f16", (1, 7, 33, 300)),
+    "bf16": ("bf16", (1, 7, 33, 300)),
+}
+
+
+@pytest.fixture(params=_native.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU in turn."""
+    _native.force_isa(request.param)
+    yield request.param
+    _native.force_isa("")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = _native.threads()
+    _native.set_threads(2)
+    yield
+    _native.set_threads(before)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make(name: str, rows: int, columns: int, seed: int = 1) -> QuantizedTensor:
+    """A tensor of this format: quantized random weights, or random blocks with modest scales where nothing encodes."""
+    fmt = get_format(name)
+    if fmt.can_encode:
+        return fmt.quantize(normal(seed, rows, columns) * np.float32(0.1))
+    rng = np.random.default_rng(seed)
+    blocks = np.empty((0, fmt.nbytes((1, columns))), np.uint8)
+    while len(blocks) < rows:  # random bytes may hold infinite scales
+        more = rng.integers(0, 256, (4 * rows, blocks.shape[1]), dtype=np.uint8)
+        values = fmt.dequantize(QuantizedTensor(name, (len(more), columns), {"blocks": more}))
+        largest = np.abs(values).max(axis=1)
+        blocks = np.concatenate([blocks, more[np.isfinite(largest) & (largest > 0) & (largest < 3e4)]])
+    return QuantizedTensor(name, (rows, columns), {"blocks": blocks[:rows].copy()})
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """x with 8-bit activations: per row and 32 values, scale = absmax / 127, q = rint(x * (127 / absmax)), in float32."""
+    out = np.zeros_like(x)
+    for start in range(0, x.shape[1], 32):
+        part = x[:, start : start + 32]
+        largest = np.abs(part).max(axis=1, keepdims=True)
+        inverse = np.float32(127) / np.where(largest > 0, largest, np.float32(1))
+        out[:, start : start + 32] = np.rint(part * inverse) * (largest / np.float32(127))
+    return out
+
+
+def weights_inside(weight: ops.Weight) -> np.ndarray:
+    """The matrix that the packed weight multiplies by, (rows, columns) float64: 127 quantizes to 127 times 1."""
+    return ops.linear(np.eye(weight.columns, dtype=np.float32) * np.float32(127), weight).T.astype(np.float64) / 127
+
+
+def columns_of(name: str) -> int:
+    group = get_format(name).group_size
+    return 2 * group if group > 0 else 75
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_weight_of_every_format(name: str, isa: str) -> None:
+    tensor = make(name, ROWS, columns_of(name))
+    want = get_format(name).dequantize(tensor).astype(np.float64)
+    got = weights_inside(ops.pack([tensor]))
+    span = np.abs(want).max(axis=1, keepdims=True)
+    # A scale and a minimum, each up to twice the span of what is decoded, rounded to float16's 11 bits.
+    bound = 4 * span * 2.0**-11 if name in PRODUCT_SCALES else np.abs(want) * 2.0**-11 + 2.0**-25 if name in AS_HALF else 8 * span * EPS
+    assert (np.abs(got - want) <= bound).all(), np.abs(got - want).max()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float_activations_decode_exactly(name: str) -> None:
+    tensor = make(name, ROWS, columns_of(name))
+    weight = ops.pack([tensor], activations="float")
+    got = ops.linear(np.eye(weight.columns, dtype=np.float32), weight).T
+    np.testing.assert_array_equal(got, get_format(name).dequantize(tensor))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_embed_decodes_exactly(name: str) -> None:
+    tensor = make(name, ROWS, columns_of(name))
+    tokens = np.array([0, 36, 5, 5], np.int32)
+    values = get_format(name).dequantize(tensor)[tokens]
+    np.testing.assert_array_equal(ops.embed(tensor, tokens), values)
+    np.testing.assert_array_equal(ops.embed(tensor, tokens, 1.7), values * np.float32(1.7))
+
+
+def unaligned(x: np.ndarray) -> np.ndarray:
+    """A copy of x that starts four bytes after any alignment."""
+    space = np.empty(x.size + 1, np.float32)
+    out = space[1:].reshape(x.shape)
+    out[...] = x
+    return out
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel(kernel: str, isa: str) -> None:
+    name, sizes = KERNELS[kernel]
+    for columns in sizes:
+        weight = ops.pack([make(name, ROWS, columns)])
+        assert weight.kernel == f"{isa} {kernel}"
+        floats = name in ("f32", "f16", "bf16")
+        w = get_format(name).dequantize(make(name, ROWS, columns)).astype(np.float64) if floats else weights_inside(weight)
+        x = unaligned(normal(2, 33, columns))
+        # Without a dot product in 16 bits this saturates: the largest codes times the largest activations.
+        x[0] = np.abs(x[0]).max()
+        inputs = (x if floats else rounded(x)).astype(np.float64)
+        want = inputs @ w.T
+        # Each group's or column's term is rounded a few times, then added; minima cancel against terms up to 8 times larger.
+        bound = 8 * (columns / 16 + 8) * EPS * (np.abs(inputs).sum(axis=1, keepdims=True) * np.abs(w).max(axis=1))
+        batch = ops.linear(x, weight)
+        assert (np.abs(batch - want) <= bound).all(), (columns, np.abs(batch - want).max())
+        for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 33):
+            for threads in (1, 2, 3):
+                _native.set_threads(threads)
+                np.testing.assert_array_equal(ops.linear(unaligned(x[:n]), weight), batch[:n])
+
+
+@pytest.mark.parametrize(("name", "columns"), [("q4_1", 1568), ("f16", 1555), ("f32", 700), ("int8_c", 1555)])
+def test_many_rows_and_columns(name: str, columns: int, isa: str) -> None:
+    """More rows than a block, more columns than a block, and more panels than threads."""
+    tensor = make(name, 70, columns)
+    x = normal(3, 203, columns)
+    inputs = x if name[0] == "f" else rounded(x)
+    want = inputs.astype(np.float64) @ get_format(name).dequantize(tensor).astype(np.float64).T
+    got = ops.linear(x, ops.pack([tensor]))
+    # Rounding errors of columns / 16 to columns additions of either sign: a few square roots of their number.
+    bound = 8 * np.sqrt(columns) * EPS * np.abs(inputs).max(axis=1, keepdims=True) * np.sqrt(columns) * 0.5
+    assert (np.abs(got - want) <= bound).all(), np.abs(got - want).max()
+
+
+def test_parts_bias_and_residual(isa: str) -> None:
+    tensors = [make("q4_1", 20, 96, 1), make("q8_0", 16, 96, 2), make("f16", 5, 96, 3), make("bf16", 3, 96, 4)]
+    bias, x, residual = normal(6, 44), normal(7, 5, 96), normal(8, 5, 44)
+    plain = np.concatenate([ops.linear(x, ops.pack([t])) for t in tensors], axis=1)
+    weight = ops.pack(tensors, bias)
+    assert (weight.rows, weight.columns, weight.kernel) == (44, 96, f"{isa} u4x32min+s8x32+f16+bf16")
+    assert weight.nbytes >= sum(t.nbytes for t in tensors)
+    np.testing.assert_array_equal(ops.linear(x, weight), plain + bias)
+    np.testing.assert_array_equal(ops.linear(x, weight, residual), plain + bias + residual)
+    np.testing.assert_array_equal(ops.linear(x, ops.pack(tensors), residual), plain + residual)
+
+
+def test_zeros_tiny_and_huge_inputs(isa: str) -> None:
+    tensor = make("q4_0", 16, 64)
+    weight, w = ops.pack([tensor]), get_format("q4_0").dequantize(tensor).astype(np.float64)
+    x = normal(1, 1, 64)
+    assert not ops.linear(np.zeros((2, 64), np.float32), weight).any()
+    assert not ops.linear(x * np.float32(1e-36), weight).any()  # below 1e-30 a group counts as zero
+    for scale in (1e-25, 1e30):
+        y = x * np.float32(scale)
+        np.testing.assert_allclose(ops.linear(y, weight), rounded(y).astype(np.float64) @ w.T, rtol=0, atol=1e-4 * scale)
+    assert np.isfinite(ops.linear(x, ops.pack([QuantizedTensor("q4_0", (16, 64), {"blocks": np.zeros((16, 36), np.uint8)})]))).all()
+
+
+def test_scales_beyond_float16(isa: str) -> None:
+    """MXFP4's powers of two and LLM.int8()'s float32 absmax exceed float16 either way; packing factors them out."""
+    for power in (-100, -30, 30, 100):
+        w = normal(1, 16, 64) * np.float32(2.0**power)
+        for name in ("mxfp4", "int8_row"):
+            tensor = get_format(name).quantize(w)
+            want = get_format(name).dequantize(tensor).astype(np.float64)
+            np.testing.assert_allclose(weights_inside(ops.pack([tensor])), want, rtol=1e-6, atol=1e-7 * 2.0**power)
+
+
+def test_values_beyond_float16_stay_float32() -> None:
+    tensor = get_format("nf4").quantize(normal(1, 4, 64) * np.float32(1e6))
+    assert ops.pack([tensor]).kernel.endswith(" f32")
+    assert ops.pack([make("nf4", 4, 64)]).kernel.endswith(" f16")
+
+
+def test_bad_arguments() -> None:
+    weight = ops.pack([make("q8_0", 16, 64)])
+    with pytest.raises(FormatError, match="activations 'int4'; need int8 or float"):
+        ops.pack([make("q8_0", 16, 64)], activations="int4")
+    with pytest.raises(ValueError, match="pack: columns: got 32, need 64"):
+        ops.pack([make("q8_0", 16, 64), make("q8_0", 16, 32)])
+    with pytest.raises(ValueError, match="pack: bias: got 15, need 16"):
+        ops.pack([make("q8_0", 16, 64)], np.zeros(15, np.float32))
+    with pytest.raises(ValueError, match="pack: no tensors"):
+        ops.pack([])
+    with pytest.raises(ValueError, match="linear: columns of x: got 63, need 64"):
+        ops.linear(np.zeros((2, 63), np.float32), weight)
+    with pytest.raises(ValueError, match="linear: rows of residual: got 1, need 2"):
+        ops.linear(np.zeros((2, 64), np.float32), weight, np.zeros((1, 16), np.float32))
+    with pytest.raises(ValueError, match="linear: columns of residual: got 15, need 16"):
+        ops.linear(np.zeros((2, 64), np.float32), weight, np.zeros((2, 15), np.float32))
+    with pytest.raises(ValueError, match="q8_0: bytes of a row of blocks: got 67, need 68"):
+        ops.pack([QuantizedTensor("q8_0", (16, 64), {"blocks": np.zeros((16, 67), np.uint8)})])
+    with pytest.raises(ValueError, match="q8_0: rows of blocks: got 15, need 16"):
+        ops.pack([QuantizedTensor("q8_0", (16, 64), {"blocks": np.zeros((15, 68), np.uint8)})])
+    with pytest.raises(ValueError, match="q8_0: field 'blocks' is missing"):
+        ops.pack([QuantizedTensor("q8_0", (16, 64), {})])
+    with pytest.raises(ValueError, match="embed: token 16, need 0 to 15"):
+        ops.embed(make("q8_0", 16, 64), np.array([0, 16], np.int32))
+    with pytest.raises(ValueError, match="embed: token -1, need 0 to 15"):
+        ops.embed(make("q8_0", 16, 64), np.array([-1], np.int32))
