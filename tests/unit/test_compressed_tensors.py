@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tersor.containers import CONTAINERS, open_checkpoint
-from tersor.containers.compressed_tensors import read_schemes, write_quantization
+from tersor.containers.compressed_tensors_config import read_schemes, write_quantization
 from tersor.containers.safetensors_file import Entry, SafetensorsFile, ShardWriter
 from tersor.errors import ContainerError
 from tersor.formats import get_format

@@ -13,10 +13,12 @@ import pytest
 
 import gguf_bytes as g
 from tersor.containers import CONTAINERS, open_checkpoint
+from tersor.containers.config_from_gguf import read_config
+from tersor.containers.config_to_gguf import write_metadata
 from tersor.containers.container import Checkpoint
-from tersor.containers.gguf_config import llama3_scaling, read_config, rope_factors, write_metadata
 from tersor.containers.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES
 from tersor.containers.gguf_names import to_gguf, to_hugging_face
+from tersor.containers.gguf_rope import llama3_scaling, rope_factors
 from tersor.errors import ContainerError
 from tersor.formats import get_format
 from tersor.tensor import ModelDescription, TensorInfo

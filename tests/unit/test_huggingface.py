@@ -15,7 +15,8 @@ import pytest
 from safetensors import safe_open
 
 from tersor.containers import open_checkpoint, output
-from tersor.containers.huggingface import CARRIED, DirectoryWriter
+from tersor.containers.directory import CARRIED
+from tersor.containers.directory_writer import DirectoryWriter
 from tersor.containers.safetensors_file import ShardWriter
 from tersor.errors import ContainerError, OutputError
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
@@ -184,7 +185,7 @@ def test_unknown_tensor_names_a_near_one(tmp_path: Path) -> None:
 
 
 def test_huge_side_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tersor.containers.huggingface.MAX_SIDE_FILE_BYTES", 1000)
+    monkeypatch.setattr("tersor.containers.directory.MAX_SIDE_FILE_BYTES", 1000)
     path = tiny_model(tmp_path / "m")
     with pytest.raises(ContainerError, match=r"tokenizer\.json: \d+ bytes, above the limit of 1000"):
         open_checkpoint(path)

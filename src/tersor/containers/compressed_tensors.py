@@ -21,20 +21,26 @@ widened to float32 first (as loading in float32 does) it gives our values exactl
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Checkpoint, Container
-from tersor.containers.huggingface import (
+from tersor.containers.compressed_tensors_config import (
+    EMBEDDING,
+    INTEGER,
+    METHOD,
+    PACKED,
+    affine,
+    read_schemes,
+    stores_int8,
+    write_quantization,
+)
+from tersor.containers.container import Checkpoint, Container, refuse_unheld
+from tersor.containers.directory import (
     DTYPE_OF,
-    DirectoryWriter,
-    Part,
     Shards,
     find,
     float_info,
@@ -42,107 +48,18 @@ from tersor.containers.huggingface import (
     names_method,
     read_description,
     read_float,
-    refuse_unheld,
     with_tied,
 )
+from tersor.containers.directory_writer import DirectoryWriter, Part
 from tersor.containers.safetensors_file import Entry, shorten
-from tersor.errors import ContainerError, FormatError, unknown
+from tersor.errors import ContainerError, FormatError
 from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
 from tersor.formats.floats import f32_from_bf16
 from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
-METHOD = "compressed-tensors"
-PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 _SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-_EMBEDDING = "model.embed_tokens"
-
-
-def affine(format: str) -> AffineFormat | None:
-    """Returns the format when it is an affine integer that this container holds (no float minimum), else None."""
-    found = get_format(format)
-    return found if isinstance(found, AffineFormat) and found.kind != "m" else None
-
-
-def stores_int8(format: AffineFormat) -> bool:
-    """Returns whether the weights are written as plain int8 (int-quantized): 8 bits, symmetric, per channel or per tensor."""
-    return format.width == 8 and format.kind == "s" and format.group_size <= 0
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One entry of config_groups. targets: module names, `re:` expressions or class names; format: None = as the whole model's."""
-
-    targets: tuple[str, ...]
-    bits: int
-    symmetric: bool
-    strategy: str
-    group_size: int
-    format: str | None
-
-    @property
-    def our_format(self) -> str:
-        """Our name for it."""
-        axis = {"channel": "c", "tensor": "t"}.get(self.strategy, f"g{self.group_size}")
-        return f"int{self.bits}_{axis}{'s' if self.symmetric else ''}"
-
-    def matches(self, module: str) -> int:
-        """Returns how closely the scheme targets a module: 3 by name, 2 by expression, 1 by class, 0 not at all."""
-        kind = "Embedding" if module == _EMBEDDING else "Linear"
-        best = 0
-        for target in self.targets:
-            if target == module:
-                return 3
-            if target.startswith("re:") and re.match(target[3:], module):
-                best = 2
-            elif target == kind:
-                best = max(best, 1)
-        return best
-
-
-def read_schemes(where: str, quantization: Mapping[str, Any]) -> list[Scheme]:
-    """Returns the schemes of a quantization_config. Raises ContainerError for everything that the weights alone do not express."""
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        if quantization.get(key):
-            raise ContainerError(f"{where}: quantization_config has a {key}, which is not supported; open the float original")
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, Mapping) for group in groups.values()):
-        raise ContainerError(f"{where}: quantization_config needs config_groups that spell their schemes out; it has {shorten(groups)}")
-    return [_read_scheme(f"{where}: config group {shorten(name)!r}", group, quantization.get("format")) for name, group in groups.items()]
-
-
-def _read_scheme(where: str, group: Mapping[str, Any], format: Any) -> Scheme:
-    weights, inputs = group.get("weights"), group.get("input_activations")
-    if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
-        raise ContainerError(f"{where}: weights are {shorten(weights)}; only integers are supported so far")
-    if group.get("output_activations") or (inputs and not inputs.get("dynamic")):
-        raise ContainerError(f"{where}: activations with calibrated scales are not supported; dynamic ones are")
-    strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or 0) > 0 else "tensor")
-    if strategy not in ("group", "channel", "tensor"):
-        raise ContainerError(f"{where}: {unknown('strategy', shorten(strategy), ['group', 'channel', 'tensor'])}")
-    bits, size, targets = weights.get("num_bits", 8), weights.get("group_size") or 0, group.get("targets")
-    if (
-        not isinstance(bits, int)
-        or not isinstance(size, int)
-        or not isinstance(targets, list)
-        or not all(isinstance(t, str) for t in targets)
-    ):
-        raise ContainerError(f"{where}: needs integers num_bits and group_size and a list of targets; the config is damaged")
-    own = group.get("format") or (format if format != MIXED else None)
-    if own not in (PACKED, INTEGER, None):
-        raise ContainerError(f"{where}: {unknown('format', shorten(own), [PACKED, INTEGER])}")
-    for target in targets:
-        if target.startswith("re:"):
-            _check_expression(where, target[3:])
-    return Scheme(tuple(targets), bits, bool(weights.get("symmetric", True)), strategy, size, own)
-
-
-def _check_expression(where: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ContainerError(f"{where}: target {shorten(expression)!r} is no regular expression: {error}") from None
 
 
 class CompressedTensorsCheckpoint(Checkpoint):
@@ -348,54 +265,6 @@ class CompressedTensorsWriter(DirectoryWriter):
         return {**description.config, "quantization_config": quantization} if quantization else dict(description.config)
 
 
-def write_quantization(plan: Iterable[TensorInfo], tied: bool) -> dict[str, Any] | None:
-    """Returns the quantization_config of a plan, None when nothing is quantized.
-
-    One format is targeted by class with exceptions listed in `ignore`; several are targeted by module names.
-    """
-    modules: dict[str, list[str]] = {}
-    ignore = ["lm_head"] if tied else []
-    for info in plan:
-        module = info.name.removesuffix(".weight")
-        if affine(info.format) is not None:
-            modules.setdefault(info.format, []).append(module)
-        elif len(info.shape) == 2 and module != _EMBEDDING:
-            ignore.append(module)
-    if not modules:
-        return None
-    groups = {}
-    for number, (name, own) in enumerate(modules.items()):
-        format = affine(name)
-        assert format is not None
-        targets = own
-        if len(modules) == 1:
-            targets = ["Linear"] * any(m != _EMBEDDING for m in own) + ["Embedding"] * (_EMBEDDING in own)
-        groups[f"group_{number}"] = {
-            "targets": targets,
-            "weights": {
-                "num_bits": format.width,
-                "type": "int",
-                "symmetric": format.kind == "s",
-                "strategy": "group" if format.group_size > 0 else "channel" if format.group_size == 0 else "tensor",
-                "group_size": format.group_size if format.group_size > 0 else None,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-            "format": INTEGER if stores_int8(format) else PACKED,
-        }
-    formats = {group["format"] for group in groups.values()}
-    return {
-        "quant_method": METHOD,
-        "format": formats.pop() if len(formats) == 1 else MIXED,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-
-
 class CompressedTensors(Container):
     """Directories with integer weights for vLLM and transformers."""
 
@@ -422,7 +291,7 @@ class CompressedTensors(Container):
         for info in plan:
             if affine(info.format) is not None and len(info.shape) != 2:
                 raise ContainerError(f"{path}: {info.name} has {len(info.shape)} axes; {METHOD} holds quantized matrices only")
-            if info.name == f"{_EMBEDDING}.weight" and affine(info.format) is not None and is_tied(description.config):
+            if info.name == f"{EMBEDDING}.weight" and affine(info.format) is not None and is_tied(description.config):
                 raise ContainerError(
                     f"{path}: {info.name} is also the head (tie_word_embeddings), which loaders of {METHOD} expect in float;"
                     " keep it in f16 (recipe `embed_tokens=f16`)"

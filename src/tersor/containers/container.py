@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tersor.errors import ContainerError
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
 
 
@@ -93,3 +94,12 @@ class Container(ABC):
     def create(self, path: Path, description: ModelDescription, plan: Sequence[TensorInfo], *, force: bool = False) -> Writer:
         """Starts writing. plan: every tensor in order. Raises OutputError when path exists and not force, ContainerError
         when a format cannot be held (names the tensor)."""
+
+
+def refuse_unheld(container: Container, path: Path, plan: Sequence[TensorInfo]) -> None:
+    """Raises ContainerError for the first tensor whose format the container cannot hold."""
+    for info in plan:
+        if not container.holds(info.format):
+            raise ContainerError(
+                f"{path}: {container.name} cannot hold {info.format} ({info.name}); choose another recipe or another container (--to)"
+            )

@@ -11,7 +11,7 @@ import numpy as np
 
 from tersor.containers import CONTAINERS, get_container, open_checkpoint
 from tersor.containers.container import Checkpoint, Container
-from tersor.containers.huggingface import DTYPE_OF
+from tersor.containers.directory import DTYPE_OF
 from tersor.errors import ContainerError, FormatError, OutputError, unknown
 from tersor.formats import get_format
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo

@@ -1,7 +1,7 @@
 """GGUF as a container: Hugging Face's names, orders and config on our side, llama.cpp's in the file.
 
-The file itself (header, offsets) is gguf_file.py; names and row orders gguf_names.py; config gguf_config.py; tokenizers
-tokenizer_from_gguf.py and tokenizer_to_gguf.py.
+The file itself (header, offsets) is gguf_file.py; names and row orders gguf_names.py; config config_from_gguf.py and
+config_to_gguf.py; tokenizers tokenizer_from_gguf.py and tokenizer_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION
 
-from tersor.containers.container import Checkpoint, Container, Writer
-from tersor.containers.gguf_config import read_architecture, read_config, write_metadata
+from tersor.containers.config_from_gguf import read_architecture, read_config
+from tersor.containers.config_to_gguf import write_metadata
+from tersor.containers.container import Checkpoint, Container, Writer, refuse_unheld
+from tersor.containers.directory import find
 from tersor.containers.gguf_file import BLOCK_TYPES, MAGIC, GGUFFile, GGUFTensor, KeyValue, file_types, lay_out, write_file
 from tersor.containers.gguf_names import (
     ARCHITECTURES,
@@ -31,7 +33,6 @@ from tersor.containers.gguf_names import (
     to_gguf,
     to_hugging_face,
 )
-from tersor.containers.huggingface import find, refuse_unheld
 from tersor.containers.output import check_output, disk_errors, remove, temporary_path
 from tersor.containers.safetensors_file import shorten
 from tersor.containers.tokenizer_from_gguf import read_tokenizer
