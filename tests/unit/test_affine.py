@@ -169,6 +169,23 @@ def test_native_scale_rounding_is_float16_rounding_upwards_when_subnormal(isa):
     assert np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "ends", "zero"), [("int4_g16", (-5.0, 10.0), 5), ("int4_g16s", (-7.5, 7.5), 8), ("int4_g16m", (-5.0, 10.0), 5)]
+)
+def test_halves_go_to_even(name, ends, zero, isa):
+    """A group whose scale is 1 and that holds exact halves."""
+    f = fmt(name)
+    halves = [-4.5, -3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5]
+    w = np.array([[*ends, *halves, 0.0, -0.0]], dtype=np.float32)
+    even = [-4, -4, -2, -2, 0, 0, 2, 2, 4, 4, 6, 6]
+    # Without an integer zero it is w - min that is rounded: -4.5 is 0.5 above -5 and goes to 0.
+    codes = [round(half + 5) for half in halves] if f.kind == "m" else [value + zero for value in even]
+    params = f.fit(w)
+    assert params["scale"].tolist() == [[1.0]]
+    assert f.encode(w, params)[0, 2:14].tolist() == codes
+    assert f.unpack(f.quantize(w))[0][0, 2:14].tolist() == codes
+
+
 # Special groups.
 
 
