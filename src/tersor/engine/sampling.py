@@ -68,7 +68,7 @@ class Sampler:
         if s.temperature == 0:
             return int(np.argmax(logits))
         tokens, probabilities = distribution(logits, s)
-        drawn = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
+        drawn = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
         return int(tokens[min(drawn, len(tokens) - 1)])  # the sums may end a rounding below 1
 
 
