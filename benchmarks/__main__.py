@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-from tersor.demo import fetch_model
+from tersor.demo import cache_directory, fetch
 
 
 def main() -> int:
@@ -23,7 +22,7 @@ def main() -> int:
         return 0
     if len(sys.argv) > 1:
         return subprocess.call([sys.executable, "-m", f"benchmarks.{sys.argv[1]}", *sys.argv[2:]])
-    model = str(fetch_model(Path("demo")))
+    model = str(fetch(cache_directory()))
     worst = 0
     for name, arguments in {"speed": [model], "memory": [], "agreement": [model], "ggml_encoders": [model]}.items():
         print(f"\n== {name} ==", flush=True)

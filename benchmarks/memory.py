@@ -99,7 +99,9 @@ def main() -> int:
         if status:
             return 1
         peak = usage.ru_maxrss / 1024
-        print(f"{parameters / 1e9:.2f} billion weights, {before / 1e6:.0f} MB in {len(list(source.glob('*.safetensors')))} shards, {a.recipe}")
+        print(
+            f"{parameters / 1e9:.2f} billion weights, {before / 1e6:.0f} MB in {len(list(source.glob('*.safetensors')))} shards, {a.recipe}"
+        )
         print(f"file {out.stat().st_size / 1e6:.0f} MB, {time.perf_counter() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} CPU s")
         print(f"peak memory {peak:.0f} MiB, limit {a.limit_mib:.0f} MiB: {'held' if peak <= a.limit_mib else 'PASSED OVER'}")
         return int(peak > a.limit_mib)

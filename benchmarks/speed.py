@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument("--peers", default=",".join(WORKERS).replace("tersor, float", "tersor; float"), help="comma-separated; default: all")
+    parser.add_argument(
+        "--peers", default=",".join(WORKERS).replace("tersor, float", "tersor; float"), help="comma-separated; default: all"
+    )
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     names = [n.strip().replace(";", ",") for n in a.peers.split(",")]
@@ -97,7 +99,9 @@ def main() -> None:
     from tersor import _native
 
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    print(f"{Path(a.model).name}, {a.threads} threads, {cpu} ({_native.isa()}), commit {commit()}, medians of {a.rounds} interleaved rounds")
+    print(
+        f"{Path(a.model).name}, {a.threads} threads, {cpu} ({_native.isa()}), commit {commit()}, medians of {a.rounds} interleaved rounds"
+    )
     print(f"| runtime | prefill {a.prefill} t/s | decode {a.decode} t/s | {names[0]} is faster: prefill | decode | peak MiB |")
     print("|---|---|---|---|---|---|")
     first = figures[names[0]]
