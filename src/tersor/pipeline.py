@@ -262,10 +262,11 @@ def _quantize_tensor(
     squared_error = squares = 0.0
     for rows in _slabs(source.shape) if fmt.row_independent else [slice(0, prod(source.shape[:-1]))]:
         w = np.ascontiguousarray(dequantize(checkpoint.read(source.name, rows)).reshape(-1, source.shape[-1]), dtype=np.float32)
-        check_finite(w, source.name, rows.start)
+        largest = check_finite(w, source.name, rows.start)
         part = _encode(w, fmt, method, source.name)
         decoded = fmt.dequantize(part).reshape(w.shape)
-        _check_range(w, decoded, format, source.name, rows.start)
+        if largest > FLOAT16_MAX:
+            _check_range(w, decoded, format, source.name, rows.start)
         squares += _sum_of_squares(w)
         squared_error += _sum_of_squares(decoded - w)  # not in place: a cast to f32 may share w's memory
         for key, values in part.fields.items():
@@ -293,24 +294,23 @@ def dequantize(tensor: QuantizedTensor) -> Array:
     return get_format(tensor.format).dequantize(tensor)
 
 
-def check_finite(w: Array, name: str, first_row: int = 0) -> None:
-    """Raises ModelError naming tensor and position of the first NaN or infinity. first_row: row of the tensor that w begins with."""
-    # A NaN or infinity anywhere makes the sum so; a sum that merely overflows is told apart by the second look.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(np.sum(w)):
-            return
-    bad = np.argwhere(~np.isfinite(w.reshape(-1, w.shape[-1])))
-    if len(bad):
+def check_finite(w: Array, name: str, first_row: int = 0) -> float:
+    """Returns the largest magnitude in w. Raises ModelError naming tensor and position of the first NaN or infinity.
+
+    first_row: row of the tensor that w begins with.
+    """
+    largest = max(float(w.max()), -float(w.min()))  # either is NaN when w holds one
+    if not np.isfinite(largest):
+        bad = np.argwhere(~np.isfinite(w.reshape(-1, w.shape[-1])))
         row, column = (int(i) for i in bad[0])
         value = w.reshape(-1, w.shape[-1])[row, column]
         what = f"{name} holds {value} at row {first_row + row}, column {column} ({len(bad)} such weights in these rows)"
         raise ModelError(f"{what}; the checkpoint is damaged: fetch or export it again")
+    return largest
 
 
 def _check_range(w: Array, decoded: Array, format: str, name: str, first_row: int) -> None:
     """Raises FormatError when a weight beyond float16's range was lost, because its value or the scale of its group saturated."""
-    if max(w.max(), -w.min()) <= FLOAT16_MAX:
-        return
     with np.errstate(over="ignore", invalid="ignore"):
         lost = np.argwhere((np.abs(w) > FLOAT16_MAX) & ~(np.abs(decoded - w) <= 0.5 * np.abs(w)))
     if len(lost):
