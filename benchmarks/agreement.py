@@ -63,9 +63,8 @@ def main() -> int:
     tokens = load(a.model).tokenizer.encode(text[: 8 * a.tokens], bos=False)[: a.tokens]
     windows = [tokens[i : i + a.window] for i in range(0, len(tokens) - a.window + 1, a.window)]
     worst = 0.0
-    print(
-        f"{Path(a.model).name}, {len(windows)} windows of {a.window} tokens\n| recipe | tersor, float activations | tersor | llama.cpp | difference |\n|---|---|---|---|---|"
-    )
+    print(f"{Path(a.model).name}, {len(windows)} windows of {a.window} tokens")
+    print("| recipe | tersor, float activations | tersor | llama.cpp | difference |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for recipe in a.recipes.split(","):
             out = Path(folder) / "model.gguf"

@@ -1,6 +1,6 @@
 """Prefill and decode speed of one model file beside other runtimes, interleaved, same threads.
 
-    python -m benchmarks.speed MODEL.gguf [--threads 2] [--rounds 5] [--prefill 512] [--decode 64] [--peers tersor,llama.cpp,...]
+    python -m benchmarks.speed MODEL.gguf [--threads 2] [--rounds 5] [--prefill 512] [--decode 64] [--peers "tersor;llama.cpp"]
 
 Every runtime is a process of its own (benchmarks/peers); only one works at a time. Each round asks every runtime once;
 the table shows medians over the rounds and the ratio to the first row, pair by pair. transformers dequantizes the file.
@@ -47,7 +47,10 @@ class Worker:
 
 
 def measure(model: str, names: list[str], threads: int, rounds: int, prefill: int, decode: int) -> dict[str, dict[str, list[float]]]:
-    """Returns {runtime: {"prefill": tokens/s of each round, "decode": ..., "peak_mib": [...]}}; runtimes that fail to load are left out, with a line."""
+    """Returns {runtime: {"prefill": tokens/s of each round, "decode": ..., "peak_mib": [...]}}.
+
+    A runtime that fails to load is left out, with a line that says why.
+    """
     workers = {}
     for name in names:
         try:
@@ -86,30 +89,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=64)
-    parser.add_argument(
-        "--peers", default=",".join(WORKERS).replace("tersor, float", "tersor; float"), help="comma-separated; default: all"
-    )
+    parser.add_argument("--peers", default=";".join(WORKERS), help="separated by semicolons; default: all")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
-    names = [n.strip().replace(";", ",") for n in a.peers.split(",")]
+    names = [n.strip() for n in a.peers.split(";")]
     figures = measure(a.model, names, a.threads, a.rounds, a.prefill, a.decode)
     if a.json:
         print(json.dumps(figures))
         return
     from tersor import _native
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    print(
-        f"{Path(a.model).name}, {a.threads} threads, {cpu} ({_native.isa()}), commit {commit()}, medians of {a.rounds} interleaved rounds"
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    print(f"{Path(a.model).name}, {a.threads} threads, {cpu} ({_native.isa()}), commit {commit()}")
+    print(f"medians of {a.rounds} interleaved rounds; ratios pair by pair")
     print(f"| runtime | prefill {a.prefill} t/s | decode {a.decode} t/s | {names[0]} is faster: prefill | decode | peak MiB |")
     print("|---|---|---|---|---|---|")
     first = figures[names[0]]
     for name, f in figures.items():
-        print(
-            f"| {name} | {statistics.median(f['prefill']):.0f} | {statistics.median(f['decode']):.1f} | {ratio(first['prefill'], f['prefill']):.2f}x "
-            f"| {ratio(first['decode'], f['decode']):.2f}x | {f['peak_mib'][0]:.0f} |"
-        )
+        prefill, decode = statistics.median(f["prefill"]), statistics.median(f["decode"])
+        times = f"{ratio(first['prefill'], f['prefill']):.2f}x | {ratio(first['decode'], f['decode']):.2f}x"
+        print(f"| {name} | {prefill:.0f} | {decode:.1f} | {times} | {f['peak_mib'][0]:.0f} |")
 
 
 if __name__ == "__main__":
