@@ -84,11 +84,13 @@ static std::vector<float> normalized(const float* importance, int64_t columns) {
   if (!(total > 0)) return {};
   const double scale = static_cast<double>(columns) / total;
   std::vector<float> weights(static_cast<size_t>(columns));
-  for (int64_t i = 0; i < columns; ++i) weights[i] = static_cast<float>(static_cast<double>(importance[i]) * scale + 0x1p-20);
+  for (int64_t i = 0; i < columns; ++i)
+    weights[i] = static_cast<float>(static_cast<double>(importance[i]) * scale + 0x1p-20);
   return weights;
 }
 
-void ggml_encode(const GgmlType& type, const float* w, const float* importance, uint8_t* blocks, int64_t rows, int64_t columns) {
+void ggml_encode(const GgmlType& type, const float* w, const float* importance, uint8_t* blocks, int64_t rows,
+                 int64_t columns) {
   const std::vector<float> weights = importance == nullptr ? std::vector<float>{} : normalized(importance, columns);
   const int64_t row_blocks = columns / type.values, row_bytes = row_blocks * type.bytes;
   if (weights.empty() && type.encode_extremes != nullptr) {
@@ -99,7 +101,8 @@ void ggml_encode(const GgmlType& type, const float* w, const float* importance, 
   }
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      search_row(type.search, w + row * columns, weights.empty() ? nullptr : weights.data(), blocks + row * row_bytes, row_blocks);
+      search_row(type.search, w + row * columns, weights.empty() ? nullptr : weights.data(), blocks + row * row_bytes,
+                 row_blocks);
   });
 }
 

@@ -31,7 +31,9 @@ const GgmlType* ggml_type(std::string_view name);
 // Decodes rows of `columns` numbers, on all threads. columns must be a multiple of type.values.
 void ggml_decode(const GgmlType& type, const uint8_t* blocks, float* out, int64_t rows, int64_t columns);
 
-// Encodes rows of `columns` numbers, on all threads. importance: one weight >= 0 per column, or null. type.search must not be kNone.
-void ggml_encode(const GgmlType& type, const float* w, const float* importance, uint8_t* blocks, int64_t rows, int64_t columns);
+// Encodes rows of `columns` numbers, on all threads. importance: one weight >= 0 per column, or null. type.search must
+// not be kNone.
+void ggml_encode(const GgmlType& type, const float* w, const float* importance, uint8_t* blocks, int64_t rows,
+                 int64_t columns);
 
 }  // namespace tersor

@@ -185,6 +185,8 @@ constexpr int iq4xs_scale(const BlockIQ4_XS& b, int j) {
 }
 
 // 2^(e - 128), the unit of MXFP4's doubled levels; a subnormal number for e < 2.
-constexpr float mxfp4_step(uint8_t e) { return std::bit_cast<float>(e < 2 ? 0x00200000u << e : static_cast<uint32_t>(e - 1) << 23); }
+constexpr float mxfp4_step(uint8_t e) {
+  return std::bit_cast<float>(e < 2 ? 0x00200000u << e : static_cast<uint32_t>(e - 1) << 23);
+}
 
 }  // namespace tersor

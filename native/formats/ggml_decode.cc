@@ -1,5 +1,5 @@
-// Decoding of ggml's blocks. The order of the products is gguf-py's (gguf/quants.py, dequantize_blocks), so that the bits agree;
-// the build forbids contraction into fused multiply-adds for the same reason.
+// Decoding of ggml's blocks. The order of the products is gguf-py's (gguf/quants.py, dequantize_blocks), so that the
+// bits agree; the build forbids contraction into fused multiply-adds for the same reason.
 #include "formats/ggml_decode.h"
 
 #include <bit>
@@ -19,7 +19,9 @@ void decode_block(const BlockQ4_1& b, float* out) {
   for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(nibble_16(b.qs, i)) + m;
 }
 
-static int five_bits(const uint8_t* qs, const uint8_t* qh, int i) { return nibble_16(qs, i) | (qh[i / 8] >> i % 8 & 1) << 4; }
+static int five_bits(const uint8_t* qs, const uint8_t* qh, int i) {
+  return nibble_16(qs, i) | (qh[i / 8] >> i % 8 & 1) << 4;
+}
 
 void decode_block(const BlockQ5_0& b, float* out) {
   const float d = f32_from_f16(b.d);
@@ -63,7 +65,8 @@ void decode_block(const BlockQ3_K& b, float* out) {
 void decode_block(const BlockQ4_K& b, float* out) {
   const float d = f32_from_f16(b.d), dmin = f32_from_f16(b.dmin);
   for (int j = 0; j < 8; ++j) {
-    const float step = d * static_cast<float>(k_scale(b.scales, j)), min = dmin * static_cast<float>(k_min(b.scales, j));
+    const float step = d * static_cast<float>(k_scale(b.scales, j)),
+                min = dmin * static_cast<float>(k_min(b.scales, j));
     const uint8_t* qs = b.qs + 32 * (j / 2);
     const int shift = 4 * (j % 2);
     for (int i = 0; i < 32; ++i) out[32 * j + i] = step * static_cast<float>(qs[i] >> shift & 15) - min;
@@ -73,7 +76,8 @@ void decode_block(const BlockQ4_K& b, float* out) {
 void decode_block(const BlockQ5_K& b, float* out) {
   const float d = f32_from_f16(b.d), dmin = f32_from_f16(b.dmin);
   for (int j = 0; j < 8; ++j) {
-    const float step = d * static_cast<float>(k_scale(b.scales, j)), min = dmin * static_cast<float>(k_min(b.scales, j));
+    const float step = d * static_cast<float>(k_scale(b.scales, j)),
+                min = dmin * static_cast<float>(k_min(b.scales, j));
     const uint8_t* qs = b.qs + 32 * (j / 2);
     const int shift = 4 * (j % 2);
     for (int i = 0; i < 32; ++i) {
@@ -158,7 +162,8 @@ void decode_block(const BlockIQ2_XXS& b, float* out) {
     const uint32_t word = b.qs[j].signs_scale;
     const float step = d * (0.5f + static_cast<float>(word >> 28)) * 0.25f;
     for (int r = 0; r < 4; ++r)
-      row_signed(kGridIQ2_XXS[b.qs[j].rows[r]], 2, kValuesIQ2, 8, step, even_signs(word >> 7 * r), out + 32 * j + 8 * r);
+      row_signed(kGridIQ2_XXS[b.qs[j].rows[r]], 2, kValuesIQ2, 8, step, even_signs(word >> 7 * r),
+                 out + 32 * j + 8 * r);
   }
 }
 
@@ -218,7 +223,8 @@ void decode_block(const BlockTQ1_0& b, float* out) {
 void decode_block(const BlockTQ2_0& b, float* out) {
   const float d = f32_from_f16(b.d);
   for (int j = 0; j < 8; ++j)
-    for (int i = 0; i < 32; ++i) out[32 * j + i] = d * static_cast<float>((b.qs[32 * (j / 4) + i] >> 2 * (j % 4) & 3) - 1);
+    for (int i = 0; i < 32; ++i)
+      out[32 * j + i] = d * static_cast<float>((b.qs[32 * (j / 4) + i] >> 2 * (j % 4) & 3) - 1);
 }
 
 void decode_block(const BlockMXFP4& b, float* out) {

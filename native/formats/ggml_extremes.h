@@ -1,6 +1,7 @@
 // Encoding by ggml's own rule, which takes the scale from the extremes of a block. Byte for byte what gguf-py's
-// quantize_blocks gives (gguf/quants.py). Where gguf-py would divide by a subnormal number, or overflow float16, ours gives
-// zero codes and the largest finite scale instead of undefined values. NaN weights give some bytes, never a fault.
+// quantize_blocks gives (gguf/quants.py). Where gguf-py would divide by a subnormal number, or overflow float16, ours
+// gives zero codes and the largest finite scale instead of undefined values. NaN weights give some bytes, never a
+// fault.
 #pragma once
 
 #include "formats/ggml_blocks.h"

@@ -19,7 +19,7 @@ inline uint16_t f16_from_f32(float f) {
   const uint32_t sign = bits >> 16 & 0x8000;
   const uint32_t rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (rest >> 13 & 0x3ff));  // NaN, made quiet
-  if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);                        // >= 65520 rounds to infinity
+  if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // >= 65520 rounds to infinity
   if (rest < 0x38800000) {  // below 2^-14: adding 1/2 leaves the multiple of 2^-24 in the last bits of the sum
     const float sum = std::bit_cast<float>(rest) + 0.5f;
     return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(sum) - 0x3f000000));

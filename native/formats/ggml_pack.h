@@ -111,8 +111,12 @@ static inline void place(const uint8_t* codes, BlockIQ4_XS& b) {
 static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ2_K& b) {
   for (int j = 0; j < 16; ++j) b.scales[j] = static_cast<uint8_t>(scales[j] | mins[j] << 4);
 }
-static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ4_K& b) { pack_k_scales(scales, mins, b.scales); }
-static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ5_K& b) { pack_k_scales(scales, mins, b.scales); }
+static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ4_K& b) {
+  pack_k_scales(scales, mins, b.scales);
+}
+static inline void place_scales(const uint8_t* scales, const uint8_t* mins, BlockQ5_K& b) {
+  pack_k_scales(scales, mins, b.scales);
+}
 static inline void place_scales(const int8_t* scales, BlockQ3_K& b) { pack_q3k_scales(scales, b.scales); }
 static inline void place_scales(const int8_t* scales, BlockQ6_K& b) { std::memcpy(b.scales, scales, 16); }
 static inline void place_scales(const int8_t* scales, BlockIQ4_XS& b) { pack_iq4xs_scales(scales, b); }

@@ -11,6 +11,7 @@
 
 #define TERSOR_SEARCH tersor::search_baseline
 #include "formats/ggml_search.inc"
+#include "formats/ggml_search_affine.inc"
 #include "formats/ggml_search_types.inc"
 
 namespace tersor::search_avx2 {

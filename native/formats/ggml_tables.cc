@@ -1,6 +1,6 @@
 // The codebooks of ggml's IQ types, row by row: data of the formats, from ggml-org/ggml src/ggml-common.h (iq1s_grid,
-// iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid, iq3s_grid), packed as ggml_tables.h says. tests/conformance/test_ggml.py
-// compares every row with gguf-py.
+// iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid, iq3s_grid), packed as ggml_tables.h says.
+// tests/conformance/test_ggml.py compares every row with gguf-py.
 // clang-format off
 #include "formats/ggml_tables.h"
 

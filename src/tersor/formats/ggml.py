@@ -14,7 +14,7 @@ import numpy as np
 from tersor import _native
 from tersor.errors import FormatError
 from tersor.formats import ggml_blocks, ggml_layouts
-from tersor.formats.format import Format, as_rows
+from tersor.formats.format import Format, as_rows, check_importance
 from tersor.tensor import Array, Params, QuantizedTensor
 
 # Decode-only types: (values, bytes) of a block, and the formats of about the same size that can be written.
@@ -42,6 +42,8 @@ _BLOCKS_OF_32 = {
     "tq1_0": "ternary_g32",
     "tq2_0": "ternary_g32",
 }
+
+_LARGEST = 65504  # of float16, in which scales and minima are stored
 
 EXAMPLES = (*ggml_blocks.BLOCKS, *_DECODE_ONLY)
 
@@ -119,13 +121,10 @@ class GgmlFormat(_Blocks):
         return packed.reshape(len(packed), -1, self.block_bytes)
 
     def _encode_rows(self, w: Array, importance: Array | None) -> Array:
-        if importance is None:
-            return _native.ggml_encode(self.name, w, None)
-        importance = np.ascontiguousarray(importance, dtype=np.float32)
-        if importance.shape != w.shape[1:]:
-            raise FormatError(f"{self.name}: importance has shape {importance.shape}, need one value per column, ({w.shape[1]},)")
-        if not (np.isfinite(importance).all() and (importance >= 0).all()):
-            raise FormatError(f"{self.name}: importance holds negative or non-finite values; need finite values >= 0")
+        importance = check_importance(importance, w.shape[1], self.name)
+        largest = max(float(w.max(initial=0)), -float(w.min(initial=0)))
+        if np.isfinite(largest) and largest > _LARGEST:
+            raise FormatError(f"{self.name}: tensor holds {largest:g}, beyond the {_LARGEST} of float16 scales; use bf16 or f32")
         return _native.ggml_encode(self.name, w, importance)
 
 

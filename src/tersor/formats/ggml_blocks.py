@@ -42,7 +42,7 @@ class Plane:
 class BlockType:
     """One ggml block. size: values; fields: (name, bytes) in file order; planes: lowest bits of the code first.
 
-    levels: float32, the integer that each code stands for, of which encoding uses those up to `highest`;
+    levels: float32, the integer that each code stands for, of which encoding uses those from `lowest` to `highest`;
     subs: sub-blocks with a step of their own; flip: the bits stored inverted.
     """
 
@@ -54,6 +54,7 @@ class BlockType:
     read_params: Callable[[Mapping[str, Array]], dict[str, Array]]
     write_params: Callable[[Params], dict[str, Array]]
     grid: Callable[[Params], Grid]
+    lowest: float = -np.inf
     highest: float = np.inf
     flip: int = 0
 
@@ -128,10 +129,10 @@ def encode(name: str, w: Array, params: Params) -> Array:
         if kind.levels is _IQ4:
             middles = (_IQ4[1:] + _IQ4[:-1]) / 2
             return sum((t > m).astype(np.uint8) for m in middles).astype(np.uint8).reshape(w.shape)
-    lowest, highest = kind.levels[0], np.float32(min(kind.levels[-1], kind.highest))
+    lowest, highest = np.float32(max(kind.levels[0], kind.lowest)), np.float32(min(kind.levels[-1], kind.highest))
     t = np.where(t > lowest, t, lowest)  # in this order a NaN becomes the lowest level
     t = np.where(t < highest, t, highest)
-    return (np.rint(t) - lowest).astype(np.uint8).reshape(w.shape)
+    return (np.rint(t) - kind.levels[0]).astype(np.uint8).reshape(w.shape)
 
 
 def _values_from_plane(field: Array, plane: Plane) -> Array:
@@ -316,7 +317,7 @@ BLOCKS: dict[str, BlockType] = {
     "q4_1": BlockType(32, (("d", 2), ("m", 2), ("qs", 16)), _NIBBLES, _integers(0, 16), 1, *_TWO),
     "q5_0": BlockType(32, (("d", 2), ("qh", 4), ("qs", 16)), _FIVE, _integers(-16, 32), 1, *_ONE),
     "q5_1": BlockType(32, (("d", 2), ("m", 2), ("qh", 4), ("qs", 16)), _FIVE, _integers(0, 32), 1, *_TWO),
-    "q8_0": BlockType(32, (("d", 2), ("qs", 32)), (Plane("qs", 8, 32),), _integers(-128, 256), 1, *_ONE, flip=128),
+    "q8_0": BlockType(32, (("d", 2), ("qs", 32)), (Plane("qs", 8, 32),), _integers(-128, 256), 1, *_ONE, lowest=-127, flip=128),
     "q2_k": BlockType(
         256,
         (("scales", 16), ("qs", 64), ("d", 2), ("dmin", 2)),
