@@ -1,11 +1,8 @@
 // Sixteen floats as one AVX-512 register. Names and meanings: base/simd/scalar.h. Include only from *x86_avx512vnni.cc.
 #pragma once
 
-#ifdef TERSOR_EMULATE_AVX512  // run this file's code on any CPU, for tests: see tests/native/run_emulated.sh
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
+#ifdef TERSOR_EMULATE_AVX512
+#include "base/simd/emulated_avx512.h"
 #else
 #include <immintrin.h>
 #endif

@@ -39,7 +39,7 @@ constexpr int block_bytes(Code code, int group, Second second) {
 struct IntegerPanel {
   const uint8_t* blocks;
   int64_t groups;
-  float offset;         // an integer
+  float offset;         // an integer; 0 for signed codes (kS8, kT4) with kNone
   const int8_t* table;  // of kT4, else null
 };
 
