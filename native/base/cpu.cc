@@ -72,7 +72,8 @@ std::string choose(Choice& choice, const std::string& name) {
   }
   bool exists = false;
   for (Isa isa : kAll) exists |= name == isa_name(isa);
-  return (exists ? "this CPU cannot run instruction set '" : "unknown instruction set '") + name + "'; this CPU has: " + known;
+  return (exists ? "this CPU cannot run instruction set '" : "unknown instruction set '") + name +
+         "'; this CPU has: " + known;
 }
 
 Choice& the_choice() {

@@ -1,4 +1,5 @@
-// The float types, and float16 (IEEE 754 binary16) and bfloat16 to and from float32 in plain C++. Rounds to nearest, ties to even.
+// The float types, and float16 (IEEE 754 binary16) and bfloat16 to and from float32 in plain C++. Rounds to nearest,
+// ties to even.
 #pragma once
 
 #include <cstdint>

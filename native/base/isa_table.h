@@ -1,4 +1,5 @@
-// Picks the kernels of the instruction set in use. For dispatch.cc files, whose namespace has one table per instruction set.
+// Picks the kernels of the instruction set in use. For dispatch.cc files, whose namespace has one table per instruction
+// set.
 #pragma once
 
 #include "base/cpu.h"

@@ -59,7 +59,8 @@ class Pool {
     while (size_ < job.parts) std::thread(&Pool::work, this, size_++, ticket_.load()).detach();
     job_ = job;
     remaining_.store(job.parts - 1, std::memory_order_relaxed);
-    ticket_.store(((ticket_.load(std::memory_order_relaxed) >> kPartBits) + 1) << kPartBits | uint64_t(job.parts), std::memory_order_release);
+    ticket_.store(((ticket_.load(std::memory_order_relaxed) >> kPartBits) + 1) << kPartBits | uint64_t(job.parts),
+                  std::memory_order_release);
     ticket_.notify_all();
     inside = true;
     job.run_part(0);

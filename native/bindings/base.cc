@@ -16,7 +16,8 @@ void bind_base(nb::module_& m) {
   if (const std::string error = tersor::isa_environment_error(); !error.empty()) throw std::runtime_error(error);
 
   m.def(
-      "isa", [] { return std::string(tersor::isa_name(tersor::active_isa())); }, "The instruction set that the kernels use.");
+      "isa", [] { return std::string(tersor::isa_name(tersor::active_isa())); },
+      "The instruction set that the kernels use.");
   m.def(
       "isas",
       [] {
@@ -30,12 +31,14 @@ void bind_base(nb::module_& m) {
       [](const std::string& name) {
         if (const std::string error = tersor::force_isa(name); !error.empty()) throw nb::value_error(error.c_str());
       },
-      nb::arg("name"), "Uses this instruction set from now on; '' is the best one. ValueError lists what this CPU has.");
+      nb::arg("name"),
+      "Uses this instruction set from now on; '' is the best one. ValueError lists what this CPU has.");
   m.def(
       "set_threads",
       [](int n) {
         if (n < 1 || n > tersor::kMaxThreads) {
-          const std::string text = "threads: got " + std::to_string(n) + ", need 1 to " + std::to_string(tersor::kMaxThreads);
+          const std::string text =
+              "threads: got " + std::to_string(n) + ", need 1 to " + std::to_string(tersor::kMaxThreads);
           throw nb::value_error(text.c_str());
         }
         tersor::set_threads(n);
@@ -48,5 +51,6 @@ void bind_base(nb::module_& m) {
         nb::gil_scoped_release release;
         return tersor::read_words(words.data(), static_cast<int64_t>(words.shape(0)));
       },
-      nb::arg("words"), "Reads all words with all threads and returns their sum modulo 2^64: for measuring the memory's bandwidth.");
+      nb::arg("words"),
+      "Reads all words with all threads and returns their sum modulo 2^64: for measuring the memory's bandwidth.");
 }

@@ -1,4 +1,6 @@
 // Packing of weights, matrix products and embedding lookups.
+#include "kernels/linear/linear.h"
+
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
@@ -10,7 +12,6 @@
 #include "base/float16.h"
 #include "base/threads.h"
 #include "bindings/op_arrays.h"
-#include "kernels/linear/linear.h"
 #include "kernels/linear/pack.h"
 
 namespace nb = nanobind;
@@ -37,8 +38,8 @@ int find_float(const std::string& format) {
 struct Stored {
   std::string format;
   int64_t rows, columns;
-  std::optional<Scheme> scheme;         // of integer formats
-  int floating;                         // of float formats, else -1
+  std::optional<Scheme> scheme;  // of integer formats
+  int floating;                  // of float formats, else -1
   std::vector<Bytes> owners;
   std::vector<const uint8_t*> fields;
 };
@@ -46,7 +47,8 @@ struct Stored {
 Stored read_stored(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays) {
   Stored t{format, rows, columns, linear::find_scheme(format, columns), find_float(format), {}, {}};
   require(t.scheme || t.floating >= 0, format, ": no native kernel for ", columns, " columns");
-  const std::vector<Field> need = t.scheme ? t.scheme->fields : std::vector<Field>{{"values", columns * float_bytes(Float(t.floating))}};
+  const std::vector<Field> need =
+      t.scheme ? t.scheme->fields : std::vector<Field>{{"values", columns * float_bytes(Float(t.floating))}};
   for (const Field& field : need) {
     require(arrays.contains(field.name.c_str()), format, ": field '", field.name, "' is missing");
     t.owners.push_back(nb::cast<Bytes>(arrays[field.name.c_str()]));
@@ -62,7 +64,8 @@ Weight* pack(nb::list tensors, nb::object bias) {
   std::vector<Stored> stored;
   for (nb::handle h : tensors) {
     auto t = nb::cast<nb::tuple>(h);
-    stored.push_back(read_stored(nb::cast<std::string>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]), nb::cast<nb::dict>(t[3])));
+    stored.push_back(read_stored(nb::cast<std::string>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
+                                 nb::cast<nb::dict>(t[3])));
   }
   require(!stored.empty(), "pack: no tensors");
   auto weight = std::make_unique<Weight>();
@@ -93,7 +96,8 @@ Weight* pack(nb::list tensors, nb::object bias) {
   return weight.release();
 }
 
-void multiply(Array<const float, 2> x, const Weight& weight, Array<float, 2> y, std::optional<Array<const float, 2>> residual) {
+void multiply(Array<const float, 2> x, const Weight& weight, Array<float, 2> y,
+              std::optional<Array<const float, 2>> residual) {
   const auto n = int64_t(x.shape(0));
   require_size("linear", "columns of x", int64_t(x.shape(1)), weight.columns);
   require_size("linear", "rows of y", int64_t(y.shape(0)), n);
@@ -118,8 +122,8 @@ void float_row(int type, const uint8_t* bytes, int64_t columns, float* out) {
   }
 }
 
-void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays, Array<const int32_t, 1> tokens, float scale,
-           Array<float, 2> out) {
+void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays, Array<const int32_t, 1> tokens,
+           float scale, Array<float, 2> out) {
   const Stored t = read_stored(format, rows, columns, arrays);
   const auto n = int64_t(tokens.shape(0));
   require_size("embed", "rows of out", int64_t(out.shape(0)), n);
@@ -136,7 +140,8 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
       const int64_t row = tokens.data()[i];
       float* values = out.data() + i * columns;
       if (t.scheme) {
-        for (size_t f = 0; f < at.size(); ++f) at[f] = t.fields[f] + (t.scheme->fields[f].shared ? 0 : row * t.scheme->fields[f].row_bytes);
+        for (size_t f = 0; f < at.size(); ++f)
+          at[f] = t.fields[f] + (t.scheme->fields[f].shared ? 0 : row * t.scheme->fields[f].row_bytes);
         linear::decode_row(*t.scheme, at.data(), columns, scratch, values);
       } else {
         float_row(t.floating, t.fields[0] + row * columns * float_bytes(Float(t.floating)), columns, values);
@@ -155,14 +160,18 @@ void bind_linear(nb::module_& m) {
       .def_ro("rows", &Weight::rows, "Outputs of linear.")
       .def_ro("columns", &Weight::columns, "Inputs of linear.")
       .def_prop_ro("nbytes", &Weight::nbytes, "Bytes held.")
-      .def_prop_ro("kernel", &Weight::kernel, "What multiplies: ISA, then code x group and second parameter of every different part.");
+      .def_prop_ro("kernel", &Weight::kernel,
+                   "What multiplies: ISA, then code x group and second parameter of every different part.");
   m.def(
       "has_scheme",
-      [](const std::string& format, int64_t columns) { return find_float(format) >= 0 || linear::find_scheme(format, columns).has_value(); },
+      [](const std::string& format, int64_t columns) {
+        return find_float(format) >= 0 || linear::find_scheme(format, columns).has_value();
+      },
       nb::arg("format"), nb::arg("columns"), "Whether pack and embed read this format for rows of this many columns.");
   m.def("pack", &pack, nb::arg("tensors"), nb::arg("bias").none(), nb::rv_policy::take_ownership,
         "tensors: list of (format, rows, columns, {field: uint8 (rows, bytes of a row)}) -> Weight");
-  m.def("linear", &multiply, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none(), "y = x W^T + bias + residual");
-  m.def("embed", &embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"), nb::arg("tokens"), nb::arg("scale"),
-        nb::arg("out"), "out[i] = scale * row tokens[i]");
+  m.def("linear", &multiply, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none(),
+        "y = x W^T + bias + residual");
+  m.def("embed", &embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"), nb::arg("tokens"),
+        nb::arg("scale"), nb::arg("out"), "out[i] = scale * row tokens[i]");
 }

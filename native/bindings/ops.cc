@@ -22,7 +22,8 @@ void rms_norm(AnyArray<const float> x, Array<const float, 1> weight, float eps, 
 
 void gated(Array<const float, 2> x, const std::string& activation, Array<float, 2> y) {
   const auto n = int64_t(x.shape(0)), f = int64_t(y.shape(1));
-  require(activation == "silu" || activation == "gelu_tanh", "gated: activation '", activation, "', need silu or gelu_tanh");
+  require(activation == "silu" || activation == "gelu_tanh", "gated: activation '", activation,
+          "', need silu or gelu_tanh");
   require_size("gated", "columns of x", int64_t(x.shape(1)), 2 * f);
   require_size("gated", "rows of y", int64_t(y.shape(0)), n);
   const elementwise::Activation kind = activation == "silu" ? elementwise::kSilu : elementwise::kGeluTanh;
@@ -42,7 +43,8 @@ void softcap(AnyArray<float> x, float cap) {
   elementwise::softcap(x.data(), int64_t(x.size()), cap);
 }
 
-void rope(nb::ndarray<float, nb::ndim<3>, nb::device::cpu> x, int64_t start, Array<const float, 1> inv_freq, float scale) {
+void rope(nb::ndarray<float, nb::ndim<3>, nb::device::cpu> x, int64_t start, Array<const float, 1> inv_freq,
+          float scale) {
   const auto n = int64_t(x.shape(0)), heads = int64_t(x.shape(1)), head_dim = int64_t(x.shape(2));
   require_size("rope", "head_dim", head_dim, 2 * int64_t(inv_freq.shape(0)));
   require(x.stride(2) == 1 && x.stride(1) == head_dim, "rope: heads of a row are not contiguous");
@@ -67,7 +69,8 @@ void nll(Array<const float, 2> logits, Array<const int32_t, 1> targets, Array<do
   logits::nll(logits.data(), int64_t(logits.shape(0)), int64_t(logits.shape(1)), targets.data(), out.data());
 }
 
-void compare_logits(Array<const float, 2> p, Array<const float, 2> q, Array<const int32_t, 1> targets, Array<double, 2> out) {
+void compare_logits(Array<const float, 2> p, Array<const float, 2> q, Array<const int32_t, 1> targets,
+                    Array<double, 2> out) {
   check_targets("compare_logits", p, targets);
   require_size("compare_logits", "rows of q", int64_t(q.shape(0)), int64_t(p.shape(0)));
   require_size("compare_logits", "columns of q", int64_t(q.shape(1)), int64_t(p.shape(1)));
@@ -75,17 +78,21 @@ void compare_logits(Array<const float, 2> p, Array<const float, 2> q, Array<cons
   require_size("compare_logits", "columns of out", int64_t(out.shape(1)), 5);
   static_assert(sizeof(logits::Comparison) == 5 * sizeof(double));
   nb::gil_scoped_release release;
-  logits::compare(p.data(), q.data(), int64_t(p.shape(0)), int64_t(p.shape(1)), targets.data(), reinterpret_cast<logits::Comparison*>(out.data()));
+  logits::compare(p.data(), q.data(), int64_t(p.shape(0)), int64_t(p.shape(1)), targets.data(),
+                  reinterpret_cast<logits::Comparison*>(out.data()));
 }
 
 }  // namespace
 
 void bind_ops(nb::module_& m) {
-  m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"), "y = x / sqrt(mean(x^2) + eps) * weight");
+  m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"),
+        "y = x / sqrt(mean(x^2) + eps) * weight");
   m.def("gated", &gated, nb::arg("x"), nb::arg("activation"), nb::arg("y"), "y = act(first half of x) * second half");
   m.def("add", &add, nb::arg("x"), nb::arg("y"), "x += y");
   m.def("softcap", &softcap, nb::arg("x"), nb::arg("cap"), "x = cap * tanh(x / cap)");
-  m.def("rope", &rope, nb::arg("x"), nb::arg("start"), nb::arg("inv_freq"), nb::arg("scale"), "Rotates x in place; see tersor.ops.rope");
+  m.def("rope", &rope, nb::arg("x"), nb::arg("start"), nb::arg("inv_freq"), nb::arg("scale"),
+        "Rotates x in place; see tersor.ops.rope");
   m.def("nll", &nll, nb::arg("logits"), nb::arg("targets"), nb::arg("out"), "out = -log softmax(logits)[target]");
-  m.def("compare_logits", &compare_logits, nb::arg("p"), nb::arg("q"), nb::arg("targets"), nb::arg("out"), "See tersor.ops.compare_logits");
+  m.def("compare_logits", &compare_logits, nb::arg("p"), nb::arg("q"), nb::arg("targets"), nb::arg("out"),
+        "See tersor.ops.compare_logits");
 }

@@ -1,5 +1,5 @@
-// Compares every AVX-512 kernel with its scalar one on random data, with the intrinsics emulated by SIMDe, so that any CPU can
-// run it. Built and run by tests/unit/test_emulated_avx512.py. Exit code 1 and one line for each mismatch.
+// Compares every AVX-512 kernel with its scalar one on random data, with the intrinsics emulated by SIMDe, so that any
+// CPU can run it. Built and run by tests/unit/test_emulated_avx512.py. Exit code 1 and one line for each mismatch.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -25,7 +25,8 @@ std::vector<float> normal(size_t n, float scale = 1) {
   return v;
 }
 
-// A fused multiply-add rounds once where the scalar code rounds twice: `terms` such differences of 2^-24 of the largest value.
+// A fused multiply-add rounds once where the scalar code rounds twice: `terms` such differences of 2^-24 of the largest
+// value.
 void expect_close(const char* what, const std::vector<float>& got, const std::vector<float>& want, double terms) {
   double largest = 0, error = 0;
   for (size_t i = 0; i < want.size(); ++i) {
@@ -58,15 +59,16 @@ void test_integer(linear::Code code, int group, linear::Second second) {
     std::vector<int8_t> codes(n * columns);
     std::vector<float> scale(n * groups32), sums16(n * groups32 * 2), sums32(n * groups32);
     for (int i = 0; i < n; ++i) {
-      linear::avx512vnni_kernels.quantize(&x[i * columns], columns, &codes[i * columns], &scale[i * groups32], &sums16[i * groups32 * 2],
-                                          &sums32[i * groups32]);
+      linear::avx512vnni_kernels.quantize(&x[i * columns], columns, &codes[i * columns], &scale[i * groups32],
+                                          &sums16[i * groups32 * 2], &sums32[i * groups32]);
     }
     const linear::Activations activations = {codes.data(), scale.data(), {sums16.data(), sums32.data()}, groups32};
     const std::vector<float> row_scale = normal(16), bias = normal(16), residual = normal(n * 20);
     std::vector<float> got(n * 20, 7.0f), want(n * 20, 7.0f);
     linear::Finish finish = {row_scale.data(), bias.data(), residual.data(), got.data(), 20, rows};
     const bool is_signed = code == linear::kS8 || code == linear::kT4;
-    const linear::IntegerPanel panel = {blocks.data(), groups, is_signed && second == linear::kNone ? 0.0f : -8.0f, kTable};
+    const linear::IntegerPanel panel = {blocks.data(), groups, is_signed && second == linear::kNone ? 0.0f : -8.0f,
+                                        kTable};
     kernel(panel, activations, n, finish);
     finish.y = want.data();
     reference(panel, activations, n, finish);
@@ -84,7 +86,8 @@ void test_quantize() {
       codes[which].resize(groups * 32);
       floats[which].resize(groups * 4);
       float* f = floats[which].data();
-      (which ? linear::scalar_kernels : linear::avx512vnni_kernels).quantize(x.data(), k, codes[which].data(), f, f + groups, f + 3 * groups);
+      (which ? linear::scalar_kernels : linear::avx512vnni_kernels)
+          .quantize(x.data(), k, codes[which].data(), f, f + groups, f + 3 * groups);
     }
     expect_close("quantize", floats[0], floats[1], 0);
     failures += codes[0] != codes[1];
@@ -96,11 +99,14 @@ void test_floats(Float type) {
     const int64_t k = 20 * n + 7;
     const std::vector<float> w = normal(k * 16), x = normal(n * k), row_scale = normal(16);
     std::vector<uint16_t> halves(w.size());
-    for (size_t i = 0; i < w.size(); ++i) halves[i] = type == kF16 ? f32_to_f16(w[i]) : uint16_t(float_to_bits(w[i]) >> 16);
+    for (size_t i = 0; i < w.size(); ++i)
+      halves[i] = type == kF16 ? f32_to_f16(w[i]) : uint16_t(float_to_bits(w[i]) >> 16);
     const void* panel = type == kF32 ? static_cast<const void*>(w.data()) : halves.data();
     std::vector<float> got(n * 16), want(n * 16);
-    linear::avx512vnni_kernels.floating[type](panel, k, x.data(), k, n, {row_scale.data(), nullptr, nullptr, got.data(), 16, 16});
-    linear::scalar_kernels.floating[type](panel, k, x.data(), k, n, {row_scale.data(), nullptr, nullptr, want.data(), 16, 16});
+    linear::avx512vnni_kernels.floating[type](panel, k, x.data(), k, n,
+                                              {row_scale.data(), nullptr, nullptr, got.data(), 16, 16});
+    linear::scalar_kernels.floating[type](panel, k, x.data(), k, n,
+                                          {row_scale.data(), nullptr, nullptr, want.data(), 16, 16});
     expect_close("floats", got, want, double(k));
   }
 }
@@ -134,17 +140,20 @@ void test_elementwise() {
 
 void test_attention(Float type, int head_dim, int rows, int positions, float softcap) {
   const int width = (head_dim + 15) / 16 * 16, padded = (positions + 15) / 16 * 16;
-  const std::vector<float> k = normal(positions * head_dim), v = normal(positions * head_dim), q = normal(rows * head_dim);
+  const std::vector<float> k = normal(positions * head_dim), v = normal(positions * head_dim),
+                           q = normal(rows * head_dim);
   std::vector<int64_t> first(rows), end(rows);
   for (int r = 0; r < rows; ++r) first[r] = r % 3, end[r] = positions - r % (positions - 2);
   std::vector<float> results[2];
   for (int which = 0; which < 2; ++which) {
     const attention::Kernels& kernels = which ? attention::scalar_kernels : attention::avx512vnni_kernels;
-    std::vector<float> keys(padded * width), values(padded * width), largest(rows, attention::kMasked), total(rows), out(rows * width);
+    std::vector<float> keys(padded * width), values(padded * width), largest(rows, attention::kMasked), total(rows),
+        out(rows * width);
     for (int i = 0; i < positions; ++i) {
       kernels.append[type](&k[i * head_dim], &v[i * head_dim], i, head_dim, width, keys.data(), values.data());
     }
-    kernels.attend[type]({keys.data(), values.data(), head_dim, width}, {rows, q.data(), first.data(), end.data(), softcap}, 0, positions,
+    kernels.attend[type]({keys.data(), values.data(), head_dim, width},
+                         {rows, q.data(), first.data(), end.data(), softcap}, 0, positions,
                          {largest.data(), total.data(), out.data()});
     for (int r = 0; r < rows; ++r) kernels.scale(&out[r * width], head_dim, 1 / total[r]);
     kernels.blend(out.data(), 0.5f, out.data() + width * (rows - 1), 0.25f, width);
@@ -158,10 +167,12 @@ void test_logits() {
     const std::vector<float> p = normal(n, 4), noise = normal(n, 0.3f);
     std::vector<float> q = p;
     for (int64_t i = 0; i < n; ++i) q[i] += noise[i];
-    const auto a = logits::avx512vnni_kernels.compare(p.data(), q.data(), n, n / 2), b = logits::scalar_kernels.compare(p.data(), q.data(), n, n / 2);
+    const auto a = logits::avx512vnni_kernels.compare(p.data(), q.data(), n, n / 2),
+               b = logits::scalar_kernels.compare(p.data(), q.data(), n, n / 2);
     expect_close("compare", {float(a.nll_p), float(a.nll_q), float(a.divergence), float(a.same_top), float(a.change)},
                  {float(b.nll_p), float(b.nll_q), float(b.divergence), float(b.same_top), float(b.change)}, 32);
-    expect_close("log_sum_exp", {float(logits::avx512vnni_kernels.log_sum_exp(p.data(), n))}, {float(logits::scalar_kernels.log_sum_exp(p.data(), n))}, 8);
+    expect_close("log_sum_exp", {float(logits::avx512vnni_kernels.log_sum_exp(p.data(), n))},
+                 {float(logits::scalar_kernels.log_sum_exp(p.data(), n))}, 8);
   }
 }
 

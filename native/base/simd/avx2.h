@@ -26,10 +26,12 @@ inline __m256i first_lanes(int n) {  // all ones in lanes < n
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline F load_n(const float* p, int n) {
-  return {_mm256_maskload_ps(p, first_lanes(n)), n > 8 ? _mm256_maskload_ps(p + 8, first_lanes(n - 8)) : _mm256_setzero_ps()};
+  return {_mm256_maskload_ps(p, first_lanes(n)),
+          n > 8 ? _mm256_maskload_ps(p + 8, first_lanes(n - 8)) : _mm256_setzero_ps()};
 }
 inline F load_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline __m256 load_bf16_half(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -60,7 +62,8 @@ inline F abs(F x) {
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
 inline F select_less(F x, F y, F a, F b) {
-  return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)), _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+  return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+          _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
 }
 inline float sum(F x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
@@ -101,14 +104,17 @@ inline Four load_four(const int8_t* p) {
   return _mm256_set1_epi32(x);
 }
 
-// int16 sums of two products each, so that 8 steps of 4-bit codes fit: 8 * 2 * 15 * 127 = 30480; 2 steps of 6-bit: 32004.
+// int16 sums of two products each, so that 8 steps of 4-bit codes fit: 8 * 2 * 15 * 127 = 30480; 2 steps of 6-bit:
+// 32004.
 struct Dot {
   __m256i a, b;
 };
 template <int kBits>
 inline constexpr int kDotSteps = kBits <= 4 ? 8 : 2;
 inline Dot dot_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Codes load_codes(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
+inline Codes load_codes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
 inline Codes load_low(const uint8_t* p) {
   const Codes c = load_codes(p);
   const __m256i mask = _mm256_set1_epi8(15);

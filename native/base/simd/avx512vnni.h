@@ -34,7 +34,9 @@ inline F load_bf16(const uint16_t* p) {
 }
 inline void store(float* p, F x) { _mm512_storeu_ps(p, x.a); }
 inline void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.a); }
-inline void store_f16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT)); }
+inline void store_f16(uint16_t* p, F x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+}
 
 inline F add(F x, F y) { return {_mm512_add_ps(x.a, y.a)}; }
 inline F sub(F x, F y) { return {_mm512_sub_ps(x.a, y.a)}; }
@@ -44,7 +46,9 @@ inline F fma(F x, F y, F z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
 inline F max(F x, F y) { return {_mm512_max_ps(x.a, y.a)}; }
 inline F min(F x, F y) { return {_mm512_min_ps(x.a, y.a)}; }
 inline F abs(F x) { return {_mm512_abs_ps(x.a)}; }
-inline F select_less(F x, F y, F a, F b) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ), b.a, a.a)}; }
+inline F select_less(F x, F y, F a, F b) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ), b.a, a.a)};
+}
 inline float sum(F x) {
   alignas(64) float v[16];
   _mm512_store_ps(v, x.a);
@@ -88,7 +92,9 @@ inline constexpr int kDotSteps = 8;
 inline Dot dot_zero() { return {_mm512_setzero_si512()}; }
 inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Codes load_low(const uint8_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15))}; }
-inline Codes load_high(const uint8_t* p) { return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))}; }
+inline Codes load_high(const uint8_t* p) {
+  return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
+}
 inline Dot dot(Dot s, Codes w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
 inline I widen(Dot d) { return d; }
 inline I add(I x, I y) { return {_mm512_add_epi32(x.a, y.a)}; }
@@ -97,7 +103,9 @@ inline I add(I x, I y) { return {_mm512_add_epi32(x.a, y.a)}; }
 using Signed = Codes;
 inline constexpr int kSignedBias = 128;
 inline I int_zero() { return {_mm512_setzero_si512()}; }
-inline Signed load_signed(const uint8_t* p) { return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))}; }
+inline Signed load_signed(const uint8_t* p) {
+  return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+}
 using Table = __m512i;
 inline Table load_table(const int8_t* p) {
   const __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));

@@ -1,5 +1,6 @@
-// AVX-512 intrinsics in plain C++ for tests on CPUs without them: SIMDe (https://github.com/simd-everywhere/simde), and what
-// version 0.7 of it lacks, after the Intel intrinsics guide. Only native/kernels/avx512vnni_test.cc is built with this.
+// AVX-512 intrinsics in plain C++ for tests on CPUs without them: SIMDe (https://github.com/simd-everywhere/simde), and
+// what version 0.7 of it lacks, after the Intel intrinsics guide. Only native/kernels/avx512vnni_test.cc is built with
+// this.
 #pragma once
 
 #define SIMDE_NO_NATIVE

@@ -4,9 +4,9 @@
 namespace tersor {
 namespace {
 
-// e^x, relative error below 2e-7 (checked over all magnitudes by tests/conformance/test_ops.py). 0 below -87.3, where the
-// result would be subnormal; e^88.37 above 88.37; NaN for NaN.
-// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2; the polynomial is Cephes' expf (Moshier, netlib cephes/single/expf.c).
+// e^x, relative error below 2e-7 (checked over all magnitudes by tests/conformance/test_ops.py). 0 below -87.3, where
+// the result would be subnormal; e^88.37 above 88.37; NaN for NaN. e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2)/2;
+// the polynomial is Cephes' expf (Moshier, netlib cephes/single/expf.c).
 inline F exp(const F& x) {
   constexpr float kLowest = -87.3f, kHighest = 88.37f;
   const F bounded = min(set(kHighest), max(set(kLowest), x));

@@ -43,7 +43,7 @@ void product_tile(const Product& p, int64_t row) {
 template <Float kFloat, int M = kFloatTile>
 void product(const Product& p, int64_t row, int64_t n) {
   for (; n - row >= M; row += M) product_tile<kFloat, M>(p, row);
-  if constexpr (M > 1) product<kFloat, (M > 4 ? 4 : M / 2)>(p, row, n);
+  if constexpr (M > 1) product<kFloat, M - 1>(p, row, n);
 }
 
 }  // namespace

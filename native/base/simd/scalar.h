@@ -1,9 +1,10 @@
 // Sixteen floats at a time in plain C++: the meaning of every name in base/simd/, and the code for any other CPU.
 //
-// Each header of this directory defines the same names in an unnamed namespace. A kernel's ISA file includes one of them
-// and then the kernel's generic.h, so that no two ISA files share a symbol.
+// Each header of this directory defines the same names in an unnamed namespace. A kernel's ISA file includes one of
+// them and then the kernel's generic.h, so that no two ISA files share a symbol.
 //
-//   F: 16 floats     I: 16 int32     Codes: 16 rows x 4 bytes, one k4-step of a weight panel (byte row*4 + j is column j)
+//   F: 16 floats     I: 16 int32     Codes: 16 rows x 4 bytes, one k4-step of a weight panel (byte row*4 + j is column
+//   j)
 #pragma once
 
 #include <cmath>

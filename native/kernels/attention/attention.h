@@ -10,8 +10,8 @@
 
 namespace tersor::attention {
 
-// Keys and values of every layer for positions [0, length); layout in kernels.h. Memory is reserved for `capacity` positions
-// and touched only as positions are appended.
+// Keys and values of every layer for positions [0, length); layout in kernels.h. Memory is reserved for `capacity`
+// positions and touched only as positions are appended.
 class Cache {
  public:
   // type: kF32 or kF16. Throws std::bad_alloc.
@@ -42,8 +42,9 @@ struct Rows {
 // Writes keys and values at positions length .. length + n of a layer.
 void append(Cache& cache, int layer, const Rows& keys, const Rows& values);
 
-// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i is at position length + i and sees the keys up to its own, only
-// the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
-void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window, float* out);
+// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i is at position length + i and sees the keys up to its
+// own, only the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
+void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window,
+            float* out);
 
 }  // namespace tersor::attention

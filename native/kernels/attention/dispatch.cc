@@ -63,7 +63,8 @@ struct Problem {
       end[r] = end_of(query);
     }
     partial.reset(rows, cache.width);
-    kernels.attend[cache.type](cache.head(layer, u.kv_head), {rows, values, first, end, softcap}, u.begin, u.end, partial.state());
+    kernels.attend[cache.type](cache.head(layer, u.kv_head), {rows, values, first, end, softcap}, u.begin, u.end,
+                               partial.state());
   }
 
   // Merges another part of the keys into a.
@@ -89,7 +90,12 @@ struct Problem {
 }  // namespace
 
 Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float type)
-    : layers(layers), kv_heads(kv_heads), head_dim(head_dim), width((head_dim + 15) / 16 * 16), capacity(capacity), type(type) {
+    : layers(layers),
+      kv_heads(kv_heads),
+      head_dim(head_dim),
+      width((head_dim + 15) / 16 * 16),
+      capacity(capacity),
+      type(type) {
   const int64_t positions = (capacity + 15) / 16 * 16;
   head_bytes_ = (positions * width * float_bytes(type) + 63) / 64 * 64;
   // calloc: untouched pages cost no memory, and read as zeros.
@@ -110,14 +116,17 @@ void append(Cache& cache, int layer, const Rows& keys, const Rows& values) {
     for (int h = 0; h < cache.kv_heads; ++h) {
       const Head head = cache.head(layer, h);
       for (int64_t i = begin; i < end; ++i) {
-        kernels.append[cache.type](keys.data + i * keys.stride + int64_t(h) * cache.head_dim, values.data + i * values.stride + int64_t(h) * cache.head_dim,
-                                   cache.length + i, cache.head_dim, cache.width, const_cast<void*>(head.keys), const_cast<void*>(head.values));
+        kernels.append[cache.type](keys.data + i * keys.stride + int64_t(h) * cache.head_dim,
+                                   values.data + i * values.stride + int64_t(h) * cache.head_dim, cache.length + i,
+                                   cache.head_dim, cache.width, const_cast<void*>(head.keys),
+                                   const_cast<void*>(head.values));
       }
     }
   });
 }
 
-void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window, float* out) {
+void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window,
+            float* out) {
   const Problem problem{TERSOR_ACTIVE_KERNELS(), cache, layer, queries, heads, scale, softcap, window, out};
   const int share = heads / cache.kv_heads, group = std::min(share, kMaxRows);
   const int64_t n = queries.n, tile = kMaxRows / group;
@@ -137,14 +146,15 @@ void attend(const Cache& cache, int layer, const Rows& queries, int heads, float
   }
   const int64_t macs = (last - first) * cache.head_dim * std::min(n, tile) * group * 2 / chunks;
   std::vector<Partial> partials(chunks > 1 ? units.size() : 0);
-  parallel_for(int64_t(units.size()), std::max<int64_t>(1, kMinMacs / std::max<int64_t>(1, macs)), [&](int64_t begin, int64_t end) {
-    Partial own;
-    for (int64_t i = begin; i < end; ++i) {
-      Partial& partial = chunks > 1 ? partials[i] : own;
-      problem.run(units[i], partial);
-      if (chunks == 1) problem.finish(units[i], partial);
-    }
-  });
+  parallel_for(int64_t(units.size()), std::max<int64_t>(1, kMinMacs / std::max<int64_t>(1, macs)),
+               [&](int64_t begin, int64_t end) {
+                 Partial own;
+                 for (int64_t i = begin; i < end; ++i) {
+                   Partial& partial = chunks > 1 ? partials[i] : own;
+                   problem.run(units[i], partial);
+                   if (chunks == 1) problem.finish(units[i], partial);
+                 }
+               });
   if (chunks == 1) return;
   for (size_t i = 0; i < units.size(); i += chunks) {
     for (int64_t c = 1; c < chunks; ++c) problem.merge(partials[i], partials[i + c]);

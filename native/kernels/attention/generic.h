@@ -1,5 +1,5 @@
-// Attention with an online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135): keys are
-// seen kKeys at a time, with a running maximum; when it grows, what was summed before is scaled down.
+// Attention with an online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135):
+// keys are seen kKeys at a time, with a running maximum; when it grows, what was summed before is scaled down.
 #pragma once
 
 #include "base/simd/math.h"
@@ -11,7 +11,8 @@ namespace {
 
 const float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// scores (rows, kKeys) of keys [begin, begin + keys), keys a multiple of 16. Rows beyond what a tile holds are worth a conversion.
+// scores (rows, kKeys) of keys [begin, begin + keys), keys a multiple of 16. Rows beyond what a tile holds are worth a
+// conversion.
 template <Float kFloat>
 void score(const Head& head, const Queries& q, int64_t begin, int keys, float* scores) {
   alignas(64) float converted[kMaxWidth * 16];

@@ -11,8 +11,8 @@
 
 namespace tersor::attention {
 
-inline constexpr int kMaxRows = 32;   // query rows (queries x heads that share the keys) of one call
-inline constexpr int kKeys = 64;      // keys at a time, a multiple of 16
+inline constexpr int kMaxRows = 32;    // query rows (queries x heads that share the keys) of one call
+inline constexpr int kKeys = 64;       // keys at a time, a multiple of 16
 inline constexpr int kMaxWidth = 512;  // largest head dimension
 
 struct Head {
@@ -30,7 +30,8 @@ struct Queries {
   float softcap;  // 0: none
 };
 
-// The state of a softmax: the largest score so far, sum of exp(score - largest), and the sums weighted by it, (rows, width).
+// The state of a softmax: the largest score so far, sum of exp(score - largest), and the sums weighted by it, (rows,
+// width).
 struct State {
   float* largest;
   float* total;
@@ -43,7 +44,8 @@ using Attend = void (*)(const Head& head, const Queries& q, int64_t begin, int64
 struct Kernels {
   Attend attend[2];  // [cache type: kF32, kF16]
   // Writes a key (head_dim) and a value at a position of a head's cache.
-  void (*append[2])(const float* key, const float* value, int64_t position, int head_dim, int width, void* keys, void* values);
+  void (*append[2])(const float* key, const float* value, int64_t position, int head_dim, int width, void* keys,
+                    void* values);
   // out (head_dim) = out * factor
   void (*scale)(float* x, int n, float factor);
   // x (n) = x * a + y * b

@@ -11,16 +11,20 @@ namespace {
 
 constexpr int64_t kMinValues = 1 << 14;  // values worth a thread: a few microseconds
 
-int64_t rows_per_thread(int64_t row_values) { return std::max<int64_t>(1, kMinValues / std::max<int64_t>(1, row_values)); }
+int64_t rows_per_thread(int64_t row_values) {
+  return std::max<int64_t>(1, kMinValues / std::max<int64_t>(1, row_values));
+}
 
-// The cosines and sines of n positions from start on. All layers of a token ask for the same ones, so the last few are kept.
+// The cosines and sines of n positions from start on. All layers of a token ask for the same ones, so the last few are
+// kept.
 struct Angles {
   int64_t start = -1, n = 0;
   float scale = 0;
   std::vector<float> inv_freq, cosines, sines;  // (half); (n, half)
 
   bool matches(int64_t s, int64_t rows, const float* freq, int64_t half, float factor) const {
-    return start == s && n == rows && scale == factor && int64_t(inv_freq.size()) == half && std::equal(freq, freq + half, inv_freq.begin());
+    return start == s && n == rows && scale == factor && int64_t(inv_freq.size()) == half &&
+           std::equal(freq, freq + half, inv_freq.begin());
   }
 
   void fill(int64_t s, int64_t rows, const float* freq, int64_t half, float factor) {
@@ -83,13 +87,15 @@ void softcap(float* x, int64_t n, float cap) {
   parallel_for(n, kMinValues / 4, [&](int64_t begin, int64_t end) { kernels.softcap(x + begin, end - begin, cap); });
 }
 
-void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start, const float* inv_freq, float scale) {
+void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start, const float* inv_freq,
+          float scale) {
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
   const Angles& angles = angles_of(start, n, inv_freq, half, scale);
   parallel_for(n, rows_per_thread(heads * half * 2), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
-        kernels.rotate(x + i * row_stride + h * 2 * half, half, angles.cosines.data() + i * half, angles.sines.data() + i * half);
+        kernels.rotate(x + i * row_stride + h * 2 * half, half, angles.cosines.data() + i * half,
+                       angles.sines.data() + i * half);
       }
     }
   });

@@ -25,7 +25,9 @@ void rms_norm(const float* x, int64_t d, const float* weight, float eps, float* 
     squares = fma(v, v, squares);
   });
   const F factor = set(1.0f / __builtin_sqrtf(sum(squares) / float(d) + eps));
-  each16(d, [&](int64_t i, int n) { store_some(y + i, mul(mul(load_some(x + i, n), factor), load_some(weight + i, n)), n); });
+  each16(d, [&](int64_t i, int n) {
+    store_some(y + i, mul(mul(load_some(x + i, n), factor), load_some(weight + i, n)), n);
+  });
 }
 
 void gated(const float* gate, const float* up, int64_t n, Activation activation, float* y) {
@@ -36,17 +38,22 @@ void gated(const float* gate, const float* up, int64_t n, Activation activation,
 }
 
 void add_to(float* x, const float* y, int64_t n) {
-  each16(n, [&](int64_t i, int count) { store_some(x + i, add(load_some(x + i, count), load_some(y + i, count)), count); });
+  each16(n, [&](int64_t i, int count) {
+    store_some(x + i, add(load_some(x + i, count), load_some(y + i, count)), count);
+  });
 }
 
 void softcap(float* x, int64_t n, float cap) {
   const F scale = set(cap), inverse = set(1.0f / cap);
-  each16(n, [&](int64_t i, int count) { store_some(x + i, mul(scale, tanh(mul(load_some(x + i, count), inverse))), count); });
+  each16(n, [&](int64_t i, int count) {
+    store_some(x + i, mul(scale, tanh(mul(load_some(x + i, count), inverse))), count);
+  });
 }
 
 void rotate(float* x, int64_t half, const float* cosines, const float* sines) {
   each16(half, [&](int64_t i, int n) {
-    const F a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cosines + i, n), s = load_some(sines + i, n);
+    const F a = load_some(x + i, n), b = load_some(x + half + i, n), c = load_some(cosines + i, n),
+            s = load_some(sines + i, n);
     store_some(x + i, sub(mul(a, c), mul(b, s)), n);
     store_some(x + half + i, fma(b, c, mul(a, s)), n);
   });

@@ -23,7 +23,8 @@ inline constexpr int kPanelRows = 16;
 inline constexpr int kActivationGroup = 32;  // columns that share an activation scale
 inline constexpr int kMaxRows = 96;          // activation rows of one kernel call; a multiple of every register tile
 
-// How a code becomes an integer. kU4: 0..15, two in a byte; kU6: 0..63; kS8: -128..127; kT4: table of 16 int8, two in a byte.
+// How a code becomes an integer. kU4: 0..15, two in a byte; kU6: 0..63; kS8: -128..127; kT4: table of 16 int8, two in a
+// byte.
 enum Code { kU4, kU6, kS8, kT4, kCodes };
 
 // What `second` holds.   kNone: w = scale * (code + offset)   kMin: w = scale * (code + offset) + second
@@ -51,7 +52,8 @@ struct Activations {
   int64_t groups;
 
   Activations from_row(int64_t row) const {
-    return {codes + row * 32 * groups, scale + row * groups, {sums[0] + row * 2 * groups, sums[1] + row * groups}, groups};
+    return {
+        codes + row * 32 * groups, scale + row * groups, {sums[0] + row * 2 * groups, sums[1] + row * groups}, groups};
   }
 };
 

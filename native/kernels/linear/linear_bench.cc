@@ -57,16 +57,19 @@ double read_seconds(const std::vector<uint64_t>& words) {
 
 Part make_part(bool integer, Float type, Code code, int group, Second second, int64_t rows, int64_t columns) {
   static const int8_t kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-  const int64_t panel_bytes = integer ? columns / group * block_bytes(code, group, second) : columns * 16 * float_bytes(type);
+  const int64_t panel_bytes =
+      integer ? columns / group * block_bytes(code, group, second) : columns * 16 * float_bytes(type);
   const int64_t panels = (rows + 15) / 16;
   const float offset = code == kS8 || code == kT4 ? 0 : -8;
-  Part part{rows, columns, integer, type, code, group, second, offset, kTable, panel_bytes, Bytes(panels * panel_bytes), {}, {}};
+  Part part{rows, columns, integer, type, code, group, second, offset, kTable, panel_bytes, Bytes(panels * panel_bytes),
+            {},   {}};
   for (int64_t i = 0; i < panels * panel_bytes; ++i) part.panels.data()[i] = uint8_t(i * 2654435761u >> 13) & 0x3f;
   part.scale.assign(panels * 16, 1.0f);
   return part;
 }
 
-void run(const char* name, bool integer, Float type, Code code, int group, Second second, int64_t rows, int64_t columns) {
+void run(const char* name, bool integer, Float type, Code code, int group, Second second, int64_t rows,
+         int64_t columns) {
   Weight weight;
   weight.rows = rows;
   weight.columns = columns;

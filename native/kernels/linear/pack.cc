@@ -17,7 +17,11 @@ struct PanelCodes {
   std::vector<float> scale, second;
 
   PanelCodes(const Scheme& s, int64_t source_columns)
-      : columns((source_columns + 31) / 32 * 32), groups(columns / s.group), codes(16 * columns), scale(16 * groups), second(16 * groups) {}
+      : columns((source_columns + 31) / 32 * 32),
+        groups(columns / s.group),
+        codes(16 * columns),
+        scale(16 * groups),
+        second(16 * groups) {}
 
   RowCodes row(int i) { return {codes.data() + i * columns, scale.data() + i * groups, second.data() + i * groups}; }
   void clear_row(int i) {
@@ -28,8 +32,8 @@ struct PanelCodes {
 };
 
 // Takes a factor out of a row's scales so that float16 holds what is left, and returns it. One common scale becomes the
-// factor. Else it is the power of two that brings the largest scale or minimum to [2^14, 2^15): scales that were float16
-// stay exact, and products of a scale and a sub-scale round to 2^-12 of themselves.
+// factor. Else it is the power of two that brings the largest scale or minimum to [2^14, 2^15): scales that were
+// float16 stay exact, and products of a scale and a sub-scale round to 2^-12 of themselves.
 float normalize(const Scheme& s, const RowCodes& row, int64_t groups) {
   if (s.second != kMin && std::all_of(row.scale, row.scale + groups, [&](float x) { return x == row.scale[0]; })) {
     const float common = row.scale[0];
@@ -84,7 +88,9 @@ void interleave(const Scheme& s, const PanelCodes& p, uint8_t* out) {
 Part pack_integers(const Scheme& s, const uint8_t* const* fields, int64_t rows, int64_t columns) {
   const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, groups = (columns + 31) / 32 * 32 / s.group;
   const int64_t panel_bytes = groups * block_bytes(s.code, s.group, s.second);
-  Part part{rows, columns, true, kF32, s.code, s.group, s.second, s.offset, s.table, panel_bytes, Bytes(panels * panel_bytes), {}, {}};
+  Part part{
+      rows, columns, true, kF32, s.code, s.group, s.second, s.offset, s.table, panel_bytes, Bytes(panels * panel_bytes),
+      {},   {}};
   part.scale.resize(panels * kPanelRows);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     PanelCodes codes(s, columns);
@@ -94,7 +100,8 @@ Part pack_integers(const Scheme& s, const uint8_t* const* fields, int64_t rows, 
         const int64_t row = panel * kPanelRows + i;
         codes.clear_row(i);
         if (row >= rows) continue;
-        for (size_t f = 0; f < at.size(); ++f) at[f] = fields[f] + (s.fields[f].shared ? 0 : row * s.fields[f].row_bytes);
+        for (size_t f = 0; f < at.size(); ++f)
+          at[f] = fields[f] + (s.fields[f].shared ? 0 : row * s.fields[f].row_bytes);
         s.extract(s, at.data(), columns, codes.row(i));
         part.scale[row] = normalize(s, codes.row(i), (columns + s.group - 1) / s.group);
       }
@@ -105,7 +112,8 @@ Part pack_integers(const Scheme& s, const uint8_t* const* fields, int64_t rows, 
 }
 
 Part pack_floats(Float type, const void* values, int64_t rows, int64_t columns) {
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type), panel_bytes = columns * kPanelRows * size;
+  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type),
+                panel_bytes = columns * kPanelRows * size;
   Part part{rows, columns, false, type, kU4, 0, kNone, 0, nullptr, panel_bytes, Bytes(panels * panel_bytes), {}, {}};
   part.scale.assign(panels * kPanelRows, 1.0f);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
@@ -115,8 +123,10 @@ Part pack_floats(Float type, const void* values, int64_t rows, int64_t columns) 
         const int64_t row = panel * kPanelRows + i;
         const uint8_t* in = static_cast<const uint8_t*>(values) + row * columns * size;
         for (int64_t k = 0; k < columns; ++k) {
-          if (row < rows) memcpy(out + (k * kPanelRows + i) * size, in + k * size, size);
-          else memset(out + (k * kPanelRows + i) * size, 0, size);
+          if (row < rows)
+            memcpy(out + (k * kPanelRows + i) * size, in + k * size, size);
+          else
+            memset(out + (k * kPanelRows + i) * size, 0, size);
         }
       }
     }

@@ -17,8 +17,8 @@ struct Field {
   bool shared = false;
 };
 
-// The integers of one row. `codes`: columns values, stored as the scheme's Code (kS8: two's complement). `scale` and `second`:
-// one per group of Scheme::group columns.
+// The integers of one row. `codes`: columns values, stored as the scheme's Code (kS8: two's complement). `scale` and
+// `second`: one per group of Scheme::group columns.
 struct RowCodes {
   uint8_t* codes;
   float* scale;
@@ -45,12 +45,14 @@ struct Scheme {
   void (*block)(const uint8_t* bytes, const RowCodes& codes) = nullptr;
 };
 
-// The scheme of a format for rows of this many columns, or nothing when the format has none (it is then decoded to floats).
+// The scheme of a format for rows of this many columns, or nothing when the format has none (it is then decoded to
+// floats).
 std::optional<Scheme> find_scheme(const std::string& format, int64_t columns);
 std::optional<Scheme> find_ggml_scheme(const std::string& format, int64_t columns);    // scheme_ggml.cc
 std::optional<Scheme> find_stream_scheme(const std::string& format, int64_t columns);  // scheme_stream.cc
 
 // Decodes one row to float32, in the order of operations of kernels.h. Grows scratch.
-void decode_row(const Scheme& scheme, const uint8_t* const* fields, int64_t columns, std::vector<uint8_t>& scratch, float* out);
+void decode_row(const Scheme& scheme, const uint8_t* const* fields, int64_t columns, std::vector<uint8_t>& scratch,
+                float* out);
 
 }  // namespace tersor::linear

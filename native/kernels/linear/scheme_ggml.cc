@@ -196,30 +196,23 @@ struct Type {
 };
 
 constexpr Type kTypes[] = {
-    {"q4_0", 32, 18, kU4, 32, kNone, -8, nullptr, q4_0},
-    {"q4_1", 32, 20, kU4, 32, kMin, 0, nullptr, q4_1},
-    {"q5_0", 32, 22, kU6, 32, kNone, -16, nullptr, q5_0},
-    {"q5_1", 32, 24, kU6, 32, kMin, 0, nullptr, q5_1},
-    {"q8_0", 32, 34, kS8, 32, kNone, 0, nullptr, q8_0},
-    {"q2_k", 256, 84, kU4, 16, kMin, 0, nullptr, q2_k},
-    {"q3_k", 256, 110, kU4, 16, kNone, -4, nullptr, q3_k},
-    {"q4_k", 256, 144, kU4, 32, kMin, 0, nullptr, q4_k},
-    {"q5_k", 256, 176, kU6, 32, kMin, 0, nullptr, q5_k},
-    {"q6_k", 256, 210, kU6, 16, kNone, -32, nullptr, q6_k},
+    {"q4_0", 32, 18, kU4, 32, kNone, -8, nullptr, q4_0},        {"q4_1", 32, 20, kU4, 32, kMin, 0, nullptr, q4_1},
+    {"q5_0", 32, 22, kU6, 32, kNone, -16, nullptr, q5_0},       {"q5_1", 32, 24, kU6, 32, kMin, 0, nullptr, q5_1},
+    {"q8_0", 32, 34, kS8, 32, kNone, 0, nullptr, q8_0},         {"q2_k", 256, 84, kU4, 16, kMin, 0, nullptr, q2_k},
+    {"q3_k", 256, 110, kU4, 16, kNone, -4, nullptr, q3_k},      {"q4_k", 256, 144, kU4, 32, kMin, 0, nullptr, q4_k},
+    {"q5_k", 256, 176, kU6, 32, kMin, 0, nullptr, q5_k},        {"q6_k", 256, 210, kU6, 16, kNone, -32, nullptr, q6_k},
     {"iq4_nl", 32, 18, kT4, 32, kNone, 0, kIq4Table, q4_0},  // the bytes of q4_0
-    {"iq4_xs", 256, 136, kT4, 32, kNone, 0, kIq4Table, iq4_xs},
-    {"tq1_0", 256, 54, kU4, 32, kNone, -1, nullptr, tq1_0},
-    {"tq2_0", 256, 66, kU4, 32, kNone, -1, nullptr, tq2_0},
-    {"mxfp4", 32, 17, kT4, 32, kNone, 0, kE2m1Table, mxfp4},
-    {"nvfp4", 64, 36, kT4, 16, kNone, 0, kE2m1Table, nvfp4},
-    {"q1_0", 128, 18, kU4, 32, kNone, -1, nullptr, q1_0},
+    {"iq4_xs", 256, 136, kT4, 32, kNone, 0, kIq4Table, iq4_xs}, {"tq1_0", 256, 54, kU4, 32, kNone, -1, nullptr, tq1_0},
+    {"tq2_0", 256, 66, kU4, 32, kNone, -1, nullptr, tq2_0},     {"mxfp4", 32, 17, kT4, 32, kNone, 0, kE2m1Table, mxfp4},
+    {"nvfp4", 64, 36, kT4, 16, kNone, 0, kE2m1Table, nvfp4},    {"q1_0", 128, 18, kU4, 32, kNone, -1, nullptr, q1_0},
     {"q2_0", 64, 18, kU4, 32, kNone, -1, nullptr, q2_0},
 };
 
 void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   const int64_t groups = s.block_values / s.group;
   for (int64_t i = 0; i < columns / s.block_values; ++i) {
-    s.block(fields[0] + i * s.block_bytes, {row.codes + i * s.block_values, row.scale + i * groups, row.second + i * groups});
+    s.block(fields[0] + i * s.block_bytes,
+            {row.codes + i * s.block_values, row.scale + i * groups, row.second + i * groups});
   }
 }
 

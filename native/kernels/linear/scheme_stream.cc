@@ -38,9 +38,11 @@ float half(const uint8_t* p, int64_t i) {
 void extract_affine(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   unpack(fields[0], s.bits, columns, row.codes);
   if (s.code == kS8) {
-    for (int64_t i = 0; i < columns; ++i) row.codes[i] ^= 0x80;  // q - 128; the offset of 128 or the zero below makes up for it
+    for (int64_t i = 0; i < columns; ++i)
+      row.codes[i] ^= 0x80;  // q - 128; the offset of 128 or the zero below makes up for it
   }
-  const int64_t stored = s.source_group, repeat = stored / s.group;  // one stored scale covers `repeat` groups of the kernel
+  const int64_t stored = s.source_group,
+                repeat = stored / s.group;  // one stored scale covers `repeat` groups of the kernel
   const int64_t groups = (columns + s.group - 1) / s.group;
   std::vector<uint8_t> zeros;
   if (s.second == kZero) {

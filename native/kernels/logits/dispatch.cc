@@ -1,14 +1,14 @@
-#include "kernels/logits/logits.h"
-
 #include "base/isa_table.h"
 #include "base/threads.h"
+#include "kernels/logits/logits.h"
 
 namespace tersor::logits {
 
 void nll(const float* x, int64_t n, int64_t vocab, const int32_t* targets, double* out) {
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
   parallel_for(n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] = kernels.log_sum_exp(x + i * vocab, vocab) - double(x[i * vocab + targets[i]]);
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = kernels.log_sum_exp(x + i * vocab, vocab) - double(x[i * vocab + targets[i]]);
   });
 }
 

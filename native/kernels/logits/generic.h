@@ -48,13 +48,14 @@ inline F excess(const F& t) {
   return mul(mul(mul(t, t), set(0.5f)), s);
 }
 
-// KL(p || q) = sum_i p_i (t_i + e^-t_i - 1), t = log p - log q, since sum p e^-t = sum q = 1. Every term is >= 0 and of second
-// order in t, so that close distributions lose no digits, and an error in the normalization only counts squared.
+// KL(p || q) = sum_i p_i (t_i + e^-t_i - 1), t = log p - log q, since sum p e^-t = sum q = 1. Every term is >= 0 and of
+// second order in t, so that close distributions lose no digits, and an error in the normalization only counts squared.
 Comparison compare(const float* p, const float* q, int64_t n, int64_t target) {
   const int64_t top_p = top(p, n), top_q = top(q, n);
   const double total_p = sum_exp(p, n, p[top_p]), total_q = sum_exp(q, n, q[top_q]);
   const double lp = p[top_p] + __builtin_log(total_p), lq = q[top_q] + __builtin_log(total_q);
-  const F most_p = set(p[top_p]), most_q = set(q[top_q]), scale_p = set(float(1 / total_p)), scale_q = set(float(1 / total_q));
+  const F most_p = set(p[top_p]), most_q = set(q[top_q]), scale_p = set(float(1 / total_p)),
+          scale_q = set(float(1 / total_q));
   const F shift = set(float(lp - lq)), half = set(0.5f), one = set(1.0f);
   double divergence = 0;
   for (int64_t i = 0; i < n; i += 16) {
