@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <mutex>
 #include <thread>
 
@@ -93,6 +94,16 @@ class Pool {
 std::atomic<int> wanted{0};  // 0: not set yet
 std::atomic<Pool*> pool{nullptr};
 
+// CPUs that a container may use: "<microseconds> <period>" or "max <period>" (Linux cgroup v2, cpu.max), rounded up.
+int quota() {
+  long long budget = 0, period = 0;
+  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    if (std::fscanf(file, "%lld %lld", &budget, &period) != 2) budget = 0;
+    std::fclose(file);
+  }
+  return budget > 0 && period > 0 ? int(std::min<long long>(kMaxThreads, (budget + period - 1) / period)) : kMaxThreads;
+}
+
 Pool& the_pool() {
   Pool* p = pool.load(std::memory_order_acquire);
   if (p) return *p;
@@ -115,7 +126,7 @@ void set_threads(int n) { wanted.store(std::clamp(n, 1, kMaxThreads)); }
 int threads() {
   int n = wanted.load(std::memory_order_relaxed);
   if (n == 0) {
-    n = std::clamp(int(std::thread::hardware_concurrency()), 1, kMaxThreads);
+    n = std::clamp(std::min(int(std::thread::hardware_concurrency()), quota()), 1, kMaxThreads);
     wanted.store(n);
   }
   return n;

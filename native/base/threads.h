@@ -15,7 +15,7 @@ namespace tersor {
 // Sets how many threads parallel_for uses, the caller included; 1 <= n <= kMaxThreads. Not to be called from a body.
 void set_threads(int n);
 
-// Threads in use; at first the number of CPUs this process may run on.
+// Threads in use; at first the number of CPUs that this process may run on (its affinity and its container's quota).
 int threads();
 
 inline constexpr int kMaxThreads = 1024;
