@@ -307,7 +307,8 @@ def k_quant_by_min_max(w, top, top_scale, sub):
 
 
 @pytest.mark.parametrize(
-    "name, top, top_scale, sub, gain", [("q2_k", 3, 15, 16, 0.62), ("q4_k", 15, 63, 32, 0.87), ("q5_k", 31, 63, 32, 0.92)]
+    "name, top, top_scale, sub, gain",
+    [("q2_k", 3, 15, 16, 0.62), ("q4_k", 15, 63, 32, 0.87), ("q5_k", 31, 63, 32, 0.92)],
 )
 def test_affine_k_quants_gain_much_over_min_max(name, top, top_scale, sub, gain):
     w = weights(8, 1024)

@@ -8,6 +8,7 @@ the stored numbers themselves, so `encode` is a cast and `fit` has nothing to do
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from tersor.tensor import Array, Params, QuantizedTensor
 
 EXAMPLES = ("f32", "f16", "bf16")
 
-_STORED = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
+_STORED: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
 
 _LAYOUTS = {
     "f32": "values: float32 (rows, in)   sign 1 | exponent 8, bias 127 | mantissa 23\n",
@@ -39,7 +40,7 @@ def bf16_from_f32(w: Array) -> Array:
     (3.3895e38) becomes an infinity, as IEEE rounding demands.
     """
     bits = np.ascontiguousarray(w, dtype=np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded: Array = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     if nan.any():
         rounded[nan] = (bits[nan] >> 16).astype(np.uint16) | np.uint16(0x40)
@@ -48,7 +49,8 @@ def bf16_from_f32(w: Array) -> Array:
 
 def f32_from_bf16(bits: Array) -> Array:
     """Returns the float32 values of raw bfloat16 bits (uint16); exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    values: Array = (bits.astype(np.uint32) << 16).view(np.float32)
+    return values
 
 
 class FloatFormat(Format):

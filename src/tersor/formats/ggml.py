@@ -75,7 +75,8 @@ class _Blocks(Format):
 
     def dequantize(self, tensor: QuantizedTensor) -> Array:
         blocks = np.ascontiguousarray(tensor.fields["blocks"]).reshape(tensor.rows, -1)
-        return _native.ggml_decode(self.name, blocks, tensor.columns).reshape(tensor.shape)
+        w: Array = _native.ggml_decode(self.name, blocks, tensor.columns).reshape(tensor.shape)
+        return w
 
     def alternative(self, columns: int) -> str:
         if columns % 32 == 0:
@@ -104,10 +105,13 @@ class GgmlFormat(_Blocks):
     def encode(self, w: Array, params: Params) -> Array:
         self.check(w.shape)
         blocks = as_rows(w).reshape(w.shape[0], -1, self.group_size)
-        return ggml_blocks.encode(self.name, blocks, params).reshape(w.shape)
+        codes: Array = ggml_blocks.encode(self.name, blocks, params).reshape(w.shape)
+        return codes
 
     def decode(self, codes: Array, params: Params) -> Array:
-        return ggml_blocks.decode(self.name, codes.reshape(codes.shape[0], -1, self.group_size), params).reshape(codes.shape)
+        blocks = codes.reshape(codes.shape[0], -1, self.group_size)
+        w: Array = ggml_blocks.decode(self.name, blocks, params).reshape(codes.shape)
+        return w
 
     def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
         blocks = ggml_blocks.pack(self.name, codes.reshape(codes.shape[0], -1, self.group_size), params)
@@ -125,7 +129,8 @@ class GgmlFormat(_Blocks):
         largest = max(float(w.max(initial=0)), -float(w.min(initial=0)))
         if np.isfinite(largest) and largest > _LARGEST:
             raise FormatError(f"{self.name}: tensor holds {largest:g}, beyond the {_LARGEST} of float16 scales; use bf16 or f32")
-        return _native.ggml_encode(self.name, w, importance)
+        blocks: Array = _native.ggml_encode(self.name, w, importance)
+        return blocks
 
 
 class DecodeOnlyFormat(_Blocks):

@@ -104,10 +104,11 @@ def decode(name: str, codes: Array, params: Params) -> Array:
     kind = BLOCKS[name]
     step, offset = kind.grid(params)
     with np.errstate(over="ignore", invalid="ignore"):
-        values = kind.levels[codes].reshape(*step.shape, -1) * step[..., None]
+        values: Array = kind.levels[codes].reshape(*step.shape, -1) * step[..., None]
         if offset is not None:
             values += offset[..., None]
-    return values.reshape(codes.shape)
+    result: Array = values.reshape(codes.shape)
+    return result
 
 
 def encode(name: str, w: Array, params: Params) -> Array:
@@ -117,34 +118,54 @@ def encode(name: str, w: Array, params: Params) -> Array:
     lower level (of smaller magnitude for MXFP4) on the others. A step of 0 gives the code of level 0, or the nearest to it.
     """
     kind = BLOCKS[name]
-    step, offset = (a if a is None else a[..., None] for a in kind.grid(params))
-    x = w.reshape(*step.shape[:-1], -1)
+    step, offset = kind.grid(params)
+    x = w.reshape(*step.shape, -1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if name == "mxfp4":
-            middles = (kind.levels[1:8] + kind.levels[:7]) / 2
-            magnitude = sum((np.abs(x) > m * step).astype(np.uint8) for m in middles)
-            return (magnitude + 8 * ((x < 0) & (magnitude > 0))).astype(np.uint8).reshape(w.shape)
-        inverse = np.where(step == 0, np.float32(0), np.float32(1) / step)
-        t = (x if offset is None else x - offset) * inverse
-        if kind.levels is _IQ4:
-            middles = (_IQ4[1:] + _IQ4[:-1]) / 2
-            return sum((t > m).astype(np.uint8) for m in middles).astype(np.uint8).reshape(w.shape)
+            nearest = _nearest_fp4(x, step[..., None])
+        else:
+            inverse = np.where(step == 0, np.float32(0), np.float32(1) / step)[..., None]
+            nearest = _nearest_level(kind, (x if offset is None else x - offset[..., None]) * inverse)
+    codes: Array = nearest.reshape(w.shape)
+    return codes
+
+
+def _nearest_level(kind: BlockType, t: Array) -> Array:
+    if kind.levels is _IQ4:
+        return _count_below(t, list((_IQ4[1:] + _IQ4[:-1]) / 2))
     lowest, highest = np.float32(max(kind.levels[0], kind.lowest)), np.float32(min(kind.levels[-1], kind.highest))
     t = np.where(t > lowest, t, lowest)  # in this order a NaN becomes the lowest level
     t = np.where(t < highest, t, highest)
-    return (np.rint(t) - kind.levels[0]).astype(np.uint8).reshape(w.shape)
+    codes: Array = (np.rint(t) - kind.levels[0]).astype(np.uint8)
+    return codes
+
+
+def _nearest_fp4(x: Array, step: Array) -> Array:
+    magnitudes = _FP4[:8]
+    nearest = _count_below(np.abs(x), [middle * step for middle in (magnitudes[1:] + magnitudes[:-1]) / 2])
+    return nearest + 8 * ((x < 0) & (nearest > 0)).astype(np.uint8)
+
+
+def _count_below(t: Array, borders: list[Array]) -> Array:
+    """Returns how many of the borders lie below t, uint8."""
+    count = np.zeros(t.shape, np.uint8)
+    for border in borders:
+        count += t > border
+    return count
 
 
 def _values_from_plane(field: Array, plane: Plane) -> Array:
     shifts = np.arange(0, 8, plane.bits, dtype=np.uint8)[:, None]
     runs = field.reshape(*field.shape[:-1], -1, 1, plane.run)
-    return (runs >> shifts & ((1 << plane.bits) - 1)).reshape(*field.shape[:-1], -1)
+    values: Array = (runs >> shifts & ((1 << plane.bits) - 1)).reshape(*field.shape[:-1], -1)
+    return values
 
 
 def _plane_from_values(values: Array, plane: Plane) -> Array:
     shifts = np.arange(0, 8, plane.bits, dtype=np.uint8)[:, None]
     runs = values.reshape(*values.shape[:-1], -1, len(shifts), plane.run)
-    return np.bitwise_or.reduce(runs << shifts, axis=-2).reshape(*values.shape[:-1], -1)
+    field: Array = np.bitwise_or.reduce(runs << shifts, axis=-2).reshape(*values.shape[:-1], -1)
+    return field
 
 
 # TQ1_0: byte = ceil(256 * t / 243), t = sum of trit_k * 3^(4-k); trit k comes back as (byte * 3^k mod 256) * 3 >> 8.
@@ -307,6 +328,7 @@ def _integers(lowest: int, count: int) -> Array:
 
 
 _IQ4 = np.array(IQ4_LEVELS, np.float32)
+_FP4 = np.array(FP4_LEVELS, np.float32)
 _ONE = (_read_scale, _write_scale, _grid_scale)
 _TWO = (_read_scale_min, _write_scale_min, _grid_scale_min)
 _NIBBLES = (Plane("qs", 4, 16),)
@@ -385,7 +407,7 @@ BLOCKS: dict[str, BlockType] = {
         32,
         (("e", 1), ("qs", 16)),
         _NIBBLES,
-        np.array(FP4_LEVELS, np.float32),
+        _FP4,
         1,
         _read_exponent,
         _write_exponent,
