@@ -207,12 +207,14 @@ def test_zeros_tiny_and_huge_inputs(isa: str) -> None:
 
 def test_scales_beyond_float16(isa: str) -> None:
     """MXFP4's powers of two and LLM.int8()'s float32 absmax exceed float16 either way; packing factors them out."""
+    mxfp4, int8_row = make("mxfp4", 16, 64), make("int8_row", 16, 64)
     for power in (-100, -30, 30, 100):
-        w = normal(1, 16, 64) * np.float32(2.0**power)
-        for name in ("mxfp4", "int8_row"):
-            tensor = get_format(name).quantize(w)
-            want = get_format(name).dequantize(tensor).astype(np.float64)
-            np.testing.assert_allclose(weights_inside(ops.pack([tensor])), want, rtol=1e-6, atol=1e-7 * 2.0**power)
+        blocks = mxfp4.fields["blocks"].copy()
+        blocks[:, [0, 17]] += np.uint8(power % 256)  # the exponents of the two blocks of a row
+        scaled = {"codes": int8_row.fields["codes"], "scb": int8_row.fields["scb"] * np.float32(2.0**power)}
+        for tensor in (QuantizedTensor("mxfp4", (16, 64), {"blocks": blocks}), QuantizedTensor("int8_row", (16, 64), scaled)):
+            want = get_format(tensor.format).dequantize(tensor).astype(np.float64)
+            np.testing.assert_allclose(weights_inside(ops.pack([tensor])), want, rtol=1e-6, atol=1e-8 * 2.0**power)
 
 
 def test_values_beyond_float16_stay_float32() -> None:
