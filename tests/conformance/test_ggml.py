@@ -322,7 +322,7 @@ def test_importance_lowers_the_error_that_it_weighs(name):
     flat = np.ones(columns, np.float32)
     assert error(name, w, importance, importance) < error(name, w, flat, importance)
     assert error(name, w, importance, importance) < error(name, w, None, importance)
-    assert error(name, w, flat) <= 1.01 * error(name, w)
+    assert error(name, w, flat) <= 1.03 * error(name, w)  # both are local searches
 
 
 @pytest.mark.parametrize("name", ENCODABLE)
