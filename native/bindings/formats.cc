@@ -34,7 +34,9 @@ const tersor::GgmlType& checked_type(const std::string& name, int64_t columns) {
   const tersor::GgmlType* type = tersor::ggml_type(name);
   if (type == nullptr) throw nb::value_error(("unknown ggml type '" + name + "'").c_str());
   if (columns < 0 || columns % type->values != 0)
-    throw nb::value_error((name + ": " + std::to_string(columns) + " columns, not a multiple of " + std::to_string(type->values)).c_str());
+    throw nb::value_error(
+        (name + ": " + std::to_string(columns) + " columns, not a multiple of " + std::to_string(type->values))
+            .c_str());
   return *type;
 }
 
@@ -42,7 +44,8 @@ Result<float> decode(const std::string& name, Matrix<uint8_t> blocks, int64_t co
   const tersor::GgmlType& type = checked_type(name, columns);
   const int64_t row_bytes = columns / type.values * type.bytes;
   if (static_cast<int64_t>(blocks.shape(1)) != row_bytes)
-    throw nb::value_error((name + ": rows of " + std::to_string(blocks.shape(1)) + " bytes, need " + std::to_string(row_bytes)).c_str());
+    throw nb::value_error(
+        (name + ": rows of " + std::to_string(blocks.shape(1)) + " bytes, need " + std::to_string(row_bytes)).c_str());
   Result<float> out = new_matrix<float>(blocks.shape(0), static_cast<size_t>(columns));
   {
     nb::gil_scoped_release release;
@@ -56,11 +59,14 @@ Result<uint8_t> encode(const std::string& name, Matrix<float> w, std::optional<V
   const tersor::GgmlType& type = checked_type(name, columns);
   if (type.search == tersor::SearchType::kNone) throw nb::value_error((name + ": can only be decoded").c_str());
   if (importance && importance->shape(0) != w.shape(1))
-    throw nb::value_error((name + ": " + std::to_string(importance->shape(0)) + " importances for " + std::to_string(columns) + " columns").c_str());
+    throw nb::value_error((name + ": " + std::to_string(importance->shape(0)) + " importances for " +
+                           std::to_string(columns) + " columns")
+                              .c_str());
   Result<uint8_t> out = new_matrix<uint8_t>(w.shape(0), static_cast<size_t>(columns / type.values * type.bytes));
   {
     nb::gil_scoped_release release;
-    tersor::ggml_encode(type, w.data(), importance ? importance->data() : nullptr, out.data(), static_cast<int64_t>(w.shape(0)), columns);
+    tersor::ggml_encode(type, w.data(), importance ? importance->data() : nullptr, out.data(),
+                        static_cast<int64_t>(w.shape(0)), columns);
   }
   return out;
 }
@@ -71,5 +77,6 @@ void bind_formats(nb::module_& m) {
   m.def("ggml_decode", &decode, "name"_a, "blocks"_a, "columns"_a,
         "Returns float32 (rows, columns) of ggml blocks, uint8 (rows, row_bytes), of the type with this name.");
   m.def("ggml_encode", &encode, "name"_a, "w"_a, "importance"_a.none(),
-        "Returns ggml blocks, uint8 (rows, row_bytes), of w float32 (rows, columns); importance: float32 (columns,) >= 0, or None.");
+        "Returns ggml blocks, uint8 (rows, row_bytes), of w float32 (rows, columns); importance: float32 (columns,) >= "
+        "0, or None.");
 }
