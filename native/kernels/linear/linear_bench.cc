@@ -2,13 +2,13 @@
 //   cmake --build build/dev --target linear_bench && build/dev/linear_bench [threads] [rows] [columns]
 // Times are CPU time per thread, the least of several rounds, so that other work on the machine disturbs little.
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
 #include <functional>
 #include <vector>
 
+#include "base/bandwidth.h"
 #include "base/cpu.h"
 #include "base/threads.h"
 #include "kernels/linear/linear.h"
@@ -39,20 +39,6 @@ double seconds(const std::function<void()>& f) {
     best = std::min(best, (end - start) / calls);
   }
   return best / threads();
-}
-
-// Reads n bytes, 8 at a time.
-double read_seconds(const std::vector<uint64_t>& words) {
-  std::atomic<uint64_t> sink{0};
-  return seconds([&] {
-    parallel_for(int64_t(words.size()), 4096, [&](int64_t begin, int64_t end) {
-      uint64_t sums[8] = {};
-      for (int64_t i = begin; i + 8 <= end; i += 8) {
-        for (int k = 0; k < 8; ++k) sums[k] ^= words[i + k];
-      }
-      for (uint64_t s : sums) sink += s;
-    });
-  });
 }
 
 Part make_part(bool integer, Float type, Code code, int group, Second second, int64_t rows, int64_t columns) {
@@ -93,7 +79,9 @@ int main(int argc, char** argv) {
   std::printf("%d threads, weight %lld x %lld\n", threads(), (long long)rows, (long long)columns);
   for (int64_t mib : {1, 8, 256}) {
     const std::vector<uint64_t> words(mib << 17, 1);
-    std::printf("reading %lld MiB: %.1f GB/s\n", (long long)mib, double(mib << 20) / read_seconds(words) * 1e-9);
+    uint64_t sink = 0;
+    const double t = seconds([&] { sink += read_words(words.data(), int64_t(words.size())); });
+    std::printf("reading %lld MiB: %.1f GB/s\n", (long long)mib, double(sink ? mib << 20 : 0) / t * 1e-9);
   }
   for (Isa isa : supported_isas()) {
     force_isa(isa_name(isa));

@@ -7,13 +7,6 @@
 namespace tersor::logits {
 namespace {
 
-// The index of the largest value, the first of equals.
-int64_t top(const float* x, int64_t n) {
-  int64_t best = 0;
-  for (int64_t i = 1; i < n; ++i) best = x[i] > x[best] ? i : best;
-  return best;
-}
-
 const float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Sixteen logits from i on; those beyond n have no probability.
@@ -26,6 +19,15 @@ float largest(const float* x, int64_t n) {
   F m = set(x[0]);
   for (int64_t i = 0; i < n; i += 16) m = max(m, load_logits(x, i, n));
   return max_of(m);
+}
+
+// The index of the largest value, the first of equals.
+int64_t top(const float* x, int64_t n) {
+  const float most = largest(x, n);
+  for (int64_t i = 0; i < n; ++i) {
+    if (x[i] == most) return i;
+  }
+  return 0;  // NaN is among them
 }
 
 // sum of e^(x - most)
