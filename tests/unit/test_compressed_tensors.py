@@ -58,7 +58,7 @@ def decompressed(path: Path, wide: bool) -> dict[str, np.ndarray]:
 
     wide: the scales are brought to float32 first, as loading the model in float32 does; otherwise as they are stored.
     """
-    torch = pytest.importorskip("torch")
+    import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file
@@ -130,7 +130,9 @@ def test_round_trip(format: str, model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["int4_g32", "int4_g32s", "int8_cs", "int3_c"])
 def test_transformers_loads_it(format: str, model: Path, tmp_path: Path) -> None:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     tensors = quantized(tmp_path / "m", model, linears(format))
     transformers.logging.set_verbosity_error()
     config = transformers.CompressedTensorsConfig(dequantize=True)
@@ -147,7 +149,7 @@ def test_transformers_loads_it(format: str, model: Path, tmp_path: Path) -> None
 )
 def test_reads_what_the_package_compresses(bits: int, symmetric: bool, strategy: str, scale_type: str, tmp_path: Path) -> None:
     """A directory whose layer was compressed by the package itself, with scales in any float type."""
-    torch = pytest.importorskip("torch")
+    import torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from safetensors.torch import load_file, save_file

@@ -397,8 +397,9 @@ def test_plan_that_contradicts_the_config_is_refused(change: dict[str, Any], tex
 
 
 def test_transformers_loads_what_we_write(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     hf = tiny_model(tmp_path / "hf", "llama")
     write(tmp_path / "m.gguf", open_checkpoint(hf))
     transformers.logging.set_verbosity_error()

@@ -312,7 +312,8 @@ def test_full_disk_while_writing(code: int, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_bfloat16_written_is_what_transformers_reads(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     bits = np.array([[0x3FC0, 0xC000, 0x0001, 0x7F80]], np.uint16)
     write(tmp_path / "m", ModelDescription({}), {"x": QuantizedTensor("bf16", (1, 4), {"values": bits})})
     with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:

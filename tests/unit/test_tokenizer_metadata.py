@@ -174,7 +174,8 @@ def test_chat_template_file_wins() -> None:
 
 
 def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     from tersor.containers.convert import convert
 
     hf = tiny_model(tmp_path / "hf")
@@ -199,7 +200,8 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
 @lru_cache
 def sentence_piece(prefix: bool, symbols: tuple[str, ...] = ()) -> tuple[Any, dict[str, Any]]:
     """Returns (a trained SentencePiece BPE of 600 pieces, the GGUF keys that llama.cpp's converter writes for it)."""
-    sentencepiece = pytest.importorskip("sentencepiece")
+    import sentencepiece
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,

@@ -43,7 +43,7 @@ _BLOCKS_OF_32 = {
     "tq2_0": "ternary_g32",
 }
 
-_LARGEST = 65504  # of float16, in which scales and minima are stored
+_LARGEST = 65504  # of float16, in which scales and minima are stored; MXFP4 stores powers of two up to 2^127
 
 EXAMPLES = (*ggml_blocks.BLOCKS, *_DECODE_ONLY)
 
@@ -127,7 +127,7 @@ class GgmlFormat(_Blocks):
     def _encode_rows(self, w: Array, importance: Array | None) -> Array:
         importance = check_importance(importance, w.shape[1], self.name)
         largest = max(float(w.max(initial=0)), -float(w.min(initial=0)))
-        if np.isfinite(largest) and largest > _LARGEST:
+        if np.isfinite(largest) and largest > _LARGEST and self.name != "mxfp4":
             raise FormatError(f"{self.name}: tensor holds {largest:g}, beyond the {_LARGEST} of float16 scales; use bf16 or f32")
         blocks: Array = _native.ggml_encode(self.name, w, importance)
         return blocks
