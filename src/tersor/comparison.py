@@ -24,7 +24,7 @@ from tersor.evaluation.text import Protocol, cut, read_text
 from tersor.pipeline import QuantizeResult, file_bytes, quantize, source_note
 from tersor.planning import machine_ram
 from tersor.recipe import KEEP, Recipe
-from tersor.report.page import comparison_page
+from tersor.report.page import comparison_page, comparison_plot
 from tersor.report.plot import Point
 from tersor.report.table import format_error, format_number, text_table
 
@@ -88,18 +88,21 @@ class Comparison:
         ]
         return [self.note, *notes] if self.note else notes
 
+    def points(self) -> list[Point]:
+        """Returns what the plot shows: every model but the original."""
+        return [
+            Point(row.label, row.file_bytes / 1e6, row.divergence.kl_mean, row.divergence.kl_error, row.container)
+            for row in self.rows
+            if row.divergence is not None
+        ]
+
     def page(self) -> str:
         """Returns the HTML page."""
         title = f"{Path(self.model).name}: what each recipe costs"
         lead = (
             f"{len(self.rows) - 1} recipes, judged against the original on the same text and timed on this machine ({platform.machine()})."
         )
-        points = [
-            Point(row.label, row.file_bytes / 1e6, row.divergence.kl_mean, row.divergence.kl_error, row.container)
-            for row in self.rows
-            if row.divergence is not None
-        ]
-        return comparison_page(title, lead, HEADER, [row.cells() for row in self.rows], points, self.notes())
+        return comparison_page(title, lead, HEADER, [row.cells() for row in self.rows], self.points(), self.notes())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values for JSON; of the tensors only counts, which `quantize --json` lists."""
@@ -129,7 +132,9 @@ def compare(
     note: str = "",
     progress: Progress | None = None,
 ) -> Comparison:
-    """Returns the comparison of the recipes and writes into the directory `out` every quantized model, results.json and index.html.
+    """Returns the comparison of the recipes and writes into the directory `out` every quantized model and the report.
+
+    The report: results.json, index.html and plot.svg.
 
     A recipe of ggml types becomes a GGUF file, any other a directory. also: models that exist already, judged beside the recipes'.
     text, window, windows: see evaluate. note: said first beside the table, before what is known of the source itself.
@@ -166,6 +171,7 @@ def compare(
     result = Comparison(str(model), "; ".join(filter(None, (note, own_note))), cuts.protocol, tuple(rows))
     (directory / "results.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     (directory / "index.html").write_text(result.page(), encoding="utf-8")
+    (directory / "plot.svg").write_text(comparison_plot(result.points()), encoding="utf-8")
     return result
 
 

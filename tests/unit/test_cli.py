@@ -110,7 +110,7 @@ def test_compare_writes_models_results_and_page(model, small, text, tmp_path, ca
     assert run("compare", model, "-o", tmp_path / "out", "-r", "q8_0; q4_0, lm_head=q5_0", "--recipe", "clip:int4_g32", *arguments) == 0
     out = capsys.readouterr().out
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["clip-int4_g32", "index.html", "q4_0-lm_head-q5_0.gguf", "q8_0.gguf", "results.json"]
+    assert names == ["clip-int4_g32", "index.html", "plot.svg", "q4_0-lm_head-q5_0.gguf", "q8_0.gguf", "results.json"]
     lines = out.splitlines()
     assert lines[0].split("  ")[0] == "recipe"
     assert [line.split("  ")[0] for line in lines[2:7]] == ["original", "q8_0", "q4_0, lm_head=q5_0", "clip:int4_g32", "small"]

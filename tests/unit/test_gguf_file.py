@@ -121,10 +121,14 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").read_bytes() == expected + bytes(96)  # 4 blocks of 18 bytes, padded to 96
 
 
-@pytest.mark.parametrize("name", sorted(BLOCK_TYPES.keys() - {"q2_0"}))  # q2_0 is newer than the gguf package; ggml.h says 42
+@pytest.mark.parametrize("name", sorted(BLOCK_TYPES.keys() - {"q2_0"}))  # q2_0: below
 def test_type_table_is_ggmls(name: str) -> None:
     kind = gguf.GGMLQuantizationType[name.upper()]
     assert (BLOCK_TYPES[name].id, BLOCK_TYPES[name].size, BLOCK_TYPES[name].nbytes) == (int(kind), *gguf.GGML_QUANT_SIZES[kind])
+
+
+def test_q2_0_is_the_type_of_ggml_h() -> None:
+    assert (BLOCK_TYPES["q2_0"].id, BLOCK_TYPES["q2_0"].size, BLOCK_TYPES["q2_0"].nbytes) == (42, 64, 18)  # newer than the gguf package
 
 
 def test_file_types_name_the_format() -> None:

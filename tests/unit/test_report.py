@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from tersor.report.page import comparison_page
+from tersor.report.page import comparison_page, comparison_plot
 from tersor.report.plot import Point, frontier, pareto_svg
 from tersor.report.table import format_bytes, format_error, format_number, text_table
 
@@ -101,3 +101,10 @@ def test_the_page_is_whole_and_escapes_what_it_is_given():
     assert page.count("<tr") == 3
     assert "http" not in page  # nothing is fetched
     assert "<script" not in page
+
+
+def test_plot_stands_alone_as_xml() -> None:
+    root = ElementTree.fromstring(comparison_plot(points()))
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len(root.findall(".//{*}circle[@class]")) == len(comparison_plot(points()).split("<circle")) - 1 > 0
+    assert comparison_plot([]) == ""

@@ -38,7 +38,7 @@ def command(
     """Compare recipes: size, quality, speed.
 
     Quantizes MODEL by several recipes into DIR, judges each against the original and times it. Prints a table and writes
-    results.json and index.html with the plot of KL divergence over file size.
+    results.json, and index.html and plot.svg with KL divergence over file size.
     """
     from tersor.cli.printing import print_json, progress
     from tersor.comparison import DEFAULT_RECIPES, compare
