@@ -222,6 +222,7 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(tmp_path):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
     )
     deadline = time.monotonic() + 30
     while len(list(tmp_path.iterdir())) < 2 and child.poll() is None and time.monotonic() < deadline:

@@ -6,9 +6,10 @@ import ast
 import re
 from pathlib import Path
 
+import tersor
 from tersor import _native
 
-STUB = Path(_native.__file__).parent / "_native.pyi"
+STUB = Path(tersor.__file__).parent / "_native.pyi"
 
 
 def parameters(signature: str) -> list[str]:
