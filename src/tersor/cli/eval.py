@@ -9,7 +9,7 @@ import typer
 from tersor.cli import options
 
 if TYPE_CHECKING:
-    from tersor.evaluation import Divergence, Perplexity
+    pass
 
 
 def command(
@@ -31,7 +31,7 @@ def command(
     weights with float activations. No logits are stored. The first token of a window never counts.
     """
     from tersor.cli.printing import print_json, progress
-    from tersor.evaluation import Divergence, evaluate
+    from tersor.evaluation import evaluate
 
     with progress() as report:
         result = evaluate(
@@ -47,27 +47,5 @@ def command(
         )
     if json:
         print_json(result.to_dict())
-    elif isinstance(result, Divergence):
-        _print_divergence(result)
     else:
-        _print_perplexity(result)
-
-
-def _print_perplexity(result: Perplexity) -> None:
-    from tersor.report.table import format_error
-
-    print(f"perplexity  {format_error(result.perplexity, result.error)}")
-    print(f"protocol    {result.protocol}")
-
-
-def _print_divergence(d: Divergence) -> None:
-    from tersor.report.table import format_error, format_number
-
-    print(f"perplexity            {format_error(d.perplexity.perplexity, d.perplexity.error)}")
-    print(f"perplexity of base    {format_error(d.base.perplexity, d.base.error)}")
-    print(f"perplexity ratio      {format_error(d.ratio, d.ratio_error)}")
-    print(f"KL divergence, mean   {format_error(d.kl_mean, d.kl_error)} nats")
-    print(f"  median, 99 %, max   {format_number(d.kl_median)}, {format_number(d.kl_p99)}, {format_number(d.kl_max)}")
-    print(f"same top-1            {format_error(100 * d.top1, 100 * d.top1_error)} %")
-    print(f"RMS change of the true token's probability  {format_error(100 * d.rms_change, 100 * d.rms_change_error)} %")
-    print(f"protocol              {d.protocol}")
+        print(result)

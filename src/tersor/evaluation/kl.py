@@ -49,6 +49,21 @@ class Divergence:
     protocol: Protocol
     seconds: float
 
+    def __str__(self) -> str:
+        from tersor.report.table import format_error, format_number
+
+        lines = (
+            f"perplexity            {format_error(self.perplexity.perplexity, self.perplexity.error)}",
+            f"perplexity of base    {format_error(self.base.perplexity, self.base.error)}",
+            f"perplexity ratio      {format_error(self.ratio, self.ratio_error)}",
+            f"KL divergence, mean   {format_error(self.kl_mean, self.kl_error)} nats",
+            f"  median, 99 %, max   {format_number(self.kl_median)}, {format_number(self.kl_p99)}, {format_number(self.kl_max)}",
+            f"same top-1            {format_error(100 * self.top1, 100 * self.top1_error)} %",
+            f"RMS change of the true token's probability  {format_error(100 * self.rms_change, 100 * self.rms_change_error)} %",
+            f"protocol              {self.protocol}",
+        )
+        return "\n".join(lines)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values for JSON."""
         return asdict(self)

@@ -30,6 +30,11 @@ class Perplexity:
     protocol: Protocol
     seconds: float
 
+    def __str__(self) -> str:
+        from tersor.report.table import format_error
+
+        return f"perplexity  {format_error(self.perplexity, self.error)}\nprotocol    {self.protocol}"
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values for JSON."""
         return asdict(self)
