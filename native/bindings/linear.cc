@@ -83,15 +83,19 @@ Weight* pack(nb::list tensors, nb::object bias) {
   }
   nb::gil_scoped_release release;
   int64_t row = 0;
-  for (const Stored& t : stored) {
-    weight->parts.push_back(t.scheme ? linear::pack_integers(*t.scheme, t.fields.data(), t.rows, t.columns)
-                                     : linear::pack_floats(Float(t.floating), t.fields[0], t.rows, t.columns));
+  for (size_t i = 0; i < stored.size();) {  // neighbours of one format become one part
+    std::vector<linear::Source> sources;
+    const Stored& first = stored[i];
+    for (; i < stored.size() && stored[i].format == first.format; ++i)
+      sources.push_back({stored[i].fields, stored[i].rows});
+    weight->parts.push_back(first.scheme ? linear::pack_integers(*first.scheme, sources, weight->columns)
+                                         : linear::pack_floats(Float(first.floating), sources, weight->columns));
+    linear::Part& part = weight->parts.back();
     if (!all_bias.empty()) {
-      std::vector<float>& part = weight->parts.back().bias;
-      part.assign(weight->parts.back().panel_count() * linear::kPanelRows, 0.0f);
-      memcpy(part.data(), all_bias.data() + row, t.rows * sizeof(float));
+      part.bias.assign(part.panel_count() * linear::kPanelRows, 0.0f);
+      memcpy(part.bias.data(), all_bias.data() + row, part.rows * sizeof(float));
     }
-    row += t.rows;
+    row += part.rows;
   }
   return weight.release();
 }
@@ -134,7 +138,7 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
   }
   nb::gil_scoped_release release;
   parallel_for(n, 16, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> scratch;
+    linear::RowBuffer buffer;
     std::vector<const uint8_t*> at(t.fields.size());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = tokens.data()[i];
@@ -142,7 +146,7 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
       if (t.scheme) {
         for (size_t f = 0; f < at.size(); ++f)
           at[f] = t.fields[f] + (t.scheme->fields[f].shared ? 0 : row * t.scheme->fields[f].row_bytes);
-        linear::decode_row(*t.scheme, at.data(), columns, scratch, values);
+        linear::decode_row(*t.scheme, at.data(), columns, buffer, values);
       } else {
         float_row(t.floating, t.fields[0] + row * columns * float_bytes(Float(t.floating)), columns, values);
       }

@@ -109,22 +109,27 @@ inline Four load_four(const int8_t* p) {
 struct Dot {
   __m256i a, b;
 };
+inline constexpr bool kDotIsInt = false;
 template <int kBits>
 inline constexpr int kDotSteps = kBits <= 4 ? 8 : 2;
 inline Dot dot_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Codes load_codes(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-inline Codes load_low(const uint8_t* p) {
-  const Codes c = load_codes(p);
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
+inline void store_codes(uint8_t* p, Codes c) {
+  _mm256_storeu_si256((__m256i*)p, c.a);
+  _mm256_storeu_si256((__m256i*)(p + 32), c.b);
 }
-inline Codes load_high(const uint8_t* p) {
-  const Codes c = load_codes(p);
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(c.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(c.b, 4), mask)};
+template <int N>
+inline __m256i shift_bytes(__m256i x) {  // the mask that follows drops what crosses bytes
+  return N > 0 ? _mm256_srli_epi16(x, N > 0 ? N : 0) : N < 0 ? _mm256_slli_epi16(x, N < 0 ? -N : 0) : x;
 }
+template <int N>
+inline Codes bits_of(Codes c, int mask) {
+  const __m256i m = _mm256_set1_epi8(char(mask));
+  return {_mm256_and_si256(shift_bytes<N>(c.a), m), _mm256_and_si256(shift_bytes<N>(c.b), m)};
+}
+inline Codes join(Codes x, Codes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline Dot dot(Dot s, Codes w, Four x) {
   return {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, x))};
 }
@@ -133,6 +138,34 @@ inline I widen(Dot d) {
   return {_mm256_madd_epi16(d.a, ones), _mm256_madd_epi16(d.b, ones)};
 }
 inline I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I set_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I times128(I x) { return {_mm256_slli_epi32(x.a, 7), _mm256_slli_epi32(x.b, 7)}; }
+inline I load_int(const int32_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+inline void store_int(int32_t* p, I x) {
+  _mm256_storeu_si256((__m256i*)p, x.a);
+  _mm256_storeu_si256((__m256i*)(p + 8), x.b);
+}
+inline int32_t sum_int(I x) {
+  const __m256i h = _mm256_add_epi32(x.a, x.b);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline I mul(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline I widen_i8(const int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+inline I widen_bytes(__m128i x) { return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(x, x))}; }
+inline I widen_u8(const uint8_t* p) { return widen_bytes(_mm_loadu_si128((const __m128i*)p)); }
+inline I widen_low(const uint8_t* p) {
+  return widen_bytes(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(15)));
+}
+inline I widen_high(const uint8_t* p) {
+  return widen_bytes(_mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i*)p), 4), _mm_set1_epi8(15)));
+}
 
 // |w| * (x with the sign of w): |w| <= 128 and |x| <= 127, so two products are at most 32512 and do not saturate.
 struct Signed {
@@ -142,6 +175,8 @@ inline constexpr int kSignedBias = 0;
 inline I int_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Signed to_signed(Codes c) { return {c, {_mm256_abs_epi8(c.a), _mm256_abs_epi8(c.b)}}; }
 inline Signed load_signed(const uint8_t* p) { return to_signed(load_codes(p)); }
+inline void store_opened(uint8_t* p, Signed w) { store_codes(p, w.w); }
+inline Signed load_opened(const uint8_t* p) { return load_signed(p); }
 using Table = __m256i;
 inline Table load_table(const int8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 inline Signed lookup(Table t, Codes c) { return to_signed({_mm256_shuffle_epi8(t, c.a), _mm256_shuffle_epi8(t, c.b)}); }
@@ -154,6 +189,7 @@ inline I dot_signed(I s, Signed w, Four x) {
 }
 
 inline constexpr int kIntTile = 4;    // 8 registers of sums, 4 of codes, the activations
+inline constexpr int kFineTile = 2;   // 8 registers of dots
 inline constexpr int kFloatTile = 6;  // 12 registers of sums, 2 of weights, the activation
 
 }  // namespace

@@ -148,6 +148,7 @@ inline Four load_four(const int8_t* p) {
 
 // Unsigned codes < 64. `Dot` holds kDotSteps<bits> k4-steps without overflow; `widen` gives the sums.
 using Dot = I;
+inline constexpr bool kDotIsInt = true;  // Dot is I, so that a sum may begin with any number
 template <int kBits>
 inline constexpr int kDotSteps = 8;
 inline Dot dot_zero() { return I{}; }
@@ -156,16 +157,16 @@ inline Codes load_codes(const uint8_t* p) {
   memcpy(r.v, p, 64);
   return r;
 }
-// A line of 64 bytes holds two k4-steps of 4-bit codes: the first in the low nibbles, the second in the high ones.
-inline Codes load_low(const uint8_t* p) {
-  Codes r;
-  for (int i = 0; i < 64; ++i) r.v[i] = p[i] & 15;
-  return r;
+inline void store_codes(uint8_t* p, const Codes& c) { memcpy(p, c.v, 64); }
+// Every byte shifted right by N (left by -N) and masked, N in -7..7.
+template <int N>
+inline Codes bits_of(Codes c, int mask) {
+  for (uint8_t& v : c.v) v = (N >= 0 ? v >> (N >= 0 ? N : 0) : v << (N < 0 ? -N : 0)) & mask;
+  return c;
 }
-inline Codes load_high(const uint8_t* p) {
-  Codes r;
-  for (int i = 0; i < 64; ++i) r.v[i] = p[i] >> 4;
-  return r;
+inline Codes join(Codes a, const Codes& b) {
+  for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
+  return a;
 }
 inline Dot dot(Dot sum, const Codes& w, const Four& x) {
   for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(w.v[i]) * x.v[i % 4];
@@ -176,12 +177,61 @@ inline I add(I a, const I& b) {
   TERSOR_EACH a.v[i] += b.v[i];
   return a;
 }
+inline I set_int(int32_t x) {
+  I r;
+  TERSOR_EACH r.v[i] = x;
+  return r;
+}
+// a * 128
+inline I times128(I a) {
+  TERSOR_EACH a.v[i] *= 128;
+  return a;
+}
+inline I load_int(const int32_t* p) {
+  I r;
+  memcpy(r.v, p, 64);
+  return r;
+}
+inline void store_int(int32_t* p, const I& a) { memcpy(p, a.v, 64); }
+inline int32_t sum_int(const I& a) {
+  int32_t s = 0;
+  TERSOR_EACH s += a.v[i];
+  return s;
+}
+inline I mul(I a, const I& b) {
+  TERSOR_EACH a.v[i] *= b.v[i];
+  return a;
+}
+// Sixteen bytes as integers: signed, unsigned, and the low and the high nibbles.
+inline I widen_i8(const int8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i];
+  return r;
+}
+inline I widen_u8(const uint8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i];
+  return r;
+}
+inline I widen_low(const uint8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i] & 15;
+  return r;
+}
+inline I widen_high(const uint8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i] >> 4;
+  return r;
+}
 
 // Signed codes: dot_signed sums (w + kSignedBias) * x.
 using Signed = Codes;
 inline constexpr int kSignedBias = 0;
 inline I int_zero() { return I{}; }
 inline Signed load_signed(const uint8_t* p) { return load_codes(p); }
+// To bytes that load_opened reads faster than load_signed would.
+inline void store_opened(uint8_t* p, const Signed& w) { store_codes(p, w); }
+inline Signed load_opened(const uint8_t* p) { return load_codes(p); }
 // 16 signed bytes, indexed by 4-bit codes.
 struct Table {
   uint8_t v[16];
@@ -203,7 +253,8 @@ inline I dot_signed(I sum, const Signed& w, const Four& x) {
 #undef TERSOR_EACH
 
 // Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
-inline constexpr int kIntTile = 1;
+inline constexpr int kIntTile = 1;   // of 8-bit activations
+inline constexpr int kFineTile = 1;  // of 15-bit activations
 inline constexpr int kFloatTile = 1;
 
 }  // namespace
