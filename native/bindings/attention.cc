@@ -2,6 +2,10 @@
 #include "kernels/attention/attention.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "bindings/op_arrays.h"
 
@@ -15,6 +19,8 @@ namespace {
 // (n, heads, head_dim); the rows may be apart, so that q, k and v can be views of one product.
 using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
 
+using Caches = std::vector<Cache*>;
+
 attention::Rows rows_of(const char* what, const Heads& x, int64_t heads, int64_t head_dim) {
   require_size(what, "heads", int64_t(x.shape(1)), heads);
   require_size(what, "head_dim", int64_t(x.shape(2)), head_dim);
@@ -24,6 +30,26 @@ attention::Rows rows_of(const char* what, const Heads& x, int64_t heads, int64_t
 
 void check_layer(const Cache& cache, int layer) {
   require(layer >= 0 && layer < cache.layers, "layer ", layer, ", need 0 to ", cache.layers - 1);
+}
+
+void check_room(const char* what, const Cache& cache, int64_t n) {
+  require(cache.length + n <= cache.capacity, what, ": position ", cache.length + n, ", the cache holds ",
+          cache.capacity);
+}
+
+// Row i belongs to caches[i]: the spans of that, after checking that there are n caches of one shape with room for it.
+std::vector<attention::Span> spans_of(const char* what, const Caches& caches, int layer, int64_t n) {
+  require(!caches.empty(), what, ": no caches");
+  require_size(what, "rows", n, int64_t(caches.size()));
+  std::vector<attention::Span> spans;
+  for (Cache* cache : caches) {
+    check_layer(*cache, layer);
+    require(cache->kv_heads == caches[0]->kv_heads && cache->head_dim == caches[0]->head_dim, what,
+            ": caches of different models");
+    check_room(what, *cache, 1);
+    spans.push_back({cache, int64_t(spans.size()), 1});
+  }
+  return spans;
 }
 
 void make_cache(Cache* self, int layers, int kv_heads, int head_dim, int64_t capacity, const std::string& dtype) {
@@ -39,10 +65,22 @@ void append_rows(Cache& cache, int layer, const Heads& k, const Heads& v) {
   const attention::Rows keys = rows_of("append: k", k, cache.kv_heads, cache.head_dim);
   const attention::Rows values = rows_of("append: v", v, cache.kv_heads, cache.head_dim);
   require_size("append", "rows of v", values.n, keys.n);
-  require(cache.length + keys.n <= cache.capacity, "append: position ", cache.length + keys.n, ", the cache holds ",
-          cache.capacity);
+  check_room("append", cache, keys.n);
   nb::gil_scoped_release release;
-  attention::append(cache, layer, keys, values);
+  const attention::Span span{&cache, 0, keys.n};
+  attention::append({&span, 1}, layer, keys, values);
+}
+
+void append_batch(const Heads& k, const Heads& v, const Caches& caches, int layer) {
+  const std::vector<attention::Span> spans = spans_of("append_batch", caches, layer, int64_t(k.shape(0)));
+  Caches sorted = caches;
+  std::sort(sorted.begin(), sorted.end());
+  require(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end(), "append_batch: a cache is given twice");
+  const attention::Rows keys = rows_of("append_batch: k", k, caches[0]->kv_heads, caches[0]->head_dim);
+  const attention::Rows values = rows_of("append_batch: v", v, caches[0]->kv_heads, caches[0]->head_dim);
+  require_size("append_batch", "rows of v", values.n, keys.n);
+  nb::gil_scoped_release release;
+  attention::append(spans, layer, keys, values);
 }
 
 void advance_cache(Cache& cache, int64_t n) {
@@ -56,20 +94,32 @@ void truncate_cache(Cache& cache, int64_t n) {
   cache.length = n;
 }
 
-void attend(const Heads& q, const Cache& cache, int layer, float scale, float softcap, int64_t window,
-            Array<float, 2> out) {
+// Queries of caches of one shape, after checks.
+attention::Rows queries_of(const char* what, const Heads& q, const Cache& cache, const Array<float, 2>& out) {
+  const auto heads = int64_t(q.shape(1));
+  require(heads > 0 && heads % cache.kv_heads == 0, what, ": ", heads, " heads, need a multiple of ", cache.kv_heads);
+  const attention::Rows queries = rows_of(what, q, heads, cache.head_dim);
+  require_size(what, "rows of out", int64_t(out.shape(0)), queries.n);
+  require_size(what, "columns of out", int64_t(out.shape(1)), heads * cache.head_dim);
+  return queries;
+}
+
+void attend(const Heads& q, Cache& cache, int layer, float scale, float softcap, int64_t window, Array<float, 2> out) {
   check_layer(cache, layer);
-  const auto n = int64_t(q.shape(0)), heads = int64_t(q.shape(1));
-  require(heads > 0 && heads % cache.kv_heads == 0, "attention: ", heads, " heads, need a multiple of ",
-          cache.kv_heads);
-  const attention::Rows queries = rows_of("attention: q", q, heads, cache.head_dim);
-  require(cache.length + n <= cache.capacity, "attention: position ", cache.length + n, ", the cache holds ",
-          cache.capacity);
-  require_size("attention", "rows of out", int64_t(out.shape(0)), n);
-  require_size("attention", "columns of out", int64_t(out.shape(1)), heads * cache.head_dim);
-  if (n == 0) return;
+  const attention::Rows queries = queries_of("attention", q, cache, out);
+  check_room("attention", cache, queries.n);
+  if (queries.n == 0) return;
   nb::gil_scoped_release release;
-  attention::attend(cache, layer, queries, int(heads), scale, softcap, window, out.data());
+  const attention::Span span{&cache, 0, queries.n};
+  attention::attend({&span, 1}, layer, queries, int(q.shape(1)), scale, softcap, window, out.data());
+}
+
+void attend_batch(const Heads& q, const Caches& caches, int layer, float scale, float softcap, int64_t window,
+                  Array<float, 2> out) {
+  const std::vector<attention::Span> spans = spans_of("attention_batch", caches, layer, int64_t(q.shape(0)));
+  const attention::Rows queries = queries_of("attention_batch", q, *caches[0], out);
+  nb::gil_scoped_release release;
+  attention::attend(spans, layer, queries, int(q.shape(1)), scale, softcap, window, out.data());
 }
 
 }  // namespace
@@ -93,4 +143,9 @@ void bind_attention(nb::module_& m) {
       .def("truncate", &truncate_cache, nb::arg("n"), "Forgets everything from position n on.");
   m.def("attention", &attend, nb::arg("q"), nb::arg("cache"), nb::arg("layer"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("window"), nb::arg("out"), "out = softmax(scale q k^T) v; see tersor.ops.attention");
+  m.def("append_batch", &append_batch, nb::arg("k"), nb::arg("v"), nb::arg("caches"), nb::arg("layer"),
+        "Writes row i of k and v at the length of caches[i]; see tersor.ops.append_batch");
+  m.def("attention_batch", &attend_batch, nb::arg("q"), nb::arg("caches"), nb::arg("layer"), nb::arg("scale"),
+        nb::arg("softcap"), nb::arg("window"), nb::arg("out"),
+        "Row i of q attends to caches[i]; see tersor.ops.attention_batch");
 }

@@ -112,7 +112,7 @@ void add_rope(Program& p, nb::handle x_object, nb::handle inv_freq_object, float
   require_size("rope", "values of inv_freq", int64_t(inv_freq.shape(0)), p.head_dim / 2);
   p.add({x_object, inv_freq_object}, [at = x.data(), n = p.rows, stride = x.stride(0), heads = int64_t(x.shape(1)),
                                       half = p.head_dim / 2, f = inv_freq.data(), scale](Cache& cache) {
-    elementwise::rope(at, n, stride, heads, half, cache.length, f, scale);
+    elementwise::rope_from(at, n, stride, heads, half, cache.length, f, scale);
   });
 }
 
@@ -125,7 +125,10 @@ void add_append(Program& p, int layer, nb::handle k_object, nb::handle v_object)
     require_size("append", "heads", int64_t(x->shape(1)), p.kv_heads);
   }
   const attention::Rows keys{k.data(), p.rows, k.stride(0)}, values{v.data(), p.rows, v.stride(0)};
-  p.add({k_object, v_object}, [layer, keys, values](Cache& cache) { attention::append(cache, layer, keys, values); });
+  p.add({k_object, v_object}, [layer, keys, values](Cache& cache) {
+    const attention::Span span{&cache, 0, keys.n};
+    attention::append({&span, 1}, layer, keys, values);
+  });
 }
 
 void add_attention(Program& p, nb::handle q_object, int layer, float scale, float softcap, int64_t window,
@@ -140,7 +143,8 @@ void add_attention(Program& p, nb::handle q_object, int layer, float scale, floa
   require_size("attention", "columns of out", int64_t(out.shape(1)), heads * p.head_dim);
   const attention::Rows queries{q.data(), p.rows, q.stride(0)};
   p.add({q_object, out_object}, [layer, queries, heads, scale, softcap, window, to = out.data()](Cache& cache) {
-    attention::attend(cache, layer, queries, int(heads), scale, softcap, window, to);
+    const attention::Span span{&cache, 0, queries.n};
+    attention::attend({&span, 1}, layer, queries, int(heads), scale, softcap, window, to);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <span>
 
 #include "base/float16.h"
 #include "kernels/attention/kernels.h"
@@ -39,12 +40,20 @@ struct Rows {
   int64_t n, stride;
 };
 
-// Writes keys and values at positions length .. length + n of a layer.
-void append(Cache& cache, int layer, const Rows& keys, const Rows& values);
+// Rows [row, row + n) belong to one sequence, at positions cache->length and on.
+struct Span {
+  Cache* cache;
+  int64_t row, n;
+};
 
-// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i is at position length + i and sees the keys up to its
-// own, only the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
-void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window,
-            float* out);
+// Writes keys and values at positions length .. length + n of a layer of each span's cache, which are different ones.
+void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values);
+
+// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i of a span is at position length + i and sees the keys
+// up to its own, only the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
+// The caches have equally many kv heads and equal head dimensions. A row has the same bits whatever the other rows and
+// the threads are.
+void attend(std::span<const Span> spans, int layer, const Rows& queries, int heads, float scale, float softcap,
+            int64_t window, float* out);
 
 }  // namespace tersor::attention

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <new>
 #include <vector>
@@ -10,37 +11,35 @@
 namespace tersor::attention {
 namespace {
 
-constexpr int64_t kChunk = 512;        // keys of one unit of work when few queries are asked
-constexpr int64_t kMinMacs = 1 << 15;  // multiply-adds worth a thread
+// Keys of one softmax. Chunks begin at multiples of it whatever is asked, each is softened by itself, and they are
+// merged in order, so that a row's bits depend neither on the threads nor on the rows beside it.
+constexpr int64_t kChunk = 512;
+constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth waking a thread: a few microseconds
+constexpr int kUnitsPerThread = 4;     // enough that the last units do not leave threads idle
 
-// One unit of work: some queries of some heads that share one key-value head, and a range of keys. Row r is query
-// first_query + r / heads, head first_head + r % heads.
-struct Unit {
+// Some queries of one sequence and of heads that share a key-value head. Row r is query first_query + r / heads, head
+// first_head + r % heads. Keys [begin, end) are seen by any.
+struct Tile {
+  const Cache* cache;
   int kv_head, first_head, heads;
-  int64_t first_query;
+  int64_t first_row, first_query;  // in the queries and in the sequence
   int queries;
   int64_t begin, end;
 
   int rows() const { return queries * heads; }
-  int64_t query(int row) const { return first_query + row / heads; }
-  int64_t head(int row) const { return first_head + row % heads; }
+  int64_t first_chunk() const { return begin / kChunk; }
+  int64_t chunks() const { return (end + kChunk - 1) / kChunk - first_chunk(); }
+  int64_t macs() const { return (end - begin) * rows() * cache->head_dim * 2; }
 };
 
-// Running softmax of a unit's rows.
-struct Partial {
-  std::vector<float> largest, total, out;
-
-  void reset(int rows, int width) {
-    largest.assign(rows, kMasked);
-    total.assign(rows, 0.0f);
-    out.assign(size_t(rows) * width, 0.0f);
-  }
-  State state() { return {largest.data(), total.data(), out.data()}; }
+// A tile's chunks [first, first + count), counted from its first; what one thread does at a time.
+struct Unit {
+  int tile;
+  int64_t first, count, macs;
 };
 
 struct Problem {
   const Kernels& kernels;
-  const Cache& cache;
   int layer;
   const Rows& queries;
   int heads;
@@ -48,44 +47,145 @@ struct Problem {
   int64_t window;
   float* out;
 
-  int64_t end_of(int64_t query) const { return cache.length + query + 1; }
-  int64_t first_of(int64_t query) const { return window > 0 ? std::max<int64_t>(0, end_of(query) - window) : 0; }
-
-  void run(const Unit& u, Partial& partial) const {
-    const int rows = u.rows(), head_dim = cache.head_dim;
-    alignas(64) static thread_local float values[kMaxRows * kMaxWidth];
-    int64_t first[kMaxRows], end[kMaxRows];
-    for (int r = 0; r < rows; ++r) {
-      const int64_t query = u.query(r);
-      const float* q = queries.data + query * queries.stride + u.head(r) * head_dim;
-      for (int d = 0; d < head_dim; ++d) values[r * head_dim + d] = q[d] * scale;
-      first[r] = first_of(query);
-      end[r] = end_of(query);
-    }
-    partial.reset(rows, cache.width);
-    kernels.attend[cache.type](cache.head(layer, u.kv_head), {rows, values, first, end, softcap}, u.begin, u.end,
-                               partial.state());
+  int64_t end_of(const Cache& cache, int64_t query) const { return cache.length + query + 1; }
+  int64_t first_of(const Cache& cache, int64_t query) const {
+    return window > 0 ? std::max<int64_t>(0, end_of(cache, query) - window) : 0;
   }
 
-  // Merges another part of the keys into a.
-  void merge(Partial& a, const Partial& b) const {
-    for (size_t r = 0; r < a.largest.size(); ++r) {
+  // Floats of the state of a tile's rows.
+  static int64_t state_size(const Tile& t) { return int64_t(t.rows()) * (t.cache->width + 16); }
+  static State state_at(const Tile& t, float* at) {
+    float* rest = at + int64_t(t.rows()) * t.cache->width;
+    return {rest, rest + t.rows(), at};
+  }
+
+  // Cuts a span into tiles.
+  void cut(const Span& span, std::vector<Tile>& tiles) const {
+    const Cache& cache = *span.cache;
+    const int share = heads / cache.kv_heads, group = std::min(share, kMaxRows);
+    const int64_t height = kMaxRows / group;
+    for (int64_t q = 0; q < span.n; q += height) {
+      const int count = int(std::min(height, span.n - q));
+      const int64_t begin = first_of(cache, q) / kKeys * kKeys, end = end_of(cache, q + count - 1);
+      for (int h = 0; h < heads;) {
+        const int together = std::min(group, share - h % share);
+        tiles.push_back({&cache, h / share, h, together, span.row + q, q, count, begin, end});
+        h += together;
+      }
+    }
+  }
+
+  // One chunk's softmax of a tile's rows, q (rows, head_dim) scaled.
+  void run_chunk(const Tile& t, int64_t chunk, const float* q, const State& state) const {
+    int64_t first[kMaxRows], end[kMaxRows];
+    for (int r = 0; r < t.rows(); ++r) {
+      const int64_t query = t.first_query + r / t.heads;
+      first[r] = first_of(*t.cache, query);
+      end[r] = end_of(*t.cache, query);
+    }
+    std::fill_n(state.largest, t.rows(), kMasked);
+    std::fill_n(state.total, t.rows(), 0.0f);
+    std::fill_n(state.out, int64_t(t.rows()) * t.cache->width, 0.0f);
+    const int64_t start = (t.first_chunk() + chunk) * kChunk;
+    kernels.attend[t.cache->type](t.cache->head(layer, t.kv_head), {t.rows(), q, first, end, softcap},
+                                  std::max(t.begin, start), std::min(t.end, start + kChunk), state);
+  }
+
+  // Merges the softmax of the keys after a's into a.
+  void merge(const Tile& t, const State& a, const State& b) const {
+    const int width = t.cache->width;
+    for (int r = 0; r < t.rows(); ++r) {
       const float top = std::max(a.largest[r], b.largest[r]);
       const float fa = std::exp(a.largest[r] - top), fb = std::exp(b.largest[r] - top);
-      kernels.blend(&a.out[r * cache.width], fa, &b.out[r * cache.width], fb, cache.width);
+      kernels.blend(a.out + r * width, fa, b.out + r * width, fb, width);
       a.total[r] = a.total[r] * fa + b.total[r] * fb;
       a.largest[r] = top;
     }
   }
 
-  void finish(const Unit& u, const Partial& partial) const {
-    for (int r = 0; r < u.rows(); ++r) {
-      float* to = out + (u.query(r) * heads + u.head(r)) * cache.head_dim;
-      std::copy_n(&partial.out[r * cache.width], cache.head_dim, to);
-      kernels.scale(to, cache.head_dim, 1.0f / partial.total[r]);
+  void finish(const Tile& t, const State& state) const {
+    for (int r = 0; r < t.rows(); ++r) {
+      float* to = out + ((t.first_row + r / t.heads) * heads + t.first_head + r % t.heads) * t.cache->head_dim;
+      std::copy_n(state.out + int64_t(r) * t.cache->width, t.cache->head_dim, to);
+      kernels.scale(to, t.cache->head_dim, 1.0f / state.total[r]);
+    }
+  }
+
+  void scale_queries(const Tile& t, float* to) const {
+    const int head_dim = t.cache->head_dim;
+    for (int r = 0; r < t.rows(); ++r) {
+      const float* q =
+          queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * head_dim;
+      for (int d = 0; d < head_dim; ++d) to[r * head_dim + d] = q[d] * scale;
     }
   }
 };
+
+// What a call needs besides its arguments, kept by the calling thread. A tile that is cut into units has a state for
+// every chunk and counts the units left; whoever does the last one merges them.
+struct Plan {
+  std::vector<Tile> tiles;
+  std::vector<Unit> units;
+  std::vector<int64_t> state_offset;  // of a tile, in states; -1: one unit does it all
+  std::vector<float> states;
+  std::vector<std::atomic<int64_t>> left;
+
+  // Cuts the work; returns its multiply-adds.
+  int64_t cut(const Problem& problem, std::span<const Span> spans) {
+    tiles.clear();
+    units.clear();
+    for (const Span& span : spans) problem.cut(span, tiles);
+    const bool whole = int64_t(tiles.size()) >= int64_t(kUnitsPerThread) * threads();
+    state_offset.assign(tiles.size(), -1);
+    if (left.size() < tiles.size()) left = std::vector<std::atomic<int64_t>>(2 * tiles.size());
+    int64_t floats = 0, macs = 0;
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      const Tile& t = tiles[i];
+      const int64_t chunks = t.chunks(), count = whole ? chunks : 1;
+      for (int64_t c = 0; c < chunks; c += count) units.push_back({int(i), c, count, t.macs() / chunks * count});
+      if (count < chunks) {
+        state_offset[i] = floats;
+        floats += Problem::state_size(t) * chunks;
+        left[i].store(chunks, std::memory_order_relaxed);
+      }
+      macs += t.macs();
+    }
+    if (int64_t(states.size()) < floats) states.resize(floats);
+    // The longest first, so that threads end together.
+    std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.macs > b.macs; });
+    return macs;
+  }
+};
+
+float* at_least(std::vector<float>& buffer, int64_t n) {
+  if (int64_t(buffer.size()) < n) buffer.resize(n);
+  return buffer.data();
+}
+
+void run_unit(const Problem& problem, Plan& plan, const Unit& unit) {
+  static thread_local std::vector<float> scaled, own;
+  const Tile& t = plan.tiles[unit.tile];
+  const int64_t size = Problem::state_size(t);
+  float* q = at_least(scaled, int64_t(t.rows()) * t.cache->head_dim);
+  problem.scale_queries(t, q);
+  if (plan.state_offset[unit.tile] < 0) {
+    float* states = at_least(own, 2 * size);
+    const State sum = Problem::state_at(t, states), next = Problem::state_at(t, states + size);
+    problem.run_chunk(t, 0, q, sum);
+    for (int64_t c = 1; c < unit.count; ++c) {
+      problem.run_chunk(t, c, q, next);
+      problem.merge(t, sum, next);
+    }
+    problem.finish(t, sum);
+    return;
+  }
+  float* states = plan.states.data() + plan.state_offset[unit.tile];
+  problem.run_chunk(t, unit.first, q, Problem::state_at(t, states + unit.first * size));
+  if (plan.left[unit.tile].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  const State sum = Problem::state_at(t, states);
+  for (int64_t c = 1; c < t.chunks(); ++c) problem.merge(t, sum, Problem::state_at(t, states + c * size));
+  problem.finish(t, sum);
+}
 
 }  // namespace
 
@@ -108,58 +208,42 @@ Head Cache::head(int layer, int kv_head) const {
   return {keys, keys + head_bytes_, head_dim, width};
 }
 
-void append(Cache& cache, int layer, const Rows& keys, const Rows& values) {
+void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values) {
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
-  const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
-  // Whole panels of 16 positions to a thread, since neighbours share cache lines.
-  parallel_for(keys.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
-    for (int h = 0; h < cache.kv_heads; ++h) {
-      const Head head = cache.head(layer, h);
-      for (int64_t i = begin; i < end; ++i) {
-        kernels.append[cache.type](keys.data + i * keys.stride + int64_t(h) * cache.head_dim,
-                                   values.data + i * values.stride + int64_t(h) * cache.head_dim, cache.length + i,
-                                   cache.head_dim, cache.width, const_cast<void*>(head.keys),
-                                   const_cast<void*>(head.values));
+  for (const Span& span : spans) {
+    const Cache& cache = *span.cache;
+    const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
+    // Whole panels of 16 positions to a thread, since neighbours share cache lines.
+    parallel_for(span.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
+      for (int h = 0; h < cache.kv_heads; ++h) {
+        const Head head = cache.head(layer, h);
+        const int64_t at = span.row * keys.stride + int64_t(h) * cache.head_dim,
+                      value_at = span.row * values.stride + int64_t(h) * cache.head_dim;
+        for (int64_t i = begin; i < end; ++i) {
+          kernels.append[cache.type](keys.data + at + i * keys.stride, values.data + value_at + i * values.stride,
+                                     cache.length + i, cache.head_dim, cache.width, const_cast<void*>(head.keys),
+                                     const_cast<void*>(head.values));
+        }
       }
-    }
-  });
+    });
+  }
 }
 
-void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window,
-            float* out) {
-  const Problem problem{TERSOR_ACTIVE_KERNELS(), cache, layer, queries, heads, scale, softcap, window, out};
-  const int share = heads / cache.kv_heads, group = std::min(share, kMaxRows);
-  const int64_t n = queries.n, tile = kMaxRows / group;
-  // A single tile of queries is also cut along the keys, at fixed places, so that threads have something to share.
-  const int64_t first = problem.first_of(0) / 16 * 16, last = problem.end_of(n - 1);
-  const int64_t chunks = n <= tile ? (last - first + kChunk - 1) / kChunk : 1;
-  std::vector<Unit> units;
-  for (int h = 0; h < heads; h += std::min(group, share - h % share)) {
-    for (int64_t q = 0; q < n; q += tile) {
-      const int count = int(std::min(tile, n - q));
-      const int64_t begin = problem.first_of(q) / 16 * 16, end = problem.end_of(q + count - 1);
-      for (int64_t c = 0; c < chunks; ++c) {
-        units.push_back({h / share, h, std::min(group, share - h % share), q, count, begin + c * kChunk,
-                         chunks > 1 ? std::min(end, begin + (c + 1) * kChunk) : end});
-      }
+void attend(std::span<const Span> spans, int layer, const Rows& queries, int heads, float scale, float softcap,
+            int64_t window, float* out) {
+  static thread_local Plan plan;
+  const Problem problem{TERSOR_ACTIVE_KERNELS(), layer, queries, heads, scale, softcap, window, out};
+  const int64_t macs = plan.cut(problem, spans);
+  const auto n = int64_t(plan.units.size());
+  const int64_t useful = std::min<int64_t>({n, threads(), std::max<int64_t>(1, macs / kMinMacs)});
+  Plan& shared = plan;  // a lambda would name the thread_local of the thread that runs it
+  std::atomic<int64_t> next{0};
+  parallel_for(useful, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < n;
+         i = next.fetch_add(1, std::memory_order_relaxed)) {
+      run_unit(problem, shared, shared.units[i]);
     }
-  }
-  const int64_t macs = (last - first) * cache.head_dim * std::min(n, tile) * group * 2 / chunks;
-  std::vector<Partial> partials(chunks > 1 ? units.size() : 0);
-  parallel_for(int64_t(units.size()), std::max<int64_t>(1, kMinMacs / std::max<int64_t>(1, macs)),
-               [&](int64_t begin, int64_t end) {
-                 Partial own;
-                 for (int64_t i = begin; i < end; ++i) {
-                   Partial& partial = chunks > 1 ? partials[i] : own;
-                   problem.run(units[i], partial);
-                   if (chunks == 1) problem.finish(units[i], partial);
-                 }
-               });
-  if (chunks == 1) return;
-  for (size_t i = 0; i < units.size(); i += chunks) {
-    for (int64_t c = 1; c < chunks; ++c) problem.merge(partials[i], partials[i + c]);
-    problem.finish(units[i], partials[i]);
-  }
+  });
 }
 
 }  // namespace tersor::attention

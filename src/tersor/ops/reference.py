@@ -142,6 +142,12 @@ def rope(x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None:
     x[..., half:] = high * cos + low * sin
 
 
+def rope_batch(x: Array, positions: Array, inv_freq: Array, scale: float = 1.0) -> None:
+    """Does rope with row i at positions[i]; positions: (n,) int32."""
+    for i, position in enumerate(positions.tolist()):
+        rope(x[i : i + 1], position, inv_freq, scale)
+
+
 class KVCache:
     """Keys and values of every layer for positions [0, length). `append` writes at length; `advance` moves it."""
 
@@ -201,6 +207,17 @@ def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float
             weights = np.exp(scores - scores.max())
             out[i, head] = weights @ values / weights.sum()
     return out.reshape(n, heads * head_dim)
+
+
+def append_batch(caches: Sequence[KVCache], layer: int, k: Array, v: Array) -> None:
+    """Writes row i of k and v, (n, kv_heads, head_dim), into caches[i] at its length; n different caches."""
+    for i, cache in enumerate(caches):
+        cache.append(layer, k[i : i + 1], v[i : i + 1])
+
+
+def attention_batch(q: Array, caches: Sequence[KVCache], layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
+    """Returns what attention does for each row of q, (n, heads, head_dim), with its own cache."""
+    return np.concatenate([attention(q[i : i + 1], cache, layer, scale, softcap, window) for i, cache in enumerate(caches)])
 
 
 def log_softmax(logits: Array) -> Array:
