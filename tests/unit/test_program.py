@@ -32,7 +32,7 @@ DOWN, HEAD_NORM, FREQUENCIES = weight(40, 32), normal(DIM), np.geomspace(1, 0.01
 def layer(o: Any, x: Array, cache: ops.KVCache) -> Array:
     """A layer in which every op occurs."""
     heads = o.linear(o.rms_norm(x, NORM, 1e-5), QKV).reshape(len(x), -1, DIM)
-    q = o.rms_norm(np.ascontiguousarray(heads[:, :HEADS]), HEAD_NORM, 1e-5)
+    q = o.rms_norm(heads[:, :HEADS], HEAD_NORM, 1e-5)
     o.rope(q, cache.length, FREQUENCIES, 1.2)
     o.rope(heads[:, HEADS : HEADS + KV_HEADS], cache.length, FREQUENCIES)
     o.append(cache, 1, heads[:, HEADS : HEADS + KV_HEADS], heads[:, HEADS + KV_HEADS :])
@@ -41,42 +41,105 @@ def layer(o: Any, x: Array, cache: ops.KVCache) -> Array:
     return o.linear(o.gated(o.linear(x, GATE), "gelu_tanh"), DOWN, x)
 
 
+def recorded(rows: int) -> tuple[Program, Array, Array]:
+    """Returns the program of `layer`, its input and its output."""
+    recorder = Recorder(2, KV_HEADS, DIM, rows)
+    x = np.empty((rows, 40), np.float32)
+    return recorder.program, x, layer(recorder, x, ops.KVCache(2, KV_HEADS, DIM, 1))
+
+
 def test_a_replay_equals_the_ops() -> None:
     caches = [ops.KVCache(2, KV_HEADS, DIM, 9) for _ in range(2)]
-    inputs = [normal(1, 40) for _ in range(9)]
-    recorder = Recorder(2, KV_HEADS, DIM, 1)
-    first = inputs[0].copy()
-    out = layer(recorder, first, caches[0])
-    for i, x in enumerate(inputs):
-        if i:
-            np.copyto(first, x)
-            recorder.program.run(caches[0])
-        np.testing.assert_array_equal(out, layer(ops, x.copy(), caches[1]))
+    program, x, out = recorded(1)
+    for _ in range(9):
+        x[:] = normal(1, 40)
+        want = layer(ops, x.copy(), caches[1])
+        program.run(caches[:1], 1)
+        np.testing.assert_array_equal(out, want)
         for cache in caches:
             cache.advance(1)
     with pytest.raises(ValueError, match="run: position 10, the cache holds 9"):
-        recorder.program.run(caches[0])
+        program.run(caches[:1], 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_rows_that_follow_each_other_equal_the_ops(n: int) -> None:
+    caches = [ops.KVCache(2, KV_HEADS, DIM, 20) for _ in range(2)]
+    program, x, out = recorded(5)
+    for _ in range(4):
+        x[:] = np.nan  # rows beyond n are not looked at
+        x[:n] = normal(n, 40)
+        want = layer(ops, x[:n].copy(), caches[1])
+        program.run(caches[:1], n)
+        np.testing.assert_array_equal(out[:n], want)
+        for cache in caches:
+            cache.advance(n)
+
+
+def test_rows_of_several_caches_equal_one_after_the_other() -> None:
+    together, alone = ([ops.KVCache(2, KV_HEADS, DIM, 8 + i) for i in range(4)] for _ in range(2))
+    program, x, out = recorded(6)
+    for i in range(4):  # caches of different lengths
+        for pair in (together, alone):
+            rows = np.random.default_rng(i).standard_normal((i, 40), dtype=np.float32)
+            if i:
+                layer(ops, rows, pair[i])
+                pair[i].advance(i)
+    for chosen in ([0, 1, 2, 3], [3, 1], [2], [0, 2, 3]):
+        inputs = normal(len(chosen), 40)
+        want = np.concatenate([layer(ops, inputs[row : row + 1].copy(), alone[i]) for row, i in enumerate(chosen)])
+        x[: len(chosen)] = inputs
+        program.run([together[i] for i in chosen], len(chosen))
+        np.testing.assert_array_equal(out[: len(chosen)], want)
+        for i in chosen:
+            together[i].advance(1)
+            alone[i].advance(1)
 
 
 def test_the_program_keeps_its_arrays() -> None:
     recorder = Recorder(1, KV_HEADS, DIM, 1)
     cache = ops.KVCache(1, KV_HEADS, DIM, 4)
     first = normal(1, 40)
-    x = first
+    x, want = first, first.copy()
     for _ in range(20):
-        x = recorder.linear(recorder.rms_norm(x, normal(40), 1e-5), weight(40, 40))
-    want = x.copy()
-    x[:] = 0
+        norm, w = normal(40), weight(40, 40)
+        want = ops.linear(ops.rms_norm(want, norm, 1e-5), w)
+        x = recorder.linear(recorder.rms_norm(x, norm, 1e-5), w)
     others = [np.ones((1, 40), np.float32) for _ in range(100)]  # would land in freed memory
-    recorder.program.run(cache)
+    recorder.program.run([cache], 1)
     np.testing.assert_array_equal(x, want)
     assert all((o == 1).all() for o in others)
+
+
+def test_two_arrays_serve_results_of_one_shape_in_turns() -> None:
+    recorder = Recorder(1, KV_HEADS, DIM, 1)
+    results = [recorder.rms_norm(normal(1, 40), NORM, 1e-5) for _ in range(5)]
+    assert [any(np.shares_memory(results[i], results[j]) for j in (i - 2, i + 2) if 0 <= j < 5) for i in range(5)] == [True] * 5
+    assert not any(np.shares_memory(a, b) for a, b in zip(results, results[1:]))
+    assert not np.shares_memory(results[0], recorder.rms_norm(normal(1, DIM), HEAD_NORM, 1e-5))
 
 
 @pytest.mark.parametrize("shape", [(2, KV_HEADS, DIM), (1, 1, DIM), (1, KV_HEADS, 8)])
 def test_a_cache_of_another_model_is_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="run: a cache of another model"):
-        Program(1, KV_HEADS, DIM, 1).run(ops.KVCache(*shape, 4))
+        Program(1, KV_HEADS, DIM, 1).run([ops.KVCache(*shape, 4)], 1)
+
+
+@pytest.mark.parametrize(
+    ("which", "n", "message"),
+    [
+        ([0], 0, "run: 0 rows, need 1 to 4"),
+        ([0], 5, "run: 5 rows, need 1 to 4"),
+        ([0, 1], 3, "run: 3 rows and 2 caches, need one cache, or as many"),
+        ([], 1, "run: 1 rows and 0 caches"),
+        ([0, 1, 0], 3, "run: a cache is given twice"),
+        ([0], 3, "run: position 3, the cache holds 2"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(which: list[int], n: int, message: str) -> None:
+    caches = [ops.KVCache(2, KV_HEADS, DIM, 2) for _ in range(2)]
+    with pytest.raises(ValueError, match=message):
+        Program(2, KV_HEADS, DIM, 4).run([caches[i] for i in which], n)
 
 
 Call = Callable[[Program], None]
@@ -87,10 +150,16 @@ MISFITS: dict[str, tuple[Call, str]] = {
     "linear out": (lambda p: p.linear(normal(1, 64), OUT, normal(1, 41), None), "linear: columns of y"),
     "linear residual": (lambda p: p.linear(normal(1, 64), OUT, normal(1, 40), normal(1, 41)), "linear: columns of residual"),
     "linear residual rows": (lambda p: p.linear(normal(1, 64), OUT, normal(1, 40), normal(2, 40)), "linear: rows of residual"),
-    "rms_norm": (lambda p: p.rms_norm(normal(1, 40), NORM, 1e-5, normal(1, 80)), "rms_norm: x and y must be rows of 40 values"),
+    "rms_norm": (lambda p: p.rms_norm(normal(1, 40), NORM, 1e-5, normal(1, 80)), "rms_norm: values of y: got 80, need 40"),
+    "rms_norm axes": (lambda p: p.rms_norm(normal(40), NORM, 1e-5, normal(1, 40)), "rms_norm: x has 1 axes, need 2 or 3"),
+    "rms_norm rows": (lambda p: p.rms_norm(normal(2, 40), NORM, 1e-5, normal(2, 40)), "rms_norm: rows of x: got 2, need 1"),
+    "rms_norm columns": (lambda p: p.rms_norm(normal(1, 39), NORM, 1e-5, normal(1, 39)), "rms_norm: last axis of x: got 39, need 40"),
+    "rms_norm strides": (lambda p: p.rms_norm(normal(1, 80)[:, ::2], NORM, 1e-5, normal(1, 40)), "rms_norm: a row is not contiguous"),
     "gated activation": (lambda p: p.gated(normal(1, 40), "relu", normal(1, 20)), "gated: activation 'relu'"),
     "gated columns": (lambda p: p.gated(normal(1, 40), "silu", normal(1, 21)), "gated: columns of x: got 40, need 42"),
+    "gated rows of x": (lambda p: p.gated(normal(2, 40), "silu", normal(2, 20)), "gated: rows of x"),
     "gated rows": (lambda p: p.gated(normal(1, 40), "silu", normal(2, 20)), "gated: rows of y"),
+    "add rows": (lambda p: p.add(normal(2, 40), normal(2, 40)), "add: rows of x: got 2, need 1"),
     "add": (lambda p: p.add(normal(1, 40), normal(1, 39)), "add: values of y"),
     "rope rows": (lambda p: p.rope(normal(2, 4, DIM), FREQUENCIES, 1.0), "rope: rows: got 2, need 1"),
     "rope head_dim": (lambda p: p.rope(normal(1, 4, 8), FREQUENCIES, 1.0), "rope: head_dim: got 8, need 16"),

@@ -11,9 +11,8 @@ What is in brackets, and which norms, biases and scales there are, is the Decode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 
@@ -24,6 +23,8 @@ from tersor.ops.program import LayerOps, Program, Recorder
 from tersor.tensor import Array, QuantizedTensor
 
 Read = Callable[[str], QuantizedTensor]
+
+STEP_ROWS = 16  # tokens up to which a product treats each row as if it were alone (ops.linear), and which are worth recording
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Decoder:
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight", spec.norm_offset)
-        self._recorded: tuple[Program, Array, Array] | None = None  # one token's ops, its input and its output
-        self._step_lock = Lock()
+        self._idle: list[Steps] = []  # those of forward; one caller at a time uses one of them
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
@@ -97,29 +97,26 @@ class Decoder:
 
         tokens: (n,) int32 in [0, vocab_size), at positions cache.length and on; the cache has room for them.
         """
-        x = ops.embed(self._embedding, tokens, self.spec.embedding_scale)
-        if len(tokens) == 1 and self._step_lock.acquire(blocking=False):  # its arrays serve one caller at a time
-            try:
-                hidden = self._step(x, cache)
-            finally:
-                self._step_lock.release()
-        else:
-            hidden = self._run(ops, x, cache)
-        cache.advance(len(tokens))
+        if len(tokens) > STEP_ROWS:
+            hidden = self._run(ops, ops.embed(self._embedding, tokens, self.spec.embedding_scale), cache)
+            cache.advance(len(tokens))
+            return hidden
+        steps = self._idle.pop() if self._idle else self.steps()
+        hidden = steps.hidden(tokens, [cache]).copy()  # the next caller's overwrites it
+        self._idle.append(steps)
         return hidden
 
-    def _step(self, x: Array, cache: ops.KVCache) -> Array:
-        """Does what _run does for one token, recorded the first time and replayed after that."""
-        if self._recorded is None:
-            s = self.spec
-            recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, 1)
-            hidden = self._run(recorder, x, cache)
-            self._recorded = (recorder.program, x, hidden)
-        else:
-            program, first, hidden = self._recorded
-            np.copyto(first, x)
-            program.run(cache)
-        return np.array(hidden)  # the program writes to its own again
+    def steps(self) -> Steps:
+        """Returns a recording of what forward and head do to a few tokens."""
+        return Steps(self)
+
+    def _record(self) -> tuple[Program, Array, Array]:
+        """Returns the layers' ops on STEP_ROWS tokens, the array that they read, and the one that they leave hidden states in."""
+        s = self.spec
+        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, STEP_ROWS)
+        x = np.empty((STEP_ROWS, self._embedding.columns), np.float32)
+        hidden = self._run(recorder, x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
+        return recorder.program, x, hidden
 
     def _run(self, o: LayerOps, x: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states of embedded tokens x, (n, hidden), through all layers and the final norm."""
@@ -144,9 +141,9 @@ class Decoder:
         q, k, v = by_head[:, : s.heads], by_head[:, s.heads : rotated], by_head[:, rotated:]  # views
         if layer.q_norm is None or layer.k_norm is None:
             o.rope(by_head[:, :rotated], cache.length, rope.inv_freq, rope.scale)
-        else:  # of one token the views are contiguous, so that nothing is copied behind a Recorder's back
-            q = o.rms_norm(np.ascontiguousarray(q), layer.q_norm, s.norm_eps)
-            k = o.rms_norm(np.ascontiguousarray(k), layer.k_norm, s.norm_eps)
+        else:
+            q = o.rms_norm(q, layer.q_norm, s.norm_eps)
+            k = o.rms_norm(k, layer.k_norm, s.norm_eps)
             o.rope(q, cache.length, rope.inv_freq, rope.scale)
             o.rope(k, cache.length, rope.inv_freq, rope.scale)
         o.append(cache, index, k, v)
@@ -178,6 +175,34 @@ class Decoder:
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels that multiply, sorted."""
         return tuple(sorted({w.kernel for w in self._packed()}))
+
+
+class Steps:
+    """A few tokens at a time through a decoder, recorded once: for decoding, where the calls of every op would show.
+
+    One caller at a time.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._program, self._x, self._hidden = decoder._record()
+
+    def hidden(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
+        """Returns the hidden states after the final norm, (n, hidden) float32, and appends the tokens to the caches.
+
+        tokens: (n,) int32 in [0, vocab_size), 1 <= n <= STEP_ROWS; caches: one, which all of them follow each other in, or n
+        different ones, which get a token each. There is room for them. A row has the same bits whatever n is.
+        """
+        n = len(tokens)
+        self._x[:n] = ops.embed(self._decoder._embedding, tokens, self._decoder.spec.embedding_scale)
+        self._program.run(caches, n)
+        for cache in caches:
+            cache.advance(n // len(caches))
+        return self._hidden[:n]
+
+    def logits(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
+        """Returns the logits after each token, (n, vocab_size) float32, the caller's own; the rest as hidden."""
+        return self._decoder.head(self.hidden(tokens, caches))
 
 
 def _rows_apart(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -56,9 +56,9 @@ def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d); weight: (d,)."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d), views are fine; weight: (d,)."""
     y = np.empty(x.shape, np.float32)
-    _native.rms_norm(x, weight, eps, y)
+    _native.rms_norm(np.ascontiguousarray(x), weight, eps, y)
     return y
 
 
