@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_two_arrays_serve_results_of_one_shape_in_turns() -> None:
     recorder = Recorder(1, KV_HEADS, DIM, 1)
     results = [recorder.rms_norm(normal(1, 40), NORM, 1e-5) for _ in range(5)]
     assert [any(np.shares_memory(results[i], results[j]) for j in (i - 2, i + 2) if 0 <= j < 5) for i in range(5)] == [True] * 5
-    assert not any(np.shares_memory(a, b) for a, b in zip(results, results[1:]))
+    assert not any(np.shares_memory(a, b) for a, b in pairwise(results))
     assert not np.shares_memory(results[0], recorder.rms_norm(normal(1, DIM), HEAD_NORM, 1e-5))
 
 

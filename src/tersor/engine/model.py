@@ -11,10 +11,12 @@ import numpy as np
 from tersor import _native, ops
 from tersor.containers import open_checkpoint
 from tersor.containers.container import Checkpoint
-from tersor.engine.session import Generation, Prompt, Request, Session, last
+from tersor.engine.continuation import Generation, Request
+from tersor.engine.session import Prompt, Session, last
 from tersor.engine.tokenizer import Tokenizer
 from tersor.errors import ModelError, RecipeError, unknown
 from tersor.models import Decoder, check_tensors, spec_of
+from tersor.models.decoder import STEP_ROWS, Steps
 from tersor.tensor import Array, ModelDescription
 
 PREFILL_CHUNK = 512  # tokens that go through the layers together: enough for full speed, and bounded memory
@@ -105,13 +107,16 @@ class Model:
         ids = self._checked(tokens)
         if cache.length + len(ids) > cache.capacity:
             raise ModelError(f"{len(ids)} tokens after {cache.length} do not fit a cache of {cache.capacity} positions")
-        chunks = [ids[i : i + PREFILL_CHUNK] for i in range(0, len(ids), PREFILL_CHUNK)]
-        hidden = [self._decoder.forward(chunk, cache) for chunk in chunks]
+        hidden = [self._decoder.forward(ids[part], cache) for part in chunks(len(ids), PREFILL_CHUNK)]
         return hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
         return self._decoder.head(hidden)
+
+    def steps(self) -> Steps:
+        """Returns the fast way to read a few tokens at a time, at most STEP_ROWS, of one sequence or one each of several."""
+        return self._decoder.steps()
 
     def session(self, capacity: int | None = None) -> Session:
         """Returns a session whose cache outlives a generation, for conversations. capacity: None = the context, at most 4096."""
@@ -135,9 +140,10 @@ class Model:
         seed: int = 0,
         repeat_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        lookup: int = 0,
     ) -> Generation:
         """Returns the continuation of a text, or the answer to chat messages. Options as in Sampling and Request."""
-        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop), lookup)
         return last(self._pieces(prompt, request))
 
     def stream(
@@ -152,9 +158,10 @@ class Model:
         seed: int = 0,
         repeat_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        lookup: int = 0,
     ) -> Iterator[str]:
         """Returns the same as generate's text, piece by piece as it is made."""
-        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop), lookup)
         return self._pieces(prompt, request)
 
     def _pieces(self, prompt: Prompt, request: Request) -> Generator[str, None, Generation]:
@@ -173,6 +180,17 @@ class Model:
         if low < 0 or high >= self.vocab_size:
             raise ModelError(f"tokens: {low if low < 0 else high} is out of range; the model knows 0 to {self.vocab_size - 1}")
         return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def chunks(n: int, size: int) -> list[slice]:
+    """Returns n rows cut into parts of at most size, none of 1 to STEP_ROWS rows unless all together are so few.
+
+    A part of few rows would have finer activations (ops.linear), and tokens another result for where the cuts are.
+    """
+    ends = [*range(size, n, size), n]
+    if len(ends) > 1 and ends[-1] - ends[-2] <= STEP_ROWS:
+        ends[-2] = n - STEP_ROWS - 1
+    return [slice(begin, end) for begin, end in zip([0, *ends], ends)]
 
 
 def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
