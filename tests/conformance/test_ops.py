@@ -146,12 +146,15 @@ def test_rope_forgets_nothing(isa: str) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "f32"])
+DTYPES = ("f16", "f32", "int8")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1), (70, 1)])
 def test_attention(heads: tuple[int, int], dtype: str, isa: str) -> None:
     """A cache filled in uneven steps, then rolled back, seen by batches of queries, with caps and windows."""
     h, kv = heads
-    for head_dim in (2, 24, 64) if isa != "scalar" and h < 70 else (24,):
+    for head_dim in (2, 24, 64, 80) if isa != "scalar" and h < 70 else (24,):
         caches = [module.KVCache(2, kv, head_dim, 700, dtype) for module in (ops, reference)]
         assert caches[0].nbytes >= caches[1].nbytes
         for step, n in enumerate((5, 40, 1, 1, 560, 9, 1)):
@@ -193,18 +196,19 @@ def test_attention_threads_and_views(isa: str) -> None:
     np.testing.assert_array_equal(outputs[1], outputs[3])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 130])
-def test_a_row_of_attention_is_the_same_in_any_company(window: int, isa: str) -> None:
+def test_a_row_of_attention_is_the_same_in_any_company(window: int, dtype: str, isa: str) -> None:
     """Queries one by one, all together, and each with its own cache in a batch give the same bits."""
     h, kv, d, n, start = 6, 2, 24, 45, 1010
     q, k, v = normal(1, n, h, d), normal(2, start + n, kv, d), normal(3, start + n, kv, d)
-    together = ops.KVCache(2, kv, d, start + n)
+    together = ops.KVCache(2, kv, d, start + n, dtype)
     together.append(1, k, v)
     together.advance(start)
     want = same_for_any_threads(lambda: ops.attention(q, together, 1, 0.4, 5.0, window))
     batch = []
     for i in range(n):
-        cache = ops.KVCache(2, kv, d, start + i + 1)
+        cache = ops.KVCache(2, kv, d, start + i + 1, dtype)
         cache.append(1, k[: start + i], v[: start + i])
         cache.advance(start + i)
         batch.append(cache)
@@ -212,7 +216,7 @@ def test_a_row_of_attention_is_the_same_in_any_company(window: int, isa: str) ->
     for i in range(n):
         np.testing.assert_array_equal(ops.attention(q[i : i + 1], batch[i], 1, 0.4, 5.0, window)[0], want[i])
     np.testing.assert_array_equal(same_for_any_threads(lambda: ops.attention_batch(q, batch, 1, 0.4, 5.0, window)), want)
-    slow = [reference.KVCache(2, kv, d, start + i + 1) for i in (0, n - 1)]
+    slow = [reference.KVCache(2, kv, d, start + i + 1, dtype) for i in (0, n - 1)]
     for i, cache in zip((0, n - 1), slow):
         cache.append(1, k[: start + i], v[: start + i])
         cache.advance(start + i)
@@ -292,7 +296,7 @@ BAD = {
     "rope: heads of a row are not contiguous": lambda: ops.rope(np.zeros((3, 8, 4), np.float32)[:, ::2], 0, np.zeros(2, np.float32)),
     "KVCache: layers, kv_heads, head_dim and capacity must be positive": lambda: ops.KVCache(1, 1, 8, 0),
     "KVCache: head_dim 513, need at most 512": lambda: ops.KVCache(1, 1, 513, 8),
-    "KVCache: dtype 'q8_0', need f16 or f32": lambda: ops.KVCache(1, 1, 8, 8, "q8_0"),
+    "KVCache: dtype 'q8_0', need f16, f32 or int8": lambda: ops.KVCache(1, 1, 8, 8, "q8_0"),
     "layer 2, need 0 to 1": lambda: CACHE.append(2, ZEROS, ZEROS),
     "append: k: heads: got 1, need 2": lambda: CACHE.append(0, ZEROS[:, :1], ZEROS),
     "append: v: head_dim: got 4, need 8": lambda: CACHE.append(0, ZEROS, np.zeros((3, 2, 4), np.float32)),

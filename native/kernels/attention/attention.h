@@ -6,7 +6,6 @@
 #include <memory>
 #include <span>
 
-#include "base/float16.h"
 #include "kernels/attention/kernels.h"
 
 namespace tersor::attention {
@@ -15,23 +14,27 @@ namespace tersor::attention {
 // positions and touched only as positions are appended.
 class Cache {
  public:
-  // type: kF32 or kF16. Throws std::bad_alloc.
-  Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float type);
+  // Throws std::bad_alloc.
+  Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type);
 
   const int layers, kv_heads, head_dim, width;
   const int64_t capacity;
-  const Float type;
+  const Type type;
   int64_t length = 0;
 
-  int64_t nbytes() const { return 2 * int64_t(layers) * kv_heads * head_bytes_; }
+  int64_t nbytes() const { return int64_t(layers) * kv_heads * head_bytes(); }
   Head head(int layer, int kv_head) const;
 
  private:
   struct Free {
     void operator()(uint8_t* p) const { std::free(p); }
   };
-  int64_t head_bytes_;  // of the keys, and as much for the values, of one layer and head
-  std::unique_ptr<uint8_t, Free> data_;
+  int64_t head_bytes() const { return 2 * codes_bytes_ + key_scales_bytes_ + value_scales_bytes_; }
+
+  int64_t codes_bytes_;  // of the keys, and as much for the values, of one layer and head
+  int64_t key_scales_bytes_, value_scales_bytes_;
+  std::unique_ptr<uint8_t, Free> memory_;
+  uint8_t* data_;  // in it, at a multiple of 64
 };
 
 // Rows of heads: row i is at data + i * stride; each is (heads, head_dim), contiguous.

@@ -64,7 +64,7 @@ void fill(Cache& cache, int64_t n) {
   for (int layer = 0; layer < cache.layers; ++layer) append({&span, 1}, layer, rows, rows);
 }
 
-void time_prefill(const Shape& s, Float type, int64_t n) {
+void time_prefill(const Shape& s, Type type, int64_t n) {
   Cache cache(s.layers, s.kv_heads, s.head_dim, n, type);
   fill(cache, n);
   const std::vector<float> q = values(n * s.heads * s.head_dim);
@@ -80,7 +80,7 @@ void time_prefill(const Shape& s, Float type, int64_t n) {
               flops / t * 1e-9, 100 * flops / t / kFlopsPerCore);
 }
 
-void time_decode(const Shape& s, Float type, int64_t context, double bandwidth) {
+void time_decode(const Shape& s, Type type, int64_t context, double bandwidth) {
   Cache cache(s.layers, s.kv_heads, s.head_dim, context + 1, type);
   fill(cache, context + 1);
   cache.length = context;
@@ -109,9 +109,12 @@ int main(int argc, char** argv) {
     if (argc > 2 ? std::strcmp(argv[2], isa_name(isa)) != 0 : isa == Isa::kScalar) continue;
     force_isa(isa_name(isa));
     for (const Shape& s : kShapes) {
-      for (Float type : {kF32, kF16}) {
+      for (Type type : {kFloat32, kFloat16, kInt8}) {
         std::printf("%s, %s, %d layers, %d heads, %d kv heads, head_dim %d, cache %s\n", isa_name(isa), s.name,
-                    s.layers, s.heads, s.kv_heads, s.head_dim, type == kF32 ? "f32" : "f16");
+                    s.layers, s.heads, s.kv_heads, s.head_dim,
+                    type == kFloat32   ? "f32"
+                    : type == kFloat16 ? "f16"
+                                       : "int8");
         time_prefill(s, type, 512);
         for (int64_t context : {0, 512, 1024, 4096}) time_decode(s, type, context, bandwidth);
       }

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -16,6 +17,23 @@ namespace {
 constexpr int64_t kChunk = 512;
 constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth waking a thread: a few microseconds
 constexpr int kUnitsPerThread = 4;     // enough that the last units do not leave threads idle
+constexpr float kLog2e = 1.44269504088896341f;
+
+// Floats at a multiple of 64 bytes, kept from call to call.
+class Buffer {
+ public:
+  float* at_least(int64_t n) {
+    if (n > size_) data_.reset(new (std::align_val_t(64)) float[size_ = n]);
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  int64_t size_ = 0;
+  std::unique_ptr<float, Free> data_;
+};
 
 // Some queries of one sequence and of heads that share a key-value head. Row r is query first_query + r / heads, head
 // first_head + r % heads. Keys [begin, end) are seen by any.
@@ -53,10 +71,10 @@ struct Problem {
   }
 
   // Floats of the state of a tile's rows.
-  static int64_t state_size(const Tile& t) { return int64_t(t.rows()) * (t.cache->width + 16); }
+  static int64_t state_size(const Tile& t) { return int64_t(t.rows()) * (t.cache->width + 16) + kMaxRows; }
   static State state_at(const Tile& t, float* at) {
-    float* rest = at + int64_t(t.rows()) * t.cache->width;
-    return {rest, rest + t.rows(), at};
+    float* totals = at + kMaxRows;
+    return {at, totals, totals + int64_t(t.rows()) * 16};
   }
 
   // Cuts a span into tiles.
@@ -76,38 +94,37 @@ struct Problem {
   }
 
   // One chunk's softmax of a tile's rows, q (rows, head_dim) scaled.
-  void run_chunk(const Tile& t, int64_t chunk, const float* q, const State& state) const {
+  void run_chunk(const Tile& t, int64_t chunk, const float* q, const State& state, float* scratch) const {
     int64_t first[kMaxRows], end[kMaxRows];
     for (int r = 0; r < t.rows(); ++r) {
       const int64_t query = t.first_query + r / t.heads;
       first[r] = first_of(*t.cache, query);
       end[r] = end_of(*t.cache, query);
     }
-    std::fill_n(state.largest, t.rows(), kMasked);
-    std::fill_n(state.total, t.rows(), 0.0f);
+    std::fill_n(state.largest, t.rows(), kLowest);
+    std::fill_n(state.total, int64_t(t.rows()) * 16, 0.0f);
     std::fill_n(state.out, int64_t(t.rows()) * t.cache->width, 0.0f);
     const int64_t start = (t.first_chunk() + chunk) * kChunk;
-    kernels.attend[t.cache->type](t.cache->head(layer, t.kv_head), {t.rows(), q, first, end, softcap},
-                                  std::max(t.begin, start), std::min(t.end, start + kChunk), state);
+    kernels.attend[t.cache->type](t.cache->head(layer, t.kv_head), {t.rows(), q, first, end, softcap * kLog2e},
+                                  std::max(t.begin, start), std::min(t.end, start + kChunk), state, scratch);
   }
 
   // Merges the softmax of the keys after a's into a.
   void merge(const Tile& t, const State& a, const State& b) const {
-    const int width = t.cache->width;
+    const int64_t width = t.cache->width;
     for (int r = 0; r < t.rows(); ++r) {
       const float top = std::max(a.largest[r], b.largest[r]);
-      const float fa = std::exp(a.largest[r] - top), fb = std::exp(b.largest[r] - top);
-      kernels.blend(a.out + r * width, fa, b.out + r * width, fb, width);
-      a.total[r] = a.total[r] * fa + b.total[r] * fb;
+      const float fa = std::exp2(a.largest[r] - top), fb = std::exp2(b.largest[r] - top);
+      kernels.blend(a.out + r * width, fa, b.out + r * width, fb, int(width));
+      kernels.blend(a.total + r * 16, fa, b.total + r * 16, fb, 16);
       a.largest[r] = top;
     }
   }
 
   void finish(const Tile& t, const State& state) const {
     for (int r = 0; r < t.rows(); ++r) {
-      float* to = out + ((t.first_row + r / t.heads) * heads + t.first_head + r % t.heads) * t.cache->head_dim;
-      std::copy_n(state.out + int64_t(r) * t.cache->width, t.cache->head_dim, to);
-      kernels.scale(to, t.cache->head_dim, 1.0f / state.total[r]);
+      kernels.finish(state.out + int64_t(r) * t.cache->width, state.total + r * 16, t.cache->head_dim,
+                     out + ((t.first_row + r / t.heads) * heads + t.first_head + r % t.heads) * t.cache->head_dim);
     }
   }
 
@@ -116,7 +133,7 @@ struct Problem {
     for (int r = 0; r < t.rows(); ++r) {
       const float* q =
           queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * head_dim;
-      for (int d = 0; d < head_dim; ++d) to[r * head_dim + d] = q[d] * scale;
+      for (int d = 0; d < head_dim; ++d) to[r * head_dim + d] = q[d] * (scale * kLog2e);
     }
   }
 };
@@ -127,7 +144,7 @@ struct Plan {
   std::vector<Tile> tiles;
   std::vector<Unit> units;
   std::vector<int64_t> state_offset;  // of a tile, in states; -1: one unit does it all
-  std::vector<float> states;
+  Buffer states;
   std::vector<std::atomic<int64_t>> left;
 
   // Cuts the work; returns its multiply-adds.
@@ -150,37 +167,33 @@ struct Plan {
       }
       macs += t.macs();
     }
-    if (int64_t(states.size()) < floats) states.resize(floats);
+    states.at_least(floats);
     // The longest first, so that threads end together.
     std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.macs > b.macs; });
     return macs;
   }
 };
 
-float* at_least(std::vector<float>& buffer, int64_t n) {
-  if (int64_t(buffer.size()) < n) buffer.resize(n);
-  return buffer.data();
-}
-
 void run_unit(const Problem& problem, Plan& plan, const Unit& unit) {
-  static thread_local std::vector<float> scaled, own;
+  static thread_local Buffer scaled, scratch, own;
   const Tile& t = plan.tiles[unit.tile];
   const int64_t size = Problem::state_size(t);
-  float* q = at_least(scaled, int64_t(t.rows()) * t.cache->head_dim);
+  float *q = scaled.at_least(int64_t(t.rows()) * t.cache->head_dim),
+        *work = scratch.at_least(scratch_floats(t.cache->head_dim, t.cache->width));
   problem.scale_queries(t, q);
   if (plan.state_offset[unit.tile] < 0) {
-    float* states = at_least(own, 2 * size);
+    float* states = own.at_least(2 * size);
     const State sum = Problem::state_at(t, states), next = Problem::state_at(t, states + size);
-    problem.run_chunk(t, 0, q, sum);
+    problem.run_chunk(t, 0, q, sum, work);
     for (int64_t c = 1; c < unit.count; ++c) {
-      problem.run_chunk(t, c, q, next);
+      problem.run_chunk(t, c, q, next, work);
       problem.merge(t, sum, next);
     }
     problem.finish(t, sum);
     return;
   }
-  float* states = plan.states.data() + plan.state_offset[unit.tile];
-  problem.run_chunk(t, unit.first, q, Problem::state_at(t, states + unit.first * size));
+  float* states = plan.states.at_least(0) + plan.state_offset[unit.tile];
+  problem.run_chunk(t, unit.first, q, Problem::state_at(t, states + unit.first * size), work);
   if (plan.left[unit.tile].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
   const State sum = Problem::state_at(t, states);
   for (int64_t c = 1; c < t.chunks(); ++c) problem.merge(t, sum, Problem::state_at(t, states + c * size));
@@ -189,7 +202,7 @@ void run_unit(const Problem& problem, Plan& plan, const Unit& unit) {
 
 }  // namespace
 
-Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float type)
+Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type)
     : layers(layers),
       kv_heads(kv_heads),
       head_dim(head_dim),
@@ -197,15 +210,25 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float typ
       capacity(capacity),
       type(type) {
   const int64_t positions = (capacity + 15) / 16 * 16;
-  head_bytes_ = (positions * width * float_bytes(type) + 63) / 64 * 64;
+  codes_bytes_ = positions * width * type_bytes(type);
+  codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
+  key_scales_bytes_ = type == kInt8 ? positions * key_groups(head_dim) * 4 : 0;
+  value_scales_bytes_ = type == kInt8 ? positions * value_groups(head_dim) * 4 : 0;
   // calloc: untouched pages cost no memory, and read as zeros.
-  data_.reset(static_cast<uint8_t*>(std::calloc(std::max<int64_t>(1, nbytes()), 1)));
-  if (!data_) throw std::bad_alloc();
+  memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
+  if (!memory_) throw std::bad_alloc();
+  data_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
 }
 
 Head Cache::head(int layer, int kv_head) const {
-  uint8_t* keys = data_.get() + 2 * (int64_t(layer) * kv_heads + kv_head) * head_bytes_;
-  return {keys, keys + head_bytes_, head_dim, width};
+  uint8_t* keys = data_ + (int64_t(layer) * kv_heads + kv_head) * head_bytes();
+  uint8_t* scales = keys + 2 * codes_bytes_;
+  return {keys,
+          keys + codes_bytes_,
+          reinterpret_cast<float*>(scales),
+          reinterpret_cast<float*>(scales + key_scales_bytes_),
+          head_dim,
+          width};
 }
 
 void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values) {
@@ -221,8 +244,7 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
                       value_at = span.row * values.stride + int64_t(h) * cache.head_dim;
         for (int64_t i = begin; i < end; ++i) {
           kernels.append[cache.type](keys.data + at + i * keys.stride, values.data + value_at + i * values.stride,
-                                     cache.length + i, cache.head_dim, cache.width, const_cast<void*>(head.keys),
-                                     const_cast<void*>(head.values));
+                                     cache.length + i, head);
         }
       }
     });
