@@ -93,8 +93,15 @@ void advance_cache(Cache& cache, int64_t n) {
 }
 
 void truncate_cache(Cache& cache, int64_t n) {
-  require(n >= 0 && n <= cache.length, "truncate: ", n, ", need 0 to ", cache.length);
+  require(n >= cache.fixed && n <= cache.length, "truncate: ", n, ", need ", cache.fixed, " to ", cache.length);
   cache.length = n;
+}
+
+Cache* fork_cache(Cache& cache, int64_t n) {
+  require(n >= 0 && n <= cache.length && n % attention::kKeys == 0, "fork: ", n, ", need a multiple of ",
+          int64_t(attention::kKeys), " up to ", cache.length);
+  cache.fixed = std::max(cache.fixed, n);
+  return new Cache(cache, n);
 }
 
 // Queries of caches of one shape, after checks.
@@ -144,7 +151,11 @@ void bind_attention(nb::module_& m) {
            "(views are fine).")
       .def("advance", &advance_cache, nb::arg("n"),
            "Moves length forward by the n positions that every layer has appended.")
-      .def("truncate", &truncate_cache, nb::arg("n"), "Forgets everything from position n on.");
+      .def("truncate", &truncate_cache, nb::arg("n"),
+           "Forgets everything from position n on; not what a fork shares with its origin.")
+      .def("fork", &fork_cache, nb::arg("n"), nb::keep_alive<0, 1>(), nb::rv_policy::take_ownership,
+           "A cache of the same capacity that begins with this one's first n positions, n a multiple of 64. They stay "
+           "here and are read here: nothing is copied, and neither cache can forget them again.");
   m.def("attention", &attend, nb::arg("q"), nb::arg("cache"), nb::arg("layer"), nb::arg("scale"), nb::arg("softcap"),
         nb::arg("window"), nb::arg("out"), "out = softmax(scale q k^T) v; see tersor.ops.attention");
   m.def("append_batch", &append_batch, nb::arg("k"), nb::arg("v"), nb::arg("caches"), nb::arg("layer"),

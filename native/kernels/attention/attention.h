@@ -17,13 +17,21 @@ class Cache {
   // Throws std::bad_alloc.
   Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type);
 
+  // A fork: like origin's first n positions, n a multiple of kKeys, which are not copied but read there. The origin
+  // outlives it and keeps them as they are.
+  Cache(const Cache& origin, int64_t n);
+
   const int layers, kv_heads, head_dim, width;
   const int64_t capacity;
   const Type type;
   int64_t length = 0;
+  int64_t fixed = 0;  // positions that stay as they are: those of the origin, and those that forks read here
 
   int64_t nbytes() const { return int64_t(layers) * kv_heads * head_bytes(); }
+  // Where positions from `shared` on are, and are to be written.
   Head head(int layer, int kv_head) const;
+  // Where this position is, and all up to the end given back by `piece`, a multiple of kKeys or the largest int64.
+  Head piece(int layer, int kv_head, int64_t position, int64_t& end) const;
 
  private:
   struct Free {
@@ -31,6 +39,8 @@ class Cache {
   };
   int64_t head_bytes() const { return 2 * codes_bytes_ + key_scales_bytes_ + value_scales_bytes_; }
 
+  const Cache* origin_ = nullptr;  // of positions below shared_
+  int64_t shared_ = 0;
   int64_t codes_bytes_;  // of the keys, and as much for the values, of one layer and head
   int64_t key_scales_bytes_, value_scales_bytes_;
   std::unique_ptr<uint8_t, Free> memory_;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -104,9 +105,12 @@ struct Problem {
     std::fill_n(state.largest, t.rows(), kLowest);
     std::fill_n(state.total, int64_t(t.rows()) * 16, 0.0f);
     std::fill_n(state.out, int64_t(t.rows()) * t.cache->width, 0.0f);
-    const int64_t start = (t.first_chunk() + chunk) * kChunk;
-    kernels.attend[t.cache->type](t.cache->head(layer, t.kv_head), {t.rows(), q, first, end, softcap * kLog2e},
-                                  std::max(t.begin, start), std::min(t.end, start + kChunk), state, scratch);
+    const int64_t start = (t.first_chunk() + chunk) * kChunk, stop = std::min(t.end, start + kChunk);
+    const Queries rows{t.rows(), q, first, end, softcap * kLog2e};
+    for (int64_t at = std::max(t.begin, start), piece_end; at < stop; at = piece_end) {
+      const Head head = t.cache->piece(layer, t.kv_head, at, piece_end);
+      kernels.attend[t.cache->type](head, rows, at, std::min(stop, piece_end), state, scratch);
+    }
   }
 
   // Merges the softmax of the keys after a's into a.
@@ -218,6 +222,20 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type
   memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
   if (!memory_) throw std::bad_alloc();
   data_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+}
+
+Cache::Cache(const Cache& origin, int64_t n)
+    : Cache(origin.layers, origin.kv_heads, origin.head_dim, origin.capacity, origin.type) {
+  length = fixed = shared_ = n;
+  origin_ = &origin;
+}
+
+Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const {
+  end = std::numeric_limits<int64_t>::max();
+  if (position >= shared_) return head(layer, kv_head);
+  const Head found = origin_->piece(layer, kv_head, position, end);
+  end = std::min(end, shared_);
+  return found;
 }
 
 Head Cache::head(int layer, int kv_head) const {

@@ -11,7 +11,9 @@ import numpy as np
 from tersor import _native, ops
 from tersor.containers import open_checkpoint
 from tersor.containers.container import Checkpoint
+from tersor.engine.batch import Batch
 from tersor.engine.continuation import Generation, Request
+from tersor.engine.prefill import PREFILL_CHUNK, chunks
 from tersor.engine.session import Prompt, Session, last
 from tersor.engine.tokenizer import Tokenizer
 from tersor.errors import ModelError, RecipeError, unknown
@@ -19,7 +21,6 @@ from tersor.models import Decoder, check_tensors, spec_of
 from tersor.models.decoder import STEP_ROWS, Steps
 from tersor.tensor import Array, ModelDescription
 
-PREFILL_CHUNK = 512  # tokens that go through the layers together: enough for full speed, and bounded memory
 ACTIVATIONS = ("int8", "float")
 CACHE_TYPES = ("f16", "f32")
 
@@ -122,6 +123,10 @@ class Model:
         """Returns a session whose cache outlives a generation, for conversations. capacity: None = the context, at most 4096."""
         return Session(self, min(self.context, 4096) if capacity is None else capacity)
 
+    def batch(self, max_sequences: int = STEP_ROWS, capacity: int | None = None) -> Batch:
+        """Returns an empty batch, for requests that come and go and are answered together. Arguments as of Batch."""
+        return Batch(self, max_sequences, capacity)
+
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Returns the tokens of a text, BOS as the model wants it, or of a conversation through the chat template."""
         if isinstance(prompt, str):
@@ -164,6 +169,34 @@ class Model:
         request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop), lookup)
         return self._pieces(prompt, request)
 
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_sequences: int = STEP_ROWS,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        repeat_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+    ) -> list[Generation]:
+        """Returns what generate returns for each prompt, in order, computed together: up to max_sequences at the same time.
+
+        What prompts have in common at the front is computed once. Raises what generate raises, before anything is computed.
+        """
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        tokens = [self.prompt_tokens(prompt) for prompt in prompts]
+        longest = max(map(len, tokens), default=1)
+        if longest > self.context:
+            raise ModelError(f"a prompt has {longest} tokens; the model's context is {self.context}; shorten it")
+        batch = self.batch(max_sequences, min(self.context, longest + max_tokens))
+        ids = [batch.add_tokens(t, request) for t in tokens]
+        done = {part.id: part.generation for part in batch.stream() if part.generation is not None}
+        return [done[id] for id in ids]
+
     def _pieces(self, prompt: Prompt, request: Request) -> Generator[str, None, Generation]:
         """Returns a generation in a session just large enough. Raises ModelError for a prompt longer than the context."""
         tokens = self.prompt_tokens(prompt)
@@ -180,17 +213,6 @@ class Model:
         if low < 0 or high >= self.vocab_size:
             raise ModelError(f"tokens: {low if low < 0 else high} is out of range; the model knows 0 to {self.vocab_size - 1}")
         return np.ascontiguousarray(ids, dtype=np.int32)
-
-
-def chunks(n: int, size: int) -> list[slice]:
-    """Returns n rows cut into parts of at most size, none of 1 to STEP_ROWS rows unless all together are so few.
-
-    A part of few rows would have finer activations (ops.linear), and tokens another result for where the cuts are.
-    """
-    ends = [*range(size, n, size), n]
-    if len(ends) > 1 and ends[-1] - ends[-2] <= STEP_ROWS:
-        ends[-2] = n - STEP_ROWS - 1
-    return [slice(begin, end) for begin, end in zip([0, *ends], ends)]
 
 
 def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:

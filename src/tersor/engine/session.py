@@ -92,9 +92,11 @@ class Session:
         return shared, self._model.head(hidden[-1:])[0]
 
 
-def common(a: Sequence[int], b: Sequence[int]) -> int:
+def common(a: Sequence[int] | Array, b: Sequence[int] | Array) -> int:
     """Returns how many tokens at the front of a and b are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(different[0]) if len(different) else n
 
 
 def last(pieces: Generator[str, None, Generation]) -> Generation:
