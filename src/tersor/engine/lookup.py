@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 NGRAMS = (4, 3, 2)  # tokens that must agree, the longest match first; single ones mislead more often than they help
+FIRST = 4  # tokens of the first draft
 
 
 class Lookup:
@@ -20,7 +21,7 @@ class Lookup:
         """limit: tokens to draft at most; with 0 nothing is noted. A draft's length follows the success of the last one, since a
         step on many rows costs more than one on few."""
         self._limit = limit
-        self._length = limit
+        self._length = min(limit, FIRST)
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}  # n-gram -> place of the token after its last occurrence
 
