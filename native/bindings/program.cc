@@ -7,10 +7,12 @@
 #include <functional>
 #include <vector>
 
+#include "bindings/embedding.h"
 #include "bindings/op_arrays.h"
 #include "kernels/attention/attention.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/linear/linear.h"
+#include "kernels/logits/logits.h"
 
 namespace nb = nanobind;
 using namespace tersor;
@@ -24,9 +26,10 @@ namespace {
 template <typename T>
 using Heads = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
 
-// One replay: n rows, at these positions of the spans' caches.
+// One replay: n tokens, at these positions of the spans' caches.
 struct Turn {
   int64_t n;
+  const int32_t* tokens;
   std::vector<attention::Span> spans;
   std::vector<int32_t> positions;  // (n)
 };
@@ -34,6 +37,7 @@ struct Turn {
 struct Program {
   int layers, kv_heads, head_dim;
   int64_t rows;
+  int64_t vocabulary = 0;  // of the embedding, when there is one
   std::vector<std::function<void(const Turn&)>> steps;
   std::vector<nb::object> kept;  // the arrays and weights whose memory the steps use
 
@@ -54,6 +58,17 @@ void check_heads(const Program& p, const char* op, const Heads<T>& x) {
   require_size(op, "rows", int64_t(x.shape(0)), p.rows);
   require_size(op, "head_dim", int64_t(x.shape(2)), p.head_dim);
   require(x.stride(2) == 1 && x.stride(1) == p.head_dim, op, ": heads of a row are not contiguous");
+}
+
+void add_embed(Program& p, const std::string& format, int64_t rows, int64_t columns, nb::dict fields, float scale,
+               nb::handle out_object) {
+  const auto out = as<Array<float, 2>>(out_object);
+  require_size("embed", "rows of out", int64_t(out.shape(0)), p.rows);
+  require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
+  p.vocabulary = rows;
+  p.add({out_object}, [look_up = embedding(format, rows, columns, fields, scale), to = out.data()](const Turn& turn) {
+    look_up(turn.tokens, turn.n, to);
+  });
 }
 
 void add_linear(Program& p, nb::handle x_object, nb::handle weight_object, nb::handle y_object,
@@ -162,11 +177,33 @@ void add_attention(Program& p, nb::handle q_object, int layer, float scale, floa
   });
 }
 
-void run(const Program& p, const std::vector<Cache*>& caches, int64_t n) {
+void add_softcap(Program& p, nb::handle x_object, float cap) {
+  const auto x = as<Array<float, 2>>(x_object);
+  require_size("softcap", "rows of x", int64_t(x.shape(0)), p.rows);
+  require(cap > 0, "softcap: cap must be positive");
+  p.add({x_object}, [at = x.data(), width = int64_t(x.shape(1)), cap](const Turn& turn) {
+    elementwise::softcap(at, turn.n * width, cap);
+  });
+}
+
+void add_top(Program& p, nb::handle x_object, nb::handle out_object) {
+  const auto x = as<Array<const float, 2>>(x_object);
+  const auto out = as<Array<int32_t, 1>>(out_object);
+  require_size("top", "rows of x", int64_t(x.shape(0)), p.rows);
+  require_size("top", "values of out", int64_t(out.shape(0)), p.rows);
+  require(x.shape(1) > 0, "top: x has no columns");
+  p.add({x_object, out_object}, [from = x.data(), width = int64_t(x.shape(1)), to = out.data()](const Turn& turn) {
+    logits::top(from, turn.n, width, to);
+  });
+}
+
+void run(const Program& p, const std::vector<Cache*>& caches, Array<const int32_t, 1> tokens) {
+  const auto n = int64_t(tokens.shape(0));
   require(n >= 1 && n <= p.rows, "run: ", n, " rows, need 1 to ", p.rows);
   const auto count = int64_t(caches.size());
   require(count == 1 || count == n, "run: ", n, " rows and ", count, " caches, need one cache, or as many");
-  Turn turn{n, {}, {}};
+  if (p.vocabulary > 0) require_tokens("run", tokens.data(), n, p.vocabulary);
+  Turn turn{n, tokens.data(), {}, {}};
   for (Cache* cache : caches) {
     require(cache->layers == p.layers && cache->kv_heads == p.kv_heads && cache->head_dim == p.head_dim,
             "run: a cache of another model");
@@ -189,9 +226,11 @@ void bind_program(nb::module_& m) {
       .def(
           "__init__",
           [](Program* self, int layers, int kv_heads, int head_dim, int64_t rows) {
-            new (self) Program{layers, kv_heads, head_dim, rows, {}, {}};
+            new (self) Program{layers, kv_heads, head_dim, rows, 0, {}, {}};
           },
           nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("rows"))
+      .def("embed", &add_embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"),
+           nb::arg("scale"), nb::arg("out"), "Of the tokens that run is given.")
       .def("linear", &add_linear, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none())
       .def("rms_norm", &add_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"))
       .def("gated", &add_gated, nb::arg("x"), nb::arg("activation"), nb::arg("y"))
@@ -200,8 +239,11 @@ void bind_program(nb::module_& m) {
       .def("append", &add_append, nb::arg("layer"), nb::arg("k"), nb::arg("v"))
       .def("attention", &add_attention, nb::arg("q"), nb::arg("layer"), nb::arg("scale"), nb::arg("softcap"),
            nb::arg("window"), nb::arg("out"))
-      .def("run", &run, nb::arg("caches"), nb::arg("n"),
-           "Replays all steps for the first n rows: at positions length and on of one cache, or row i at "
-           "caches[i].length. "
-           "The lengths stay as they are.");
+      .def("softcap", &add_softcap, nb::arg("x"), nb::arg("cap"))
+      .def("top", &add_top, nb::arg("x"), nb::arg("out"),
+           "out[i], int32, = the place of the first largest value of row i.")
+      .def(
+          "run", &run, nb::arg("caches"), nb::arg("tokens"),
+          "Replays all steps for n tokens, (n) int32, in the first n rows: at positions length and on of one cache, or "
+          "token i at caches[i].length. The lengths stay as they are.");
 }

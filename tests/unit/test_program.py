@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from tersor import ops
+from tersor.formats import get_format
 from tersor.ops.program import Program, Recorder
 from tersor.tensor import Array, QuantizedTensor
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 RNG = np.random.default_rng(3)
+ANY = np.full(16, -1, np.int32)  # tokens of programs that do not embed
 
 
 def normal(*shape: int) -> Array:
@@ -55,12 +57,12 @@ def test_a_replay_equals_the_ops() -> None:
     for _ in range(9):
         x[:] = normal(1, 40)
         want = layer(ops, x.copy(), caches[1])
-        program.run(caches[:1], 1)
+        program.run(caches[:1], ANY[:1])
         np.testing.assert_array_equal(out, want)
         for cache in caches:
             cache.advance(1)
     with pytest.raises(ValueError, match="run: position 10, the cache holds 9"):
-        program.run(caches[:1], 1)
+        program.run(caches[:1], ANY[:1])
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -71,7 +73,7 @@ def test_rows_that_follow_each_other_equal_the_ops(n: int) -> None:
         x[:] = np.nan  # rows beyond n are not looked at
         x[:n] = normal(n, 40)
         want = layer(ops, x[:n].copy(), caches[1])
-        program.run(caches[:1], n)
+        program.run(caches[:1], ANY[:n])
         np.testing.assert_array_equal(out[:n], want)
         for cache in caches:
             cache.advance(n)
@@ -90,7 +92,7 @@ def test_rows_of_several_caches_equal_one_after_the_other() -> None:
         inputs = normal(len(chosen), 40)
         want = np.concatenate([layer(ops, inputs[row : row + 1].copy(), alone[i]) for row, i in enumerate(chosen)])
         x[: len(chosen)] = inputs
-        program.run([together[i] for i in chosen], len(chosen))
+        program.run([together[i] for i in chosen], ANY[: len(chosen)])
         np.testing.assert_array_equal(out[: len(chosen)], want)
         for i in chosen:
             together[i].advance(1)
@@ -107,7 +109,7 @@ def test_the_program_keeps_its_arrays() -> None:
         want = ops.linear(ops.rms_norm(want, norm, 1e-5), w)
         x = recorder.linear(recorder.rms_norm(x, norm, 1e-5), w)
     others = [np.ones((1, 40), np.float32) for _ in range(100)]  # would land in freed memory
-    recorder.program.run([cache], 1)
+    recorder.program.run([cache], ANY[:1])
     np.testing.assert_array_equal(x, want)
     assert all((o == 1).all() for o in others)
 
@@ -123,7 +125,7 @@ def test_two_arrays_serve_results_of_one_shape_in_turns() -> None:
 @pytest.mark.parametrize("shape", [(2, KV_HEADS, DIM), (1, 1, DIM), (1, KV_HEADS, 8)])
 def test_a_cache_of_another_model_is_refused(shape: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="run: a cache of another model"):
-        Program(1, KV_HEADS, DIM, 1).run([ops.KVCache(*shape, 4)], 1)
+        Program(1, KV_HEADS, DIM, 1).run([ops.KVCache(*shape, 4)], ANY[:1])
 
 
 @pytest.mark.parametrize(
@@ -140,11 +142,55 @@ def test_a_cache_of_another_model_is_refused(shape: tuple[int, int, int]) -> Non
 def test_runs_that_do_not_fit_are_refused(which: list[int], n: int, message: str) -> None:
     caches = [ops.KVCache(2, KV_HEADS, DIM, 2) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
-        Program(2, KV_HEADS, DIM, 4).run([caches[i] for i in which], n)
+        Program(2, KV_HEADS, DIM, 4).run([caches[i] for i in which], ANY[:n])
+
+
+def table(format: str, rows: int, columns: int) -> QuantizedTensor:
+    return get_format(format).quantize(normal(rows, columns))
+
+
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "q4_1", "q6_k", "int4_g64"])
+def test_tokens_are_embedded(format: str) -> None:
+    tensor = table(format, 50, 256)
+    recorder = Recorder(1, KV_HEADS, DIM, 4)
+    x = np.zeros((4, 256), np.float32)
+    assert recorder.embed(tensor, 1.5, x)
+    want = ops.embed(tensor, np.array([49, 0, 7], np.int32), 1.5)
+    del tensor  # the program keeps its bytes
+    recorder.program.run([ops.KVCache(1, KV_HEADS, DIM, 4)], np.array([49, 0, 7], np.int32))
+    np.testing.assert_array_equal(x[:3], want)
+    assert (x[3] == 0).all()
+    for bad in (-1, 50):
+        with pytest.raises(ValueError, match=f"run: token {bad}, need 0 to 49"):
+            recorder.program.run([ops.KVCache(1, KV_HEADS, DIM, 4)], np.array([3, bad], np.int32))
+
+
+def test_formats_without_a_native_reader_are_left_to_the_caller() -> None:
+    assert not Recorder(1, KV_HEADS, DIM, 4).embed(table("nf4", 50, 256), 1.0, normal(4, 256))
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 1023, 1024, 1025, 5000])
+def test_the_first_of_the_largest_and_softcap(width: int) -> None:
+    recorder = Recorder(1, KV_HEADS, DIM, 3)
+    x = np.round(normal(3, width) * 2)  # many are equal
+    recorder.softcap(x, 5.0)
+    tops = recorder.top(x)
+    want = x.copy()
+    ops.softcap(want, 5.0)
+    recorder.program.run([ops.KVCache(1, KV_HEADS, DIM, 4)], ANY[:3])
+    np.testing.assert_array_equal(x, want)
+    np.testing.assert_array_equal(tops, want.argmax(axis=1))
 
 
 Call = Callable[[Program], None]
 MISFITS: dict[str, tuple[Call, str]] = {
+    "embed rows": (lambda p: p.embed(*ops._stored(table("f32", 9, 40)), 1.0, normal(2, 40)), "embed: rows of out: got 2, need 1"),
+    "embed columns": (lambda p: p.embed(*ops._stored(table("f32", 9, 40)), 1.0, normal(1, 41)), "embed: columns of out"),
+    "softcap": (lambda p: p.softcap(normal(1, 4), 0.0), "softcap: cap must be positive"),
+    "softcap rows": (lambda p: p.softcap(normal(2, 4), 1.0), "softcap: rows of x"),
+    "top rows": (lambda p: p.top(normal(2, 4), np.empty(1, np.int32)), "top: rows of x"),
+    "top values": (lambda p: p.top(normal(1, 4), np.empty(2, np.int32)), "top: values of out"),
+    "top columns": (lambda p: p.top(normal(1, 0), np.empty(1, np.int32)), "top: x has no columns"),
     "linear rows": (lambda p: p.linear(normal(2, 40), OUT, normal(2, 40), None), "linear: rows of x: got 2, need 1"),
     "linear columns": (lambda p: p.linear(normal(1, 40), OUT, normal(1, 40), None), "linear: columns of x: got 40, need 64"),
     "linear rows out": (lambda p: p.linear(normal(1, 64), OUT, normal(2, 40), None), "linear: rows of y"),

@@ -181,15 +181,15 @@ class Batch:
             else:
                 ready.append((s, s.answer.tokens[-1], s.cache))
         if ready:
-            logits = self._steps.logits(np.array([token for _, token, _ in ready], np.int32), [cache for _, _, cache in ready])
-            for (s, _, _), row in zip(ready, logits):
-                parts += self._take(s, row)
+            tokens = np.array([token for _, token, _ in ready], np.int32)
+            for (s, _, _), row, top in zip(ready, *self._steps.run(tokens, [cache for _, _, cache in ready])):
+                parts += self._take(s, row, top)
         return parts
 
-    def _take(self, s: _Sequence, logits: Array) -> list[Part]:
+    def _take(self, s: _Sequence, logits: Array, top: int | None = None) -> list[Part]:
         """Takes the next token of a sequence; returns the part that it completes, if any."""
         assert s.answer is not None
-        piece = s.answer.take(logits)
+        piece = s.answer.take(logits, top)
         return [self._part(s, piece)] if piece or s.answer.finish else []
 
     def _part(self, s: _Sequence, piece: str) -> Part:

@@ -83,9 +83,12 @@ class Continuation:
         """All pieces so far."""
         return "".join(self._pieces)
 
-    def take(self, logits: Array) -> str:
-        """Chooses the next token from its logits, (vocab,), and returns the piece of text that it completes, maybe empty."""
-        token = self._sampler.choose(logits)
+    def take(self, logits: Array, top: int | None = None) -> str:
+        """Chooses the next token from its logits, (vocab,), and returns the piece of text that it completes, maybe empty.
+
+        top: the likeliest token, if it is known.
+        """
+        token = self._sampler.choose(logits, top)
         if token in self._eos:
             return self.end("eos")
         self.tokens.append(token)

@@ -67,12 +67,14 @@ class Sampler:
         self._known.update(new)
         self._seen = np.append(self._seen, np.asarray(new, np.int64))
 
-    def choose(self, logits: Array) -> int:
-        """Returns the next token. logits: (vocab,) float32, left as they are.
+    def choose(self, logits: Array, top: int | None = None) -> int:
+        """Returns the next token. logits: (vocab,) float32, left as they are; top: the first of the largest, if it is known.
 
         Without temperature the lowest of equally probable tokens is chosen.
         """
         s = self._sampling
+        if top is not None and s.temperature == 0 and s.repeat_penalty == 1:
+            return top
         if len(self._seen):
             logits = penalized(logits, self._seen, s.repeat_penalty)
         if s.temperature == 0:

@@ -69,9 +69,9 @@ class Session:
         """Reads the last token made and a draft of those after it, and takes tokens as long as they are the draft's and once
         more; returns the text that they complete and how many of the draft were right."""
         piece, right = "", 0
-        for token, logits in zip(tokens, self._steps.logits(np.array(tokens, np.int32), [self._cache])):
+        for token, logits, top in zip(tokens, *self._steps.run(np.array(tokens, np.int32), [self._cache])):
             self._tokens.append(token)
-            piece += answer.take(logits)
+            piece += answer.take(logits, top)
             if answer.finish or answer.tokens[-1:] != tokens[right + 1 : right + 2]:
                 break
             right += 1

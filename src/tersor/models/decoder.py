@@ -19,7 +19,7 @@ import numpy as np
 from tersor import ops
 from tersor.formats import get_format
 from tersor.models.spec import DecoderSpec, Layer
-from tersor.ops.program import LayerOps, Program, Recorder
+from tersor.ops.program import LayerOps, Recorder
 from tersor.tensor import Array, QuantizedTensor
 
 Read = Callable[[str], QuantizedTensor]
@@ -55,7 +55,7 @@ class Decoder:
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight", spec.norm_offset)
-        self._idle: list[Steps] = []  # those of forward; one caller at a time uses one of them
+        self._idle: list[_Recording] = []  # those of forward; one caller at a time uses one of them
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
@@ -101,22 +101,14 @@ class Decoder:
             hidden = self._run(ops, ops.embed(self._embedding, tokens, self.spec.embedding_scale), cache)
             cache.advance(len(tokens))
             return hidden
-        steps = self._idle.pop() if self._idle else self.steps()
-        hidden = steps.hidden(tokens, [cache]).copy()  # the next caller's overwrites it
-        self._idle.append(steps)
+        few = self._idle.pop() if self._idle else _Recording(self, head=False)
+        hidden = few.run(tokens, [cache]).copy()  # the next caller's overwrites it
+        self._idle.append(few)
         return hidden
 
     def steps(self) -> Steps:
         """Returns a recording of what forward and head do to a few tokens."""
         return Steps(self)
-
-    def _record(self) -> tuple[Program, Array, Array]:
-        """Returns the layers' ops on STEP_ROWS tokens, the array that they read, and the one that they leave hidden states in."""
-        s = self.spec
-        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, STEP_ROWS)
-        x = np.empty((STEP_ROWS, self._embedding.columns), np.float32)
-        hidden = self._run(recorder, x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
-        return recorder.program, x, hidden
 
     def _run(self, o: LayerOps, x: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states of embedded tokens x, (n, hidden), through all layers and the final norm."""
@@ -127,9 +119,13 @@ class Decoder:
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
-        logits = ops.linear(hidden, self._head)
+        return self._run_head(ops, hidden)
+
+    def _run_head(self, o: LayerOps, hidden: Array) -> Array:
+        """Returns the logits of hidden states."""
+        logits = o.linear(hidden, self._head)
         if self.spec.final_softcap > 0:
-            ops.softcap(logits, self.spec.final_softcap)
+            o.softcap(logits, self.spec.final_softcap)
         return logits
 
     def _attend(self, o: LayerOps, x: Array, index: int, layer: _LayerWeights, cache: ops.KVCache) -> Array:
@@ -177,6 +173,31 @@ class Decoder:
         return tuple(sorted({w.kernel for w in self._packed()}))
 
 
+class _Recording:
+    """What a decoder does to at most STEP_ROWS tokens, from embedding to hidden states or logits. One caller at a time."""
+
+    def __init__(self, decoder: Decoder, head: bool) -> None:
+        s, self._decoder = decoder.spec, decoder
+        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, STEP_ROWS)
+        self._x = np.empty((STEP_ROWS, decoder._embedding.columns), np.float32)
+        self._embeds = recorder.embed(decoder._embedding, s.embedding_scale, self._x)
+        self._out = decoder._run(recorder, self._x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
+        if head:
+            self._out = decoder._run_head(recorder, self._out)
+            self.tops = recorder.top(self._out)
+        self._program = recorder.program
+
+    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
+        """Returns hidden states, or logits, (n, width); the next call overwrites them."""
+        n = len(tokens)
+        if not self._embeds:
+            self._x[:n] = ops.embed(self._decoder._embedding, tokens, self._decoder.spec.embedding_scale)
+        self._program.run(caches, tokens)
+        for cache in caches:
+            cache.advance(n // len(caches))
+        return self._out[:n]
+
+
 class Steps:
     """A few tokens at a time through a decoder, recorded once: for decoding, where the calls of every op would show.
 
@@ -184,25 +205,17 @@ class Steps:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._program, self._x, self._hidden = decoder._record()
+        self._recording = _Recording(decoder, head=True)
 
-    def hidden(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
-        """Returns the hidden states after the final norm, (n, hidden) float32, and appends the tokens to the caches.
+    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> tuple[Array, list[int]]:
+        """Returns the logits after each token, (n, vocab_size) float32, and the likeliest next tokens; appends to the caches.
 
         tokens: (n,) int32 in [0, vocab_size), 1 <= n <= STEP_ROWS; caches: one, which all of them follow each other in, or n
-        different ones, which get a token each. There is room for them. A row has the same bits whatever n is.
+        different ones, which get a token each. There is room for them. A row has the same bits whatever n is. The next
+        call overwrites the logits.
         """
-        n = len(tokens)
-        self._x[:n] = ops.embed(self._decoder._embedding, tokens, self._decoder.spec.embedding_scale)
-        self._program.run(caches, n)
-        for cache in caches:
-            cache.advance(n // len(caches))
-        return self._hidden[:n]
-
-    def logits(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
-        """Returns the logits after each token, (n, vocab_size) float32, the caller's own; the rest as hidden."""
-        return self._decoder.head(self.hidden(tokens, caches))
+        logits = self._recording.run(tokens, caches)
+        return logits, self._recording.tops[: len(tokens)].tolist()
 
 
 def _rows_apart(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -2,7 +2,7 @@
 
 A Recorder has the functions of `tersor.ops` that a decoder's layers call. It runs none of them: it notes each down with the
 arrays that it will read and write, which the program keeps. A replay does the ops to the first n rows of those arrays; from
-replay to replay only the content of the first array changes, and the positions, which are the caches' lengths.
+replay to replay only the tokens change, and the positions, which are the caches' lengths.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from tersor import _native, ops
-from tersor.tensor import Array
+from tersor.tensor import Array, QuantizedTensor
 
 Program = _native.Program
 
 
 class LayerOps(Protocol):
-    """The ops of a decoder's layers: the module `tersor.ops` or a Recorder. They mean what tersor.ops says."""
+    """The ops of a decoder: the module `tersor.ops` or a Recorder. They mean what tersor.ops says."""
 
     def linear(self, x: Array, weight: ops.Weight, residual: Array | None = None) -> Array: ...
 
@@ -34,6 +34,8 @@ class LayerOps(Protocol):
 
     def attention(self, q: Array, cache: ops.KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array: ...
 
+    def softcap(self, x: Array, cap: float) -> None: ...
+
 
 class Recorder:
     """Records ops into `program`. Positions and caches are those of the replay, whatever is given here.
@@ -46,6 +48,13 @@ class Recorder:
         """The caches' shape, and how many tokens go through together at most."""
         self.program = Program(layers, kv_heads, head_dim, rows)
         self._results: dict[tuple[object, ...], list[Array]] = {}
+
+    def embed(self, tensor: QuantizedTensor, scale: float, x: Array) -> bool:
+        """Records that x is ops.embed of the replay's tokens; False when the tensor has no native reader, and x is left alone."""
+        if not _native.has_scheme(tensor.format, tensor.columns):
+            return False
+        self.program.embed(*ops._stored(tensor), scale, x)
+        return True
 
     def linear(self, x: Array, weight: ops.Weight, residual: Array | None = None) -> Array:
         """Records ops.linear."""
@@ -81,6 +90,16 @@ class Recorder:
         """Records ops.attention."""
         out = self._result("attention", len(q), q.shape[1] * q.shape[2])
         self.program.attention(q, layer, scale, softcap, window, out)
+        return out
+
+    def softcap(self, x: Array, cap: float) -> None:
+        """Records ops.softcap."""
+        self.program.softcap(x, cap)
+
+    def top(self, x: Array) -> Array:
+        """Records the place of the first largest value of each row, (rows,) int32."""
+        out = np.empty(len(x), np.int32)
+        self.program.top(x, out)
         return out
 
     def _result(self, op: str, *shape: int) -> Array:
