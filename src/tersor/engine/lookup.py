@@ -27,8 +27,11 @@ class Lookup:
 
     def read(self, tokens: Iterable[int]) -> None:
         """Takes note of the next tokens of the text."""
+        if self._limit == 0:
+            self._tokens.extend(tokens)
+            return
         for token in tokens:
-            for n in NGRAMS if self._limit else ():
+            for n in NGRAMS:
                 if len(self._tokens) >= n:
                     self._next[tuple(self._tokens[-n:])] = len(self._tokens)
             self._tokens.append(token)
@@ -44,11 +47,13 @@ class Lookup:
         A match that reaches the end of the text goes on with the draft itself, as repetitions do.
         """
         count = min(self._length, room)
+        if count <= 0:
+            return []
         place = next((self._next[gram] for gram in (tuple(self._tokens[-n:]) for n in NGRAMS) if gram in self._next), None)
         if place is None:
             return []
-        found = self._tokens[place : place + max(0, count)]
-        while 0 < len(found) < count:
+        found = self._tokens[place : place + count]
+        while len(found) < count:
             found.append(found[len(found) - (len(self._tokens) - place)])
         return found
 

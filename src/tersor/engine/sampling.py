@@ -58,6 +58,7 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
         self._known: set[int] = set()
         self._seen = np.empty(0, np.int64)  # the same
+        self._scratch = np.empty(0)  # new memory of a vocabulary's size takes longer to get than to fill
 
     def read(self, tokens: Iterable[int]) -> None:
         """Takes note of tokens of the prompt or of the answer, for the repeat penalty."""
@@ -79,8 +80,11 @@ class Sampler:
             logits = penalized(logits, self._seen, s.repeat_penalty)
         if s.temperature == 0:
             return int(np.argmax(logits))
-        tokens, probabilities = distribution(logits, s)
-        return int(tokens[inverse(probabilities, self._random.random())])
+        if len(self._scratch) < len(logits):
+            self._scratch = np.empty(len(logits))
+        tokens, probabilities = distribution(logits, s, self._scratch)
+        drawn = inverse(probabilities, self._random.random())
+        return drawn if tokens is None else int(tokens[drawn])
 
 
 def penalized(logits: Array, seen: Array, penalty: float) -> Array:
@@ -92,12 +96,12 @@ def penalized(logits: Array, seen: Array, penalty: float) -> Array:
     return out
 
 
-def distribution(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """Returns the tokens that are left by temperature, top-k, top-p and min-p, (k,) int64, and their probabilities,
-    (k,) float64 that sum to 1. sampling.temperature > 0."""
-    tokens = largest(logits, sampling.top_k)
-    scores = logits if len(tokens) == len(logits) else logits[tokens]
-    weights = np.subtract(scores, scores.max(), dtype=np.float64)
+def distribution(logits: Array, sampling: Sampling, scratch: Array) -> tuple[Array | None, Array]:
+    """Returns the tokens that are left by temperature, top-k, top-p and min-p, (k,) int64, None for all of them, and their
+    probabilities, (k,) float64 that sum to 1. sampling.temperature > 0; scratch: (vocab,) float64, may be what is returned."""
+    tokens = largest(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
+    scores = logits if tokens is None else logits[tokens]
+    weights = np.subtract(scores, scores.max(), out=scratch[: len(scores)], dtype=np.float64)
     weights /= sampling.temperature
     np.exp(weights, out=weights)  # the largest is 1
     total = weights.sum()
@@ -105,10 +109,10 @@ def distribution(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
     floor = max(sampling.min_p, (1 - sampling.top_p) * total / len(weights))
     if floor > 0:
         kept = np.flatnonzero(weights >= floor)
-        tokens, weights = tokens[kept], weights[kept]
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     if sampling.top_p < 1:
         kept = nucleus(weights, sampling.top_p * total)
-        tokens, weights = tokens[kept], weights[kept]
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     weights /= weights.sum()
     return tokens, weights
 
@@ -136,11 +140,11 @@ def nucleus(weights: Array, mass: float) -> Array:
 
 
 def largest(values: Array, k: int, group: int = 16) -> Array:
-    """Returns the indices of the k largest values in ascending order, and of all that equal the k-th; k = 0: all.
+    """Returns the indices of the k > 0 largest values in ascending order, and of all that equal the k-th.
 
     k groups have a value as large as the k-th largest of the groups' maxima; so only those that reach it are looked at.
     """
-    if k == 0 or k >= len(values):
+    if k >= len(values):
         return np.arange(len(values))
     groups = len(values) // group
     if k >= groups:
