@@ -1,5 +1,6 @@
 // Compares every AVX-512 kernel with its scalar one on random data, with the intrinsics emulated by SIMDe, so that any
 // CPU can run it. Built and run by tests/unit/test_emulated_avx512.py. Exit code 1 and one line for each mismatch.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -138,26 +139,26 @@ void test_elementwise() {
   }
 }
 
-void test_attention(Float type, int head_dim, int rows, int positions, float softcap) {
+void test_attention(attention::Type type, int head_dim, int rows, int positions, float softcap) {
   const int width = (head_dim + 15) / 16 * 16, padded = (positions + 15) / 16 * 16;
   const std::vector<float> k = normal(positions * head_dim), v = normal(positions * head_dim),
                            q = normal(rows * head_dim);
   std::vector<int64_t> first(rows), end(rows);
-  for (int r = 0; r < rows; ++r) first[r] = r % 3, end[r] = positions - r % (positions - 2);
+  for (int r = 0; r < rows; ++r) first[r] = r / 2, end[r] = std::max(r / 2 + 1, positions - (rows - 1 - r) * 2);
   std::vector<float> results[2];
   for (int which = 0; which < 2; ++which) {
     const attention::Kernels& kernels = which ? attention::scalar_kernels : attention::avx512vnni_kernels;
-    std::vector<float> keys(padded * width), values(padded * width), largest(rows, attention::kMasked), total(rows),
-        out(rows * width);
-    for (int i = 0; i < positions; ++i) {
-      kernels.append[type](&k[i * head_dim], &v[i * head_dim], i, head_dim, width, keys.data(), values.data());
-    }
-    kernels.attend[type]({keys.data(), values.data(), head_dim, width},
-                         {rows, q.data(), first.data(), end.data(), softcap}, 0, positions,
-                         {largest.data(), total.data(), out.data()});
-    for (int r = 0; r < rows; ++r) kernels.scale(&out[r * width], head_dim, 1 / total[r]);
+    std::vector<float> keys(padded * width), values(padded * width), key_scales(padded * 16), value_scales(padded * 8),
+        largest(rows, attention::kLowest), total(rows * 16), out(rows * width), y(rows * head_dim),
+        scratch(attention::scratch_floats(head_dim, width));
+    const attention::Head head = {keys.data(), values.data(), key_scales.data(), value_scales.data(), head_dim, width};
+    for (int i = 0; i < positions; ++i) kernels.append[type](&k[i * head_dim], &v[i * head_dim], i, head);
+    kernels.attend[type](head, {rows, q.data(), first.data(), end.data(), softcap}, 0, positions,
+                         {largest.data(), total.data(), out.data()}, scratch.data());
+    for (int r = 0; r < rows; ++r) kernels.finish(&out[r * width], &total[r * 16], head_dim, &y[r * head_dim]);
     kernels.blend(out.data(), 0.5f, out.data() + width * (rows - 1), 0.25f, width);
-    results[which] = out;
+    results[which] = y;
+    results[which].insert(results[which].end(), out.begin(), out.begin() + width);
   }
   expect_close("attention", results[0], results[1], 256);
 }
@@ -189,9 +190,10 @@ int main() {
   test_integer(linear::kT4, 32, linear::kNone);
   for (Float type : {kF32, kF16, kBF16}) test_floats(type);
   test_elementwise();
-  for (Float type : {kF32, kF16}) {
+  for (auto type : {attention::kFloat32, attention::kFloat16, attention::kInt8}) {
     test_attention(type, 8, 1, 5, 0);
     test_attention(type, 24, 5, 40, 2);
+    test_attention(type, 80, 10, 70, 0);
     test_attention(type, 64, 32, 150, 0);
   }
   test_logits();

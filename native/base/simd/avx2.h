@@ -37,6 +37,10 @@ inline __m256 load_bf16_half(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 inline F load_bf16(const uint16_t* p) { return {load_bf16_half(p), load_bf16_half(p + 8)}; }
+inline __m256 load_i8_half(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+inline F load_i8(const int8_t* p) { return {load_i8_half(p), load_i8_half(p + 8)}; }
 inline void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
@@ -65,6 +69,10 @@ inline F select_less(F x, F y, F a, F b) {
   return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
           _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
 }
+inline bool any_less(F x, F y) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))) !=
+         0;
+}
 inline float sum(F x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -92,6 +100,12 @@ inline __m256 power(__m256i n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 inline F scale_by_power(F x, I n) { return mul(x, {power(n.a), power(n.b)}); }
+inline __m256 round_half(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F round(F x) { return {round_half(x.a), round_half(x.b)}; }
+inline F scale_by_power(F x, F n) {  // the power of -127 is 0
+  const F bounded = max(set(-127), n);
+  return scale_by_power(x, round_to_int(bounded));
+}
 inline void store_i8(int8_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);  // packs works in 128-bit halves
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
@@ -191,6 +205,9 @@ inline I dot_signed(I s, Signed w, Four x) {
 inline constexpr int kIntTile = 4;    // 8 registers of sums, 4 of codes, the activations
 inline constexpr int kFineTile = 2;   // 8 registers of dots
 inline constexpr int kFloatTile = 6;  // 12 registers of sums, 2 of weights, the activation
+
+inline constexpr int kWideRows = 3, kWideVectors = 2;  // 12 registers of sums each
+inline constexpr int kTallRows = 6, kTallVectors = 1;
 
 }  // namespace
 }  // namespace tersor

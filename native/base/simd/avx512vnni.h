@@ -32,6 +32,9 @@ inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si25
 inline F load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+inline F load_i8(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 inline void store(float* p, F x) { _mm512_storeu_ps(p, x.a); }
 inline void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.a); }
 inline void store_f16(uint16_t* p, F x) {
@@ -49,6 +52,7 @@ inline F abs(F x) { return {_mm512_abs_ps(x.a)}; }
 inline F select_less(F x, F y, F a, F b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ), b.a, a.a)};
 }
+inline bool any_less(F x, F y) { return _mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ) != 0; }
 // Halves are folded onto each other: 16 lanes, 8, 4, 2, 1.
 inline __m256 upper(__m512 x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
 inline float sum(F x) {
@@ -76,6 +80,8 @@ inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.a)}; }
 inline F scale_by_power(F x, I n) {
   return mul(x, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.a, _mm512_set1_epi32(127)), 23))});
 }
+inline F round(F x) { return {_mm512_roundscale_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F scale_by_power(F x, F n) { return {_mm512_scalef_ps(x.a, n.a)}; }
 inline void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x.a)); }
 
 using Four = __m512i;
@@ -144,6 +150,9 @@ inline I dot_signed(I s, Signed w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.
 inline constexpr int kIntTile = 8;   // 8 registers of sums, 8 of dots
 inline constexpr int kFineTile = 4;  // 8 registers of dots
 inline constexpr int kFloatTile = 12;
+
+inline constexpr int kWideRows = 6, kWideVectors = 4;  // 24 registers of sums each
+inline constexpr int kTallRows = 12, kTallVectors = 2;
 
 }  // namespace
 }  // namespace tersor

@@ -55,6 +55,11 @@ inline F load_bf16(const uint16_t* p) {
   TERSOR_EACH r.v[i] = bf16_to_f32(p[i]);
   return r;
 }
+inline F load_i8(const int8_t* p) {
+  F r;
+  TERSOR_EACH r.v[i] = p[i];
+  return r;
+}
 inline void store(float* p, const F& a) { memcpy(p, a.v, 64); }
 inline void store_n(float* p, const F& a, int n) { memcpy(p, a.v, n * 4); }
 inline void store_f16(uint16_t* p, const F& a) { TERSOR_EACH p[i] = f32_to_f16(a.v[i]); }
@@ -98,6 +103,11 @@ inline F select_less(const F& x, const F& y, const F& a, F b) {
   TERSOR_EACH b.v[i] = x.v[i] < y.v[i] ? a.v[i] : b.v[i];
   return b;
 }
+inline bool any_less(const F& x, const F& y) {
+  bool any = false;
+  TERSOR_EACH any |= x.v[i] < y.v[i];
+  return any;
+}
 inline float sum(F a) {
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
@@ -129,6 +139,16 @@ inline F to_float(const I& a) {
 // a * 2^n for -126 <= n <= 127.
 inline F scale_by_power(F a, const I& n) {
   TERSOR_EACH a.v[i] *= bits_to_float(uint32_t(n.v[i] + 127) << 23);
+  return a;
+}
+// Nearest integer as a float, ties to even.
+inline F round(F a) {
+  TERSOR_EACH a.v[i] = std::nearbyint(a.v[i]);
+  return a;
+}
+// a * 2^n for whole n <= 127 and a near 1; 0 or subnormal below -126.
+inline F scale_by_power(F a, const F& n) {
+  TERSOR_EACH a.v[i] = n.v[i] < -126 ? 0.0f : a.v[i] * bits_to_float(uint32_t(int32_t(n.v[i]) + 127) << 23);
   return a;
 }
 // Sixteen integers in [-128, 127] to bytes.
@@ -256,6 +276,10 @@ inline I dot_signed(I sum, const Signed& w, const Four& x) {
 inline constexpr int kIntTile = 1;   // of 8-bit activations
 inline constexpr int kFineTile = 1;  // of 15-bit activations
 inline constexpr int kFloatTile = 1;
+
+// Register tiles of attention: rows by vectors of 16, when the rows are few and when they are many.
+inline constexpr int kWideRows = 1, kWideVectors = 1;
+inline constexpr int kTallRows = 1, kTallVectors = 1;
 
 }  // namespace
 }  // namespace tersor
