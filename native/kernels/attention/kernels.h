@@ -3,8 +3,10 @@
 // The cache of a layer and key-value head; width = head_dim rounded up to a multiple of 16:
 //   keys:   panels of 16 positions, [position / 16][head_dim][16], so that 16 scores are sums of whole vectors
 //   values: [position][width], zero beyond head_dim
-// As int8 both are codes in [-127, 127] with a float scale, absmax / 127, for every position and group of kKeyGroup or
-// kValueGroup values:
+// As int8 both are codes in [-127, 127], in pairs for the integer dot products, with a float scale, absmax / 127, for
+// every position and group of kKeyGroup or kValueGroup values. Queries and weights are rounded to int16 for them.
+//   keys:   [position / 16][width / 2][16][2]
+//   values: [position / 2][width][2]
 //   scales: [position / 16][group][16]
 #pragma once
 
@@ -40,7 +42,9 @@ struct Queries {
   const float* values;  // (rows, head_dim)
   const int64_t* first;
   const int64_t* end;
-  float softcap;  // 0: none
+  float softcap;                   // 0: none
+  const int16_t* codes = nullptr;  // of int8, made by attend: (rows, width) and their scales, (rows, key groups)
+  const float* scales = nullptr;
 };
 
 // The state of a softmax of rows: the largest score so far; sums of 2^(score - largest), (rows, 16), to be added; and
@@ -54,8 +58,10 @@ struct State {
 inline constexpr float kLowest = -1e30f;  // the largest score of no keys
 inline constexpr float kMasked = -2e30f;  // a score that is not seen; 2^(kMasked - kLowest) = 0
 
-// Floats of working memory, which begins at a multiple of 64 bytes, as all of the above does but the queries' keys.
-constexpr int64_t scratch_floats(int head_dim, int width) { return int64_t(kKeys) * (head_dim + width + 2 * kMaxRows); }
+// Floats of working memory, which begins at a multiple of 64 bytes, as caches and states do.
+constexpr int64_t scratch_floats(int head_dim, int width) {
+  return int64_t(kKeys) * (kMaxRows + head_dim + width) + int64_t(kMaxRows) * (width / 2 + key_groups(head_dim));
+}
 
 struct Kernels {
   // Adds keys [begin, end) to the state, which the caller began; begin is a multiple of kKeys.
