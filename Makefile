@@ -9,7 +9,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -nam
 comma := ,
 CXX_SOURCES := $(shell find native -name '*.cc' -o -name '*.h')
 
-.PHONY: setup demo test test-all test-native test-arm test-sanitize lint format docs bench clean check-tools check-cmake check-native check-arm
+.PHONY: setup peers demo test test-all test-native test-arm test-sanitize lint format docs bench clean check-tools check-cmake check-native check-arm
 
 setup: .venv/.base
 
@@ -38,6 +38,29 @@ check-tools:
 # The peers of the benchmarks; llama-cpp-python compiles llama.cpp for this machine (about ten minutes on two cores).
 .venv/.bench: .venv/.test
 	$(PIP) -e '.[bench]'
+	@touch $@
+
+# Peers whose dependencies clash with ours, each in an environment of its own (3 GB; the last one compiles llama.cpp for AVX2 only).
+PEER_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1
+peers: .peers/.openvino .peers/.onnxruntime .peers/.llama-avx2
+
+.peers/.openvino: | check-tools
+	$(PYTHON) -m venv .peers/openvino
+	$(PEER_PIP) .peers/openvino/bin/python -m pip install -q torch==2.13.0
+	$(PEER_PIP) .peers/openvino/bin/python -m pip install -q openvino==2026.4.1 nncf==3.4.0 optimum-intel==2.2.0
+	.peers/openvino/bin/python -m pip uninstall -q -y torchvision  # not needed, and transformers stops when it is not made for this torch
+	@touch $@
+
+.peers/.onnxruntime: | check-tools
+	$(PYTHON) -m venv .peers/onnxruntime
+	$(PEER_PIP) .peers/onnxruntime/bin/python -m pip install -q torch==2.13.0
+	$(PEER_PIP) .peers/onnxruntime/bin/python -m pip install -q onnxruntime-genai==0.18.0 onnx==1.23.2 onnx-ir==1.1.0 transformers==5.24.0
+	@touch $@
+
+.peers/.llama-avx2: | check-tools
+	$(PYTHON) -m venv .peers/llama-avx2
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF" \
+	  $(PEER_PIP) .peers/llama-avx2/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	@touch $@
 
 demo: .venv/.base
@@ -99,8 +122,10 @@ docs: .venv/.base
 	$(BIN)/python -m tersor.formats.page > docs/formats.md
 	$(BIN)/python -m tersor.cli.page > docs/cli.md
 
-bench: .venv/.bench
-	$(BIN)/python -m benchmarks
+# BENCH_MODELS: the folder where the models of `benchmarks engine` lie or are made (16 GB); in all about two hours on two cores.
+BENCH_MODELS ?= build/models
+bench: .venv/.bench peers
+	$(BIN)/python -m benchmarks all $(BENCH_MODELS)
 
 clean:
-	rm -rf .venv build demo
+	rm -rf .venv .peers build demo

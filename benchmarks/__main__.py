@@ -1,6 +1,11 @@
-"""`python -m benchmarks` runs the first form of every benchmark; `python -m benchmarks NAME ...` one of them.
+"""`python -m benchmarks NAME ...` runs one benchmark.
 
-speed           prefill and decode tokens/s of SmolLM2-135M beside transformers and llama.cpp
+all             every one in its first form but `logits`: all FOLDER, the folder where the models of `engine` lie or are made
+engine          prefill and decode beside llama.cpp, OpenVINO, onnxruntime-genai, transformers and this machine's limits
+context         time per token behind 4,096 tokens
+activations     what 8-bit activations cost, judged by transformers
+models          makes the model files of the three above
+speed           prefill and decode tokens/s of one file beside transformers and llama.cpp
 memory          peak memory of quantizing a 1.1-billion-parameter sharded checkpoint to Q4_K
 agreement       a GGUF of ours in llama.cpp: the same tokens, the same perplexity
 logits          our float logits beside transformers'
@@ -11,21 +16,44 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+from benchmarks.models import get
 from tersor.demo import cache_directory, fetch
+
+NAMES = ("engine", "context", "activations", "models", "speed", "memory", "agreement", "logits", "ggml_encoders")
 
 
 def main() -> int:
-    """Runs the named benchmark, or those that need nothing but the demo's model. Returns the worst exit code."""
-    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+    """Runs the named benchmark. Returns the worst exit code."""
+    name, arguments = (sys.argv[1:] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
         print(__doc__)
         return 0
-    if len(sys.argv) > 1:
-        return subprocess.call([sys.executable, "-m", f"benchmarks.{sys.argv[1]}", *sys.argv[2:]])
-    model = str(fetch(cache_directory()))
+    if name in NAMES:
+        return subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *arguments])
+    if name != "all" or len(arguments) != 1:
+        print(f"need `all FOLDER` or one of {', '.join(NAMES)}; got {' '.join(sys.argv[1:])}", file=sys.stderr)
+        return 2
+    return run_all(Path(arguments[0]), str(fetch(cache_directory())))
+
+
+def run_all(folder: Path, model: str) -> int:
+    """Runs every benchmark but `logits`. model: the demo's. Returns the worst exit code."""
+    files = {kind: get(folder, "smollm2", kind).path for kind in ("q4_0", "q4_1", "q8_0")}
     worst = 0
-    for name, arguments in {"speed": [model], "memory": [], "agreement": [model], "ggml_encoders": [model]}.items():
-        print(f"\n== {name} ==", flush=True)
+    for name, *arguments in (
+        ("engine", str(folder)),
+        ("context", files["q4_0"]),
+        ("activations", files["q4_1"]),
+        ("activations", files["q8_0"]),
+        ("engine", "--report"),
+        ("speed", model),
+        ("memory",),
+        ("agreement", model),
+        ("ggml_encoders", model),
+    ):
+        print(f"\n== {name} {' '.join(arguments)} ==", flush=True)
         worst = max(worst, subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *arguments]))
     return worst
 

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-LAYERS, WIDTH, FFN, HEADS, KV_HEADS, VOCAB = 22, 2048, 5632, 32, 4, 32000
+LAYERS, WIDTH, FFN, HEADS, KV_HEADS, VOCABULARY = 22, 2048, 5632, 32, 4, 32000
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yields every tensor of the model."""
     kv = WIDTH // HEADS * KV_HEADS
-    yield "model.embed_tokens.weight", (VOCAB, WIDTH)
+    yield "model.embed_tokens.weight", (vocabulary, WIDTH)
     for i in range(LAYERS):
         block = f"model.layers.{i}."
         for name, shape in {
@@ -44,13 +44,13 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
         }.items():
             yield f"{block}{name}.weight", shape
     yield "model.norm.weight", (WIDTH,)
-    yield "lm_head.weight", (VOCAB, WIDTH)
+    yield "lm_head.weight", (vocabulary, WIDTH)
 
 
-def make(folder: Path, shard_bytes: int = 500_000_000) -> int:
+def make(folder: Path, shard_bytes: int = 500_000_000, vocabulary: int = VOCABULARY) -> int:
     """Writes the checkpoint, float16, and returns its number of parameters."""
     rng, shards, shard, size, total = np.random.default_rng(0), [], {}, 0, 0
-    for name, shape in shapes():
+    for name, shape in shapes(vocabulary):
         w = rng.standard_normal(shape, dtype=np.float32) * 0.02 if len(shape) == 2 else np.ones(shape, np.float32)
         shard[name] = w.astype(np.float16)
         size, total = size + 2 * w.size, total + w.size
@@ -70,7 +70,7 @@ def make(folder: Path, shard_bytes: int = 500_000_000) -> int:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCAB,
+        "vocab_size": vocabulary,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

@@ -1,17 +1,22 @@
-"""tersor: python -m benchmarks.peers.tersor_worker PATH THREADS [int8|float]"""
+"""tersor: python -m benchmarks.peers.tersor_worker PATH THREADS [--activations int8|float] [--kv TYPE] [--context N]"""
 
 from __future__ import annotations
 
-import sys
+import time
 
 import numpy as np
 
-from benchmarks.peers import peak_mib, serve
+from benchmarks.peers import arguments, memory, serve
+from tersor import __version__, _native
 from tersor.engine import load
 
-path, threads, activations = sys.argv[1], int(sys.argv[2]), (sys.argv[3:] or ["int8"])[0]
-model = load(path, threads=threads, activations=activations)
-cache = model.new_cache(1024)
+a = arguments("--activations", "--kv")
+before = memory()["resident_mib"]
+start = time.perf_counter()
+chosen = {name: value for name, value in (("activations", a.activations), ("kv", a.kv)) if value}
+model = load(a.path, threads=a.threads, **chosen)
+cache = model.new_cache(a.context)
+seconds = time.perf_counter() - start
 
 
 def prefill(tokens: list[int]) -> None:
@@ -24,4 +29,5 @@ def decode(tokens: list[int]) -> None:
         model.head(model.forward(np.array([token], np.int32), cache))
 
 
-serve(prefill, decode, peak_mib)
+about = {"version": f"tersor {__version__}", "isa": _native.isa(), "kernels": list(model.kernels)}
+serve(about | {"before_mib": before, "kv_mib": cache.nbytes / 2**20, "load_seconds": seconds}, prefill=prefill, decode=decode)

@@ -1,20 +1,21 @@
 """transformers on torch: python -m benchmarks.peers.transformers_worker PATH THREADS bfloat16|float32
 
-PATH: a GGUF (dequantized at load) or a Hugging Face directory.
+PATH: a GGUF (dequantized at load) or a Hugging Face directory. Its cache grows as it must, whatever --context says.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from benchmarks.peers import peak_mib, serve
+from benchmarks.peers import arguments, serve
 
-path, threads, dtype = Path(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-torch.set_num_threads(threads)
+a = arguments("dtype")
+path, dtype = Path(a.path), getattr(torch, a.dtype)
+torch.set_num_threads(a.threads)
 where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
 model = AutoModelForCausalLM.from_pretrained(str(path.parent if where else path), dtype=dtype, **where).to(dtype).eval()
 state = DynamicCache()
@@ -36,4 +37,4 @@ def decode(tokens: list[int]) -> None:
         step([token])
 
 
-serve(prefill, decode, peak_mib)
+serve({"version": f"transformers {transformers.__version__}, torch {torch.__version__}"}, prefill=prefill, decode=decode)

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "base/simd/product.h"
-#include "kernels/linear/kernels.h"
+#include "kernels/linear/generic_finish.h"
 
 namespace tersor::linear {
 namespace {

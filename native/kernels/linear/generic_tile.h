@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernels/linear/generic_codes.h"
+#include "kernels/linear/generic_finish.h"
 
 namespace tersor::linear {
 namespace {

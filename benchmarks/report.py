@@ -1,0 +1,229 @@
+"""Result files as tables, and the demands that they decide."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.demands import Demand, demands, share
+from benchmarks.speed import ratio
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+MARKS = ("<!-- engine: written by `python -m benchmarks engine --report` -->", "<!-- /engine -->")
+MODELS = {"smollm2": "SmolLM2-135M", "synth": "1.17 billion random weights", "qwen": "Qwen2.5-Coder-1.5B"}
+LEAST = {"rounds": 5, "prefill": 512, "decode": 64, "length": 4096, "windows": 20}  # of a result that decides something
+PIECES = ("peers", "ladder", "avx2", "load", "product", "context")
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Writes one result file, floats with five digits."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
+
+
+def read(names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Returns the named results, by default all, by name."""
+    paths = sorted(RESULTS.glob("*.json")) if names is None else [RESULTS / f"{name}.json" for name in names]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def judge(names: Sequence[str]) -> int:
+    """Prints the demands that these results decide. Returns 1 when one is not held."""
+    results = read(names)
+    decided = [d for d in demands(_proven(results)) if d.value is not None]
+    if decided:
+        print("\n" + "\n".join(_demands(decided)))
+    return int(not all(d.held for d in decided))
+
+
+def write() -> int:
+    """Puts all tables into the README and prints them. Returns 1 unless every demand is measured and held."""
+    results = read()
+    decided = list(demands(_proven(results)))
+    text = "\n".join(_page(results, decided))
+    old = README.read_text()
+    before, _, rest = old.partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    if not found:
+        print(f"{README}: has no place for the tables, {MARKS[0]} ... {MARKS[1]}", file=sys.stderr)
+        return 2
+    README.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+    print(text)
+    return int(not all(d.held for d in decided))
+
+
+def _proven(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the results that may decide a demand: those taken in its own sizes. Names the others."""
+    proper = {}
+    for name, result in results.items():
+        if lacking := [f"{least} {key}" for key, least in LEAST.items() if result.get(key, least) < least]:
+            print(f"{name}: decides nothing, a demand needs {', '.join(lacking)}")
+        else:
+            proper[name] = result
+    return proper
+
+
+def table(name: str) -> str:
+    """Returns the table of one saved result, with a line that says where it was measured."""
+    result = read([name])[name]
+    return "\n".join((_where(result), *_table(name, result)))
+
+
+def _page(results: dict[str, dict[str, Any]], decided: Sequence[Demand]) -> Iterator[str]:
+    for model, title in MODELS.items():
+        found = {name: r for name, r in results.items() if name.startswith(f"{model}-")}
+        if found:
+            yield from (f"### {title}, llama.cpp on the same file", "", *_wheres(found), *_matrix(found), "")
+    for piece in (*PIECES, *(name for name in results if name.startswith("activations-"))):
+        if piece in results:
+            yield from (f"### {piece}", "", _where(results[piece]), *_table(piece, results[piece]), "")
+    yield from ("### What must hold", "", *_demands(decided))
+
+
+def _demands(decided: Sequence[Demand]) -> list[str]:
+    held = sum(d.held for d in decided)
+    return [*_head("line", "what", "bound", "measured", ""), *map(str, decided), "", f"{held} of {len(decided)} held"]
+
+
+def _where(result: dict[str, Any]) -> str:
+    machine = f"{result['cpu']}, {result['cpus']} CPUs, {result['memory_gib']} GiB, {result['isa']}"
+    versions = {r["about"]["version"]: None for r in result["rows"] if "about" in r and not r["about"]["version"].startswith("tersor")}
+    rounds = f"medians of {result['rounds']} rounds; " if "rounds" in result else ""
+    return f"{machine}; commit {result['commit']}, {result['date']}; {rounds}{'; '.join((*versions, *_limits(result)))}\n"
+
+
+def _wheres(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns one line for all results that were measured under the same conditions, limits apart."""
+    lines: dict[str, list[str]] = {}
+    for name, result in results.items():
+        lines.setdefault(_where(result | {"limits": {}}).strip(), []).append(name.split("-", 1)[1])
+    shown = [line if len(lines) == 1 else f"{', '.join(names)}: {line}" for line, names in lines.items()]
+    everything: dict[str, dict[str, list[float]]] = {}
+    for result in results.values():
+        for threads, limits in result["limits"].items():
+            for what, values in limits.items():
+                everything.setdefault(threads, {}).setdefault(what, []).extend(values)
+    return [*shown, "; ".join(_limits({"limits": everything})) + "\n"]
+
+
+def _limits(result: dict[str, Any]) -> Iterator[str]:
+    units = {"bandwidth": ("memory", "GB/s"), "peak": ("int8", "GOP/s")}
+    for threads, limits in result.get("limits", {}).items():
+        known = [(*units[what], values) for what, values in limits.items() if values and all(values)]
+        shown = (f"{name} {median(v):.0f} {unit} ({min(v):.0f}-{max(v):.0f})" for name, unit, v in known)
+        yield f"{threads} thread{'s' if int(threads) > 1 else ''}: {', '.join(shown)}"
+
+
+def _matrix(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yields one row for every type and number of threads: ours, llama.cpp's, and each one's share of the limit."""
+    yield from _head(
+        "type",
+        "file MB",
+        "read a token MB",
+        "threads",
+        "prefill t/s",
+        "llama.cpp",
+        "ratio",
+        "of int8 peak",
+        "decode t/s",
+        "llama.cpp",
+        "ratio",
+        "of bandwidth",
+        "peak MiB",
+    )
+    for result in results.values():
+        file = result["files"][0]
+        for ours in (r for r in result["rows"] if r["runtime"] == "tersor"):
+            theirs = next((r for r in result["rows"] if r["runtime"] == "llama.cpp" and r["threads"] == ours["threads"]), None)
+            cells = [file["type"], f"{file['bytes'] / 1e6:.0f}", f"{file['token_bytes'] / 1e6:.0f}", str(ours["threads"])]
+            for what, limit, per in (("prefill", "peak", "operations"), ("decode", "bandwidth", "token_bytes")):
+                shares = [_percent(share(result, r, what, limit, per)) for r in (ours, theirs) if r]
+                cells += [
+                    _speed(ours[what]),
+                    _speed(theirs[what]) if theirs else "",
+                    f"{ratio(ours[what], theirs[what]):.2f}x" if theirs else "",
+                ]
+                cells.append(" / ".join(shares) if any(shares) else "")
+            cells.append(" / ".join(f"{r['peak_mib']:.0f}" for r in (ours, theirs) if r))
+            yield f"| {' | '.join(cells)} |"
+
+
+def _table(name: str, result: dict[str, Any]) -> Iterator[str]:
+    rows = result["rows"]
+    if name == "load":
+        yield from _head("runtime", "threads", "to the first token s", "resident MiB", "peak MiB", "KV cache MiB", "file MiB")
+        for r in rows:
+            kv, file = r["about"].get("kv_mib"), result["files"][0]["bytes"] / 2**20
+            memory = f"{r['resident_mib']:.0f} | {r['peak_mib']:.0f} | {'' if kv is None else f'{kv:.0f}'} | {file:.0f}"
+            yield f"| {r['runtime']} | {r['threads']} | {median(r['first_token_seconds']):.2f} | {memory} |"
+    elif name == "product":
+        yield from _head("threads", "int8 peak GOP/s", "q4_0 GOP/s", "q8_0 GOP/s")
+        for r in rows:
+            peak = _speed(r["peak"]) if all(r["peak"]) else ""
+            yield f"| {r['threads']} | {peak} | {_speed(r['q4_0'])} | {_speed(r['q8_0'])} |"
+    elif name == "context":
+        yield from _head("runtime", "cache", "ms a token at context 0", "at 4,096", "grows by")
+        for r in rows:
+            times = " | ".join(f"{1e3 * median(r[what]):.2f}" for what in ("short_seconds", "long_seconds"))
+            yield f"| {r['runtime']} | {r['kv']} | {times} | {ratio(r['long_seconds'], r['short_seconds']):.2f}x |"
+    elif name.startswith("activations-"):
+        yield f"{result['file']}, {result['protocol']}"
+        yield ""
+        yield from _head("runtime", "how", "KL divergence, nats", "same top-1")
+        for r in rows:
+            yield f"| {r['runtime']} | {r['how']} | {r['kl_mean']:.6f} ± {r['kl_error']:.6f} | {100 * r['top1']:.2f} % |"
+    else:
+        yield from _rows(result)
+
+
+def _rows(result: dict[str, Any]) -> Iterator[str]:
+    """Yields every lane of a result, and how much faster the first lane with the same threads is."""
+    yield from _head(
+        "runtime",
+        "type",
+        "threads",
+        "prefill t/s",
+        "decode t/s",
+        "the first is faster: prefill",
+        "decode",
+        "of int8 peak",
+        "of bandwidth",
+        "resident / peak MiB",
+    )
+    for r in result["rows"]:
+        first = next(f for f in result["rows"] if f["threads"] == r["threads"])
+        kind = "int4" if r["runtime"] in ("OpenVINO", "onnxruntime-genai") else "" if r["runtime"].startswith("transformers") else r["type"]
+        times = " | ".join(f"{ratio(first[what], r[what]):.2f}x" for what in ("prefill", "decode"))
+        shares = (("prefill", "peak", "operations"), ("decode", "bandwidth", "token_bytes"))
+        limits = " | ".join(_percent(share(result, r, *s)) if kind not in ("", "int4") else "" for s in shares)
+        memory = f"{r['resident_mib']:.0f} / {r['peak_mib']:.0f}"
+        speeds = f"{_speed(r['prefill'])} | {_speed(r['decode'])}"
+        yield f"| {r['runtime']} | {kind} | {r['threads']} | {speeds} | {times} | {limits} | {memory} |"
+    for name, why in result.get("missing", {}).items():
+        yield f"| {name} | not measured: {why} |" + " |" * 8
+
+
+def _head(*columns: str) -> tuple[str, str]:
+    return f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"
+
+
+def _speed(values: list[float]) -> str:
+    value = median(values)
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f} %"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
