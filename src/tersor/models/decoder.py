@@ -24,7 +24,8 @@ from tersor.tensor import Array, QuantizedTensor
 
 Read = Callable[[str], QuantizedTensor]
 
-STEP_ROWS = 16  # tokens up to which a product treats each row as if it were alone (ops.linear), and which are worth recording
+STEP_ROWS = 16  # tokens up to which a product treats each row as if it were alone (ops.linear)
+MOST_ROWS = 512  # tokens of one call: enough for full speed, and bounded memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Decoder:
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight", spec.norm_offset)
-        self._idle: list[_Recording] = []  # those of forward; one caller at a time uses one of them
+        self._idle: dict[int, list[_Recording]] = {STEP_ROWS: [], MOST_ROWS: []}  # by rows; one caller at a time uses one
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
@@ -95,15 +96,13 @@ class Decoder:
     def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
 
-        tokens: (n,) int32 in [0, vocab_size), at positions cache.length and on; the cache has room for them.
+        tokens: (n,) int32 in [0, vocab_size), 1 <= n <= MOST_ROWS, at positions cache.length and on; the cache has room.
         """
-        if len(tokens) > STEP_ROWS:
-            hidden = self._run(ops, ops.embed(self._embedding, tokens, self.spec.embedding_scale), cache)
-            cache.advance(len(tokens))
-            return hidden
-        few = self._idle.pop() if self._idle else _Recording(self, head=False)
-        hidden = few.run(tokens, [cache]).copy()  # the next caller's overwrites it
-        self._idle.append(few)
+        rows = STEP_ROWS if len(tokens) <= STEP_ROWS else MOST_ROWS
+        idle = self._idle[rows]
+        recording = idle.pop() if idle else _Recording(self, rows, head=False)
+        hidden = recording.run(tokens, [cache]).copy()  # the next caller's overwrites it
+        idle.append(recording)
         return hidden
 
     def steps(self) -> Steps:
@@ -174,12 +173,12 @@ class Decoder:
 
 
 class _Recording:
-    """What a decoder does to at most STEP_ROWS tokens, from embedding to hidden states or logits. One caller at a time."""
+    """What a decoder does to at most `rows` tokens, from embedding to hidden states or logits. One caller at a time."""
 
-    def __init__(self, decoder: Decoder, head: bool) -> None:
+    def __init__(self, decoder: Decoder, rows: int, head: bool) -> None:
         s, self._decoder = decoder.spec, decoder
-        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, STEP_ROWS)
-        self._x = np.empty((STEP_ROWS, decoder._embedding.columns), np.float32)
+        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, rows)
+        self._x = np.empty((rows, decoder._embedding.columns), np.float32)
         self._embeds = recorder.embed(decoder._embedding, s.embedding_scale, self._x)
         self._out = decoder._run(recorder, self._x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
         if head:
@@ -205,7 +204,7 @@ class Steps:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self._recording = _Recording(decoder, head=True)
+        self._recording = _Recording(decoder, STEP_ROWS, head=True)
 
     def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> tuple[Array, list[int]]:
         """Returns the logits after each token, (n, vocab_size) float32, and the likeliest next tokens; appends to the caches.
