@@ -213,12 +213,12 @@ def _rotated(x: Array) -> Array:
         low, high = np.split(y.reshape(*x.shape[:-1], -1, 2 * half), 2, axis=-1)
         y = np.concatenate([low + high, low - high], axis=-1).reshape(x.shape)
         half *= 2
-    return np.asarray(y)
+    return y
 
 
 def _rounded_heads(x: Array, group: int) -> Array:
     """Returns x, (n, heads, head_dim), rounded to 8-bit integers times one scale per row, head and group."""
-    return round_activations(x.reshape(-1, x.shape[-1]), group).reshape(x.shape)
+    return np.asarray(round_activations(x.reshape(-1, x.shape[-1]), group).reshape(x.shape))
 
 
 def append(cache: KVCache, layer: int, k: Array, v: Array) -> None:
