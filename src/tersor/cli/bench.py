@@ -23,6 +23,7 @@ def command(
     decode: Annotated[int, typer.Option("--decode", metavar="N", help="Tokens decoded after it.")] = 128,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Runs of which the median counts, all models in turns.")] = 3,
     threads: options.Threads = None,
+    kv: options.Kv = "f16",
     isa: Annotated[bool, typer.Option("--isa", help="List the instruction sets of this CPU, name the one in use, and stop.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -45,7 +46,7 @@ def command(
     from tersor.evaluation.speed import measure
 
     with progress() as report:
-        loaders = {path: partial(load, path, threads=threads) for path in paths}
+        loaders = {path: partial(load, path, threads=threads, kv=kv) for path in paths}
         results = measure(
             loaders, prefill=prefill, decode=decode, repeats=repeats, progress=lambda done, total: report("time", done, total)
         )

@@ -35,6 +35,7 @@ def command(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="String that ends the answer; may be repeated.")] = None,
     threads: options.Threads = None,
+    kv: options.Kv = "f16",
     json: options.Json = False,
 ) -> None:
     """Answer a prompt, or chat.
@@ -60,7 +61,7 @@ def command(
         raise RecipeError(f"run {'--raw' if raw else '--json'} needs a prompt; give -p")
     if raw and system is not None:
         raise RecipeError("run --raw uses no chat template, so --system has no place; drop one of them")
-    model = load(path, threads=threads)
+    model = load(path, threads=threads, kv=kv)
     templated = model.tokenizer.chat_template is not None and not raw
     if (prompt is None or system is not None) and not templated:
         raise RecipeError(f"run: {path} has no chat template; give a plain prompt with -p and no --system")
