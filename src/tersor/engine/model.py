@@ -58,7 +58,7 @@ def _from_checkpoint(checkpoint: Checkpoint, activations: str, kv: str) -> Model
 
 
 class Model:
-    """A decoder with its tokenizer. One generation at a time: products use all threads, and caches are not shared."""
+    """A decoder with its tokenizer. One caller at a time: products use all threads; a batch answers several requests together."""
 
     def __init__(self, description: ModelDescription, decoder: Decoder, kv: str) -> None:
         self.description = description
