@@ -155,10 +155,10 @@ def test_plan_needs_no_weights(model, tmp_path, capsys):
 def test_bench(small, capsys):
     assert run("bench", small, "--prefill", 16, "--decode", 4, "--repeats", 1) == 0
     out = capsys.readouterr().out
-    assert "prefill t/s" in out
-    assert "memory reads" in out
+    assert "prefill 16, tokens/s" in out
+    assert "what memory gives" in out
     assert run("bench", small, "--prefill", 16, "--decode", 4, "--repeats", 1, "--json") == 0
-    speed = json.loads(capsys.readouterr().out)[str(small)]
+    speed = json.loads(capsys.readouterr().out)["speeds"][str(small)]
     assert speed["decode"] > 0
     assert speed["isa"] == _native.isa()
 

@@ -34,6 +34,11 @@ def command(
     repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", metavar="X", help="Above 1 makes seen tokens less likely.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="String that ends the answer; may be repeated.")] = None,
+    lookup: Annotated[
+        int,
+        typer.Option("--lookup", metavar="N", help="Draft up to N tokens, at most 15, from earlier text; the same answer, often sooner."),
+    ] = 0,
+    kv: options.Kv = "f16",
     threads: options.Threads = None,
     kv: options.Kv = "f16",
     json: options.Json = False,
@@ -56,6 +61,7 @@ def command(
         seed=seed,
         repeat_penalty=repeat_penalty,
         stop=tuple(stop or ()),
+        lookup=lookup,
     )
     if prompt is None and (raw or json):
         raise RecipeError(f"run {'--raw' if raw else '--json'} needs a prompt; give -p")
@@ -107,5 +113,6 @@ def _show(stream: Generator[str, None, Generation], quiet: bool = False) -> Gene
     if not quiet:
         print(flush=True)
     prefill = f"prefill {result.prompt_tokens - result.cached_tokens} tokens at {result.prefill_rate:.0f} t/s"
-    print(f"{prefill}, decode {len(result.tokens)} at {result.decode_rate:.0f} t/s, ended by {result.finish}", file=sys.stderr)
+    drafts = f", {result.accepted} of {result.drafted} drafted were right" if result.drafted else ""
+    print(f"{prefill}, decode {len(result.tokens)} at {result.decode_rate:.0f} t/s{drafts}, ended by {result.finish}", file=sys.stderr)
     return result

@@ -11,7 +11,7 @@ What is in brackets, and which norms, biases and scales there are, is the Decode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,7 +101,7 @@ class Decoder:
         rows = STEP_ROWS if len(tokens) <= STEP_ROWS else MOST_ROWS
         idle = self._idle[rows]
         recording = idle.pop() if idle else _Recording(self, rows, head=False)
-        hidden = recording.run(tokens, [cache]).copy()  # the next caller's overwrites it
+        hidden = np.array(recording.run(tokens, [cache]))  # the next caller's overwrites it
         idle.append(recording)
         return hidden
 
@@ -158,13 +158,28 @@ class Decoder:
         return x
 
     def _packed(self) -> list[ops.Weight]:
-        """Returns every matrix that tokens are multiplied by."""
+        """Returns every matrix that tokens are multiplied by, the head first."""
         return [self._head] + [w for layer in self._layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of the matrices that every token is multiplied by, the head among them."""
+        return sum(w.nbytes for w in self._packed())
+
+    @property
+    def layer_values(self) -> int:
+        """Values of the layers' matrices."""
+        return sum(w.rows * w.columns for w in self._packed()[1:])
+
+    @property
+    def head_values(self) -> int:
+        """Values of the head."""
+        return self._head.rows * self._head.columns
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""
-        return sum(w.nbytes for w in self._packed()) + (0 if self.spec.tied else self._embedding.nbytes)
+        return self.product_bytes + (0 if self.spec.tied else self._embedding.nbytes)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -186,7 +201,7 @@ class _Recording:
             self.tops = recorder.top(self._out)
         self._program = recorder.program
 
-    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
+    def run(self, tokens: Array, caches: list[ops.KVCache]) -> Array:
         """Returns hidden states, or logits, (n, width); the next call overwrites them."""
         n = len(tokens)
         if not self._embeds:
@@ -206,7 +221,7 @@ class Steps:
     def __init__(self, decoder: Decoder) -> None:
         self._recording = _Recording(decoder, STEP_ROWS, head=True)
 
-    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> tuple[Array, list[int]]:
+    def run(self, tokens: Array, caches: list[ops.KVCache]) -> tuple[Array, list[int]]:
         """Returns the logits after each token, (n, vocab_size) float32, and the likeliest next tokens; appends to the caches.
 
         tokens: (n,) int32 in [0, vocab_size), 1 <= n <= STEP_ROWS; caches: one, which all of them follow each other in, or n
