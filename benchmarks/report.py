@@ -167,7 +167,7 @@ def _table(name: str, result: dict[str, Any]) -> Iterator[str]:
             peak = _speed(r["peak"]) if all(r["peak"]) else ""
             yield f"| {r['threads']} | {peak} | {_speed(r['q4_0'])} | {_speed(r['q8_0'])} |"
     elif name == "context":
-        yield from _head("runtime", "cache", "ms a token at context 0", "at 4,096", "grows by")
+        yield from _head("runtime", "cache", "ms a token at context 0", f"at {result['length']:,}", "grows by")
         for r in rows:
             times = " | ".join(f"{1e3 * median(r[what]):.2f}" for what in ("short_seconds", "long_seconds"))
             yield f"| {r['runtime']} | {r['kv']} | {times} | {ratio(r['long_seconds'], r['short_seconds']):.2f}x |"
