@@ -6,9 +6,10 @@ CXX ?= g++
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -name '*.cc' -o -name '*.h' -o -name '*.inc')
+comma := ,
 CXX_SOURCES := $(shell find native -name '*.cc' -o -name '*.h')
 
-.PHONY: setup peers demo test test-all lint format docs bench clean check-tools
+.PHONY: setup peers demo test test-all test-native test-arm test-sanitize lint format docs bench clean check-tools check-cmake check-native check-arm
 
 setup: .venv/.base
 
@@ -70,6 +71,39 @@ test: .venv/.test
 
 test-all: .venv/.bench
 	$(BIN)/python -m pytest
+
+# The native runtime by itself, without Python: native/kernels/kernel_test.cc. Every instruction set of this CPU; an ARM
+# CPU with and one without dot products, both emulated; under the sanitizers.
+KERNEL_TEST = CXX=$(CXX) cmake -S . -B build/$(1) -DTERSOR_PYTHON=OFF $(2) >build/$(1).log && \
+	cmake --build build/$(1) --target kernel_test -j$$(getconf _NPROCESSORS_ONLN) >>build/$(1).log || { tail -n 30 build/$(1).log; exit 1; }
+SANITIZER = -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=$(1)"
+QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
+
+check-cmake:
+	@command -v cmake >/dev/null || { echo "cmake is missing: sudo apt-get install cmake"; exit 2; }
+	@mkdir -p build
+
+check-native: check-cmake
+	@command -v $(CXX) >/dev/null || { echo "A C++20 compiler is missing: sudo apt-get install g++"; exit 2; }
+
+check-arm: check-cmake
+	@command -v aarch64-linux-gnu-g++ >/dev/null || { echo "The ARM compiler is missing: sudo apt-get install g++-aarch64-linux-gnu"; exit 2; }
+	@command -v qemu-aarch64 >/dev/null || { echo "The ARM emulator is missing: sudo apt-get install qemu-user"; exit 2; }
+
+test-native: check-native
+	$(call KERNEL_TEST,native)
+	build/native/kernel_test
+
+test-arm: check-arm
+	$(call KERNEL_TEST,arm,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake)
+	$(QEMU) -cpu max build/arm/kernel_test
+	$(QEMU) -cpu cortex-a53 build/arm/kernel_test
+
+test-sanitize: check-native
+	$(call KERNEL_TEST,sanitize-address,$(call SANITIZER,address$(comma)undefined))
+	build/sanitize-address/kernel_test
+	$(call KERNEL_TEST,sanitize-thread,$(call SANITIZER,thread))
+	build/sanitize-thread/kernel_test
 
 lint: .venv/.test
 	$(BIN)/ruff check .

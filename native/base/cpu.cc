@@ -6,12 +6,15 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace tersor {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kNeonDot};
 
 #if defined(__x86_64__)
 
@@ -36,6 +39,9 @@ Features detect() {
   f.avx2 = (saved & 0x6) == 0x6 && fma && f16c && (b >> 5 & 1);
   const bool f512 = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   f.avx512vnni = f.avx2 && (saved & 0xe6) == 0xe6 && f512 && dq && bw && vl && vnni;
+#ifdef TERSOR_EMULATE_AVX512
+  f.avx512vnni = true;
+#endif
   return f;
 }
 
@@ -43,7 +49,14 @@ bool supported(Isa isa) {
   static const Features features = detect();
   if (isa == Isa::kAvx2) return features.avx2;
   if (isa == Isa::kAvx512Vnni) return features.avx512vnni;
-  return true;
+  return isa == Isa::kScalar;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+bool supported(Isa isa) {
+  static const bool neondot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  return isa == Isa::kScalar || (isa == Isa::kNeonDot && neondot);
 }
 
 #else
@@ -93,6 +106,7 @@ Choice& the_choice() {
 const char* isa_name(Isa isa) {
   if (isa == Isa::kAvx2) return "avx2";
   if (isa == Isa::kAvx512Vnni) return "avx512vnni";
+  if (isa == Isa::kNeonDot) return "neondot";
   return "scalar";
 }
 

@@ -8,9 +8,10 @@ namespace tersor {
 
 // In ascending order of speed.
 //   scalar:     plain C++, any CPU; the reference for the others
-//   avx2:       AVX2 + FMA + F16C
-//   avx512vnni: avx2 + AVX-512 F, BW, VL, DQ, VNNI
-enum class Isa { kScalar, kAvx2, kAvx512Vnni };
+//   avx2:       x86: AVX2 + FMA + F16C
+//   avx512vnni: x86: avx2 + AVX-512 F, BW, VL, DQ, VNNI
+//   neondot:    ARM, 64 bits: ARMv8.2 with the int8 dot products sdot and udot
+enum class Isa { kScalar, kAvx2, kAvx512Vnni, kNeonDot };
 
 // Name as in TERSOR_ISA.
 const char* isa_name(Isa isa);

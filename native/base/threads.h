@@ -2,9 +2,10 @@
 //
 //   parallel_for(rows, 16, [&](int64_t begin, int64_t end) { ... });
 //
-// The range is cut into at most threads() contiguous parts whose borders are multiples of `grain`. A loop whose
-// elements do not depend on each other therefore gives the same bits for any thread count. The body must not throw.
-// A nested call, and a call while another caller holds the pool, run serially on the calling thread.
+// The range is cut into contiguous parts whose borders are multiples of `grain`; threads() threads take one part after
+// the other. A loop whose elements do not depend on each other therefore gives the same bits for any thread count. The
+// body must not throw. A nested call, and a call while another caller holds the pool, run serially on the calling
+// thread.
 #pragma once
 
 #include <cstdint>

@@ -11,6 +11,7 @@
 
 #include "base/float16.h"
 #include "base/threads.h"
+#include "bindings/embedding.h"
 #include "bindings/op_arrays.h"
 #include "kernels/linear/pack.h"
 
@@ -83,15 +84,19 @@ Weight* pack(nb::list tensors, nb::object bias) {
   }
   nb::gil_scoped_release release;
   int64_t row = 0;
-  for (const Stored& t : stored) {
-    weight->parts.push_back(t.scheme ? linear::pack_integers(*t.scheme, t.fields.data(), t.rows, t.columns)
-                                     : linear::pack_floats(Float(t.floating), t.fields[0], t.rows, t.columns));
+  for (size_t i = 0; i < stored.size();) {  // neighbours of one format become one part
+    std::vector<linear::Source> sources;
+    const Stored& first = stored[i];
+    for (; i < stored.size() && stored[i].format == first.format; ++i)
+      sources.push_back({stored[i].fields, stored[i].rows});
+    weight->parts.push_back(first.scheme ? linear::pack_integers(*first.scheme, sources, weight->columns)
+                                         : linear::pack_floats(Float(first.floating), sources, weight->columns));
+    linear::Part& part = weight->parts.back();
     if (!all_bias.empty()) {
-      std::vector<float>& part = weight->parts.back().bias;
-      part.assign(weight->parts.back().panel_count() * linear::kPanelRows, 0.0f);
-      memcpy(part.data(), all_bias.data() + row, t.rows * sizeof(float));
+      part.bias.assign(part.panel_count() * linear::kPanelRows, 0.0f);
+      memcpy(part.bias.data(), all_bias.data() + row, part.rows * sizeof(float));
     }
-    row += t.rows;
+    row += part.rows;
   }
   return weight.release();
 }
@@ -122,27 +127,18 @@ void float_row(int type, const uint8_t* bytes, int64_t columns, float* out) {
   }
 }
 
-void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays, Array<const int32_t, 1> tokens,
-           float scale, Array<float, 2> out) {
-  const Stored t = read_stored(format, rows, columns, arrays);
-  const auto n = int64_t(tokens.shape(0));
-  require_size("embed", "rows of out", int64_t(out.shape(0)), n);
-  require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t token = tokens.data()[i];
-    require(token >= 0 && token < rows, "embed: token ", token, ", need 0 to ", rows - 1);
-  }
-  nb::gil_scoped_release release;
+// Decodes the rows that the tokens name.
+void decode_rows(const Stored& t, const int32_t* tokens, int64_t n, float scale, float* out) {
   parallel_for(n, 16, [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> scratch;
+    linear::RowBuffer buffer;
     std::vector<const uint8_t*> at(t.fields.size());
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = tokens.data()[i];
-      float* values = out.data() + i * columns;
+      const int64_t row = tokens[i], columns = t.columns;
+      float* values = out + i * columns;
       if (t.scheme) {
         for (size_t f = 0; f < at.size(); ++f)
           at[f] = t.fields[f] + (t.scheme->fields[f].shared ? 0 : row * t.scheme->fields[f].row_bytes);
-        linear::decode_row(*t.scheme, at.data(), columns, scratch, values);
+        linear::decode_row(*t.scheme, at.data(), columns, buffer, values);
       } else {
         float_row(t.floating, t.fields[0] + row * columns * float_bytes(Float(t.floating)), columns, values);
       }
@@ -153,7 +149,25 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
   });
 }
 
+void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays, Array<const int32_t, 1> tokens,
+           float scale, Array<float, 2> out) {
+  const Stored t = read_stored(format, rows, columns, arrays);
+  const auto n = int64_t(tokens.shape(0));
+  require_size("embed", "rows of out", int64_t(out.shape(0)), n);
+  require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
+  require_tokens("embed", tokens.data(), n, rows);
+  nb::gil_scoped_release release;
+  decode_rows(t, tokens.data(), n, scale, out.data());
+}
+
 }  // namespace
+
+ops_bindings::Embed ops_bindings::embedding(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays,
+                                            float scale) {
+  return [t = read_stored(format, rows, columns, arrays), scale](const int32_t* tokens, int64_t n, float* out) {
+    decode_rows(t, tokens, n, scale, out);
+  };
+}
 
 void bind_linear(nb::module_& m) {
   nb::class_<Weight>(m, "Weight", "Matrices joined along rows, repacked for this CPU. Made by pack.")

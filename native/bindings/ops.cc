@@ -43,13 +43,28 @@ void softcap(AnyArray<float> x, float cap) {
   elementwise::softcap(x.data(), int64_t(x.size()), cap);
 }
 
-void rope(nb::ndarray<float, nb::ndim<3>, nb::device::cpu> x, int64_t start, Array<const float, 1> inv_freq,
-          float scale) {
-  const auto n = int64_t(x.shape(0)), heads = int64_t(x.shape(1)), head_dim = int64_t(x.shape(2));
-  require_size("rope", "head_dim", head_dim, 2 * int64_t(inv_freq.shape(0)));
-  require(x.stride(2) == 1 && x.stride(1) == head_dim, "rope: heads of a row are not contiguous");
+// (n, heads, head_dim); the rows may be apart.
+using Heads = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
+
+void check_rope(const char* what, const Heads& x, const Array<const float, 1>& inv_freq) {
+  require_size(what, "head_dim", int64_t(x.shape(2)), 2 * int64_t(inv_freq.shape(0)));
+  require(x.stride(2) == 1 && x.stride(1) == int64_t(x.shape(2)), what, ": heads of a row are not contiguous");
+}
+
+void rope(const Heads& x, int64_t start, Array<const float, 1> inv_freq, float scale) {
+  check_rope("rope", x, inv_freq);
+  require(start >= 0 && start + int64_t(x.shape(0)) <= INT32_MAX, "rope: start ", start, ", need 0 to 2^31");
   nb::gil_scoped_release release;
-  elementwise::rope(x.data(), n, x.stride(0), heads, head_dim / 2, start, inv_freq.data(), scale);
+  elementwise::rope_from(x.data(), int64_t(x.shape(0)), x.stride(0), int64_t(x.shape(1)), int64_t(x.shape(2)) / 2,
+                         start, inv_freq.data(), scale);
+}
+
+void rope_batch(const Heads& x, Array<const int32_t, 1> positions, Array<const float, 1> inv_freq, float scale) {
+  check_rope("rope_batch", x, inv_freq);
+  require_size("rope_batch", "positions", int64_t(positions.shape(0)), int64_t(x.shape(0)));
+  nb::gil_scoped_release release;
+  elementwise::rope(x.data(), int64_t(x.shape(0)), x.stride(0), int64_t(x.shape(1)), int64_t(x.shape(2)) / 2,
+                    positions.data(), inv_freq.data(), scale);
 }
 
 // Checks logits (n, vocab) with targets (n).
@@ -92,6 +107,8 @@ void bind_ops(nb::module_& m) {
   m.def("softcap", &softcap, nb::arg("x"), nb::arg("cap"), "x = cap * tanh(x / cap)");
   m.def("rope", &rope, nb::arg("x"), nb::arg("start"), nb::arg("inv_freq"), nb::arg("scale"),
         "Rotates x in place; see tersor.ops.rope");
+  m.def("rope_batch", &rope_batch, nb::arg("x"), nb::arg("positions"), nb::arg("inv_freq"), nb::arg("scale"),
+        "Rotates x in place, row i for positions[i]; see tersor.ops.rope_batch");
   m.def("nll", &nll, nb::arg("logits"), nb::arg("targets"), nb::arg("out"), "out = -log softmax(logits)[target]");
   m.def("compare_logits", &compare_logits, nb::arg("p"), nb::arg("q"), nb::arg("targets"), nb::arg("out"),
         "See tersor.ops.compare_logits");

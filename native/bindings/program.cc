@@ -1,17 +1,18 @@
-// A recorded sequence of ops on fixed arrays, replayed by one call: for one token, calling every op from Python costs
-// about as much as a tenth of the products. Recorded by tersor.ops.program; the position comes from the cache at every
-// replay.
-#include <nanobind/stl/optional.h>
+// A recorded sequence of ops on fixed arrays, replayed by one call: for a few tokens, calling every op from Python
+// costs about as much as a tenth of the products. Recorded by tersor.ops.program for `rows` tokens and replayed for as
+// many or fewer; the positions come from the caches at every replay.
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <functional>
-#include <optional>
 #include <vector>
 
+#include "bindings/embedding.h"
 #include "bindings/op_arrays.h"
 #include "kernels/attention/attention.h"
 #include "kernels/elementwise/elementwise.h"
 #include "kernels/linear/linear.h"
+#include "kernels/logits/logits.h"
 
 namespace nb = nanobind;
 using namespace tersor;
@@ -25,13 +26,22 @@ namespace {
 template <typename T>
 using Heads = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
 
+// One replay: n tokens, at these positions of the spans' caches.
+struct Turn {
+  int64_t n;
+  const int32_t* tokens;
+  std::vector<attention::Span> spans;
+  std::vector<int32_t> positions;  // (n)
+};
+
 struct Program {
   int layers, kv_heads, head_dim;
   int64_t rows;
-  std::vector<std::function<void(Cache&)>> steps;
+  int64_t vocabulary = 0;  // of the embedding, when there is one
+  std::vector<std::function<void(const Turn&)>> steps;
   std::vector<nb::object> kept;  // the arrays and weights whose memory the steps use
 
-  void add(std::initializer_list<nb::handle> owners, std::function<void(Cache&)> step) {
+  void add(std::initializer_list<nb::handle> owners, std::function<void(const Turn&)> step) {
     for (nb::handle owner : owners) kept.push_back(nb::borrow(owner));
     steps.push_back(std::move(step));
   }
@@ -48,6 +58,17 @@ void check_heads(const Program& p, const char* op, const Heads<T>& x) {
   require_size(op, "rows", int64_t(x.shape(0)), p.rows);
   require_size(op, "head_dim", int64_t(x.shape(2)), p.head_dim);
   require(x.stride(2) == 1 && x.stride(1) == p.head_dim, op, ": heads of a row are not contiguous");
+}
+
+void add_embed(Program& p, const std::string& format, int64_t rows, int64_t columns, nb::dict fields, float scale,
+               nb::handle out_object) {
+  const auto out = as<Array<float, 2>>(out_object);
+  require_size("embed", "rows of out", int64_t(out.shape(0)), p.rows);
+  require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
+  p.vocabulary = rows;
+  p.add({out_object}, [look_up = embedding(format, rows, columns, fields, scale), to = out.data()](const Turn& turn) {
+    look_up(turn.tokens, turn.n, to);
+  });
 }
 
 void add_linear(Program& p, nb::handle x_object, nb::handle weight_object, nb::handle y_object,
@@ -67,21 +88,28 @@ void add_linear(Program& p, nb::handle x_object, nb::handle weight_object, nb::h
     residual = r.data();
   }
   p.add({x_object, weight_object, y_object, residual_object},
-        [from = x.data(), n = p.rows, &weight, residual, to = y.data()](Cache&) {
-          linear::multiply(from, n, weight, residual, to);
+        [from = x.data(), &weight, residual, to = y.data()](const Turn& turn) {
+          linear::multiply(from, turn.n, weight, residual, to);
         });
 }
 
+// x: (rows, d), or (rows, heads, d) whose rows may be apart.
 void add_rms_norm(Program& p, nb::handle x_object, nb::handle weight_object, float eps, nb::handle y_object) {
-  const auto x = as<AnyArray<const float>>(x_object);
+  const auto x = as<nb::ndarray<const float, nb::device::cpu>>(x_object);
   const auto weight = as<Array<const float, 1>>(weight_object);
   const auto y = as<AnyArray<float>>(y_object);
   const auto d = int64_t(weight.shape(0));
-  require(d > 0 && x.size() % d == 0 && x.size() == y.size(), "rms_norm: x and y must be rows of ", d,
-          " values, as many");
+  require(x.ndim() == 2 || x.ndim() == 3, "rms_norm: x has ", int64_t(x.ndim()), " axes, need 2 or 3");
+  const int64_t heads = x.ndim() == 3 ? int64_t(x.shape(1)) : 1, stride = x.stride(0);
+  require_size("rms_norm", "rows of x", int64_t(x.shape(0)), p.rows);
+  require_size("rms_norm", "last axis of x", int64_t(x.shape(x.ndim() - 1)), d);
+  require(x.stride(x.ndim() - 1) == 1 && (x.ndim() == 2 || x.stride(1) == d), "rms_norm: a row is not contiguous");
+  require_size("rms_norm", "values of y", int64_t(y.size()), p.rows * heads * d);
   p.add({x_object, weight_object, y_object},
-        [from = x.data(), rows = int64_t(x.size()) / d, d, w = weight.data(), eps, to = y.data()](Cache&) {
-          elementwise::rms_norm(from, rows, d, w, eps, to);
+        [from = x.data(), heads, stride, d, w = weight.data(), eps, to = y.data()](const Turn& turn) {
+          if (stride == heads * d) return elementwise::rms_norm(from, turn.n * heads, d, w, eps, to);
+          for (int64_t i = 0; i < turn.n; ++i)
+            elementwise::rms_norm(from + i * stride, heads, d, w, eps, to + i * heads * d);
         });
 }
 
@@ -91,18 +119,22 @@ void add_gated(Program& p, nb::handle x_object, const std::string& activation, n
   require(activation == "silu" || activation == "gelu_tanh", "gated: activation '", activation,
           "', need silu or gelu_tanh");
   const elementwise::Activation kind = activation == "silu" ? elementwise::kSilu : elementwise::kGeluTanh;
-  require_size("gated", "rows of y", int64_t(y.shape(0)), int64_t(x.shape(0)));
+  require_size("gated", "rows of x", int64_t(x.shape(0)), p.rows);
+  require_size("gated", "rows of y", int64_t(y.shape(0)), p.rows);
   require_size("gated", "columns of x", int64_t(x.shape(1)), 2 * int64_t(y.shape(1)));
-  p.add({x_object, y_object}, [from = x.data(), rows = int64_t(y.shape(0)), f = int64_t(y.shape(1)), kind,
-                               to = y.data()](Cache&) { elementwise::gated(from, rows, f, kind, to); });
+  p.add({x_object, y_object}, [from = x.data(), f = int64_t(y.shape(1)), kind, to = y.data()](const Turn& turn) {
+    elementwise::gated(from, turn.n, f, kind, to);
+  });
 }
 
 void add_add(Program& p, nb::handle x_object, nb::handle y_object) {
-  const auto x = as<AnyArray<float>>(x_object);
-  const auto y = as<AnyArray<const float>>(y_object);
+  const auto x = as<Array<float, 2>>(x_object);
+  const auto y = as<Array<const float, 2>>(y_object);
+  require_size("add", "rows of x", int64_t(x.shape(0)), p.rows);
   require_size("add", "values of y", int64_t(y.size()), int64_t(x.size()));
-  p.add({x_object, y_object},
-        [to = x.data(), from = y.data(), n = int64_t(x.size())](Cache&) { elementwise::add(to, from, n); });
+  p.add({x_object, y_object}, [to = x.data(), from = y.data(), width = int64_t(x.shape(1))](const Turn& turn) {
+    elementwise::add(to, from, turn.n * width);
+  });
 }
 
 void add_rope(Program& p, nb::handle x_object, nb::handle inv_freq_object, float scale) {
@@ -110,9 +142,9 @@ void add_rope(Program& p, nb::handle x_object, nb::handle inv_freq_object, float
   const auto inv_freq = as<Array<const float, 1>>(inv_freq_object);
   check_heads(p, "rope", x);
   require_size("rope", "values of inv_freq", int64_t(inv_freq.shape(0)), p.head_dim / 2);
-  p.add({x_object, inv_freq_object}, [at = x.data(), n = p.rows, stride = x.stride(0), heads = int64_t(x.shape(1)),
-                                      half = p.head_dim / 2, f = inv_freq.data(), scale](Cache& cache) {
-    elementwise::rope(at, n, stride, heads, half, cache.length, f, scale);
+  p.add({x_object, inv_freq_object}, [at = x.data(), stride = x.stride(0), heads = int64_t(x.shape(1)),
+                                      half = p.head_dim / 2, f = inv_freq.data(), scale](const Turn& turn) {
+    elementwise::rope(at, turn.n, stride, heads, half, turn.positions.data(), f, scale);
   });
 }
 
@@ -125,7 +157,8 @@ void add_append(Program& p, int layer, nb::handle k_object, nb::handle v_object)
     require_size("append", "heads", int64_t(x->shape(1)), p.kv_heads);
   }
   const attention::Rows keys{k.data(), p.rows, k.stride(0)}, values{v.data(), p.rows, v.stride(0)};
-  p.add({k_object, v_object}, [layer, keys, values](Cache& cache) { attention::append(cache, layer, keys, values); });
+  p.add({k_object, v_object},
+        [layer, keys, values](const Turn& turn) { attention::append(turn.spans, layer, keys, values); });
 }
 
 void add_attention(Program& p, nb::handle q_object, int layer, float scale, float softcap, int64_t window,
@@ -138,39 +171,79 @@ void add_attention(Program& p, nb::handle q_object, int layer, float scale, floa
   require(heads > 0 && heads % p.kv_heads == 0, "attention: ", heads, " heads, need a multiple of ", p.kv_heads);
   require_size("attention", "rows of out", int64_t(out.shape(0)), p.rows);
   require_size("attention", "columns of out", int64_t(out.shape(1)), heads * p.head_dim);
-  const attention::Rows queries{q.data(), p.rows, q.stride(0)};
-  p.add({q_object, out_object}, [layer, queries, heads, scale, softcap, window, to = out.data()](Cache& cache) {
-    attention::attend(cache, layer, queries, int(heads), scale, softcap, window, to);
+  p.add({q_object, out_object}, [layer, from = q.data(), stride = q.stride(0), heads, scale, softcap, window,
+                                 to = out.data()](const Turn& turn) {
+    attention::attend(turn.spans, layer, {from, turn.n, stride}, int(heads), scale, softcap, window, to);
   });
 }
 
-void run(const Program& p, Cache& cache) {
-  require(cache.layers == p.layers && cache.kv_heads == p.kv_heads && cache.head_dim == p.head_dim,
-          "run: a cache of another model");
-  require(cache.length + p.rows <= cache.capacity, "run: position ", cache.length + p.rows, ", the cache holds ",
-          cache.capacity);
+void add_softcap(Program& p, nb::handle x_object, float cap) {
+  const auto x = as<Array<float, 2>>(x_object);
+  require_size("softcap", "rows of x", int64_t(x.shape(0)), p.rows);
+  require(cap > 0, "softcap: cap must be positive");
+  p.add({x_object}, [at = x.data(), width = int64_t(x.shape(1)), cap](const Turn& turn) {
+    elementwise::softcap(at, turn.n * width, cap);
+  });
+}
+
+void add_top(Program& p, nb::handle x_object, nb::handle out_object) {
+  const auto x = as<Array<const float, 2>>(x_object);
+  const auto out = as<Array<int32_t, 1>>(out_object);
+  require_size("top", "rows of x", int64_t(x.shape(0)), p.rows);
+  require_size("top", "values of out", int64_t(out.shape(0)), p.rows);
+  require(x.shape(1) > 0, "top: x has no columns");
+  p.add({x_object, out_object}, [from = x.data(), width = int64_t(x.shape(1)), to = out.data()](const Turn& turn) {
+    logits::top(from, turn.n, width, to);
+  });
+}
+
+void run(const Program& p, const std::vector<Cache*>& caches, Array<const int32_t, 1> tokens) {
+  const auto n = int64_t(tokens.shape(0));
+  require(n >= 1 && n <= p.rows, "run: ", n, " rows, need 1 to ", p.rows);
+  const auto count = int64_t(caches.size());
+  require(count == 1 || count == n, "run: ", n, " rows and ", count, " caches, need one cache, or as many");
+  if (p.vocabulary > 0) require_tokens("run", tokens.data(), n, p.vocabulary);
+  Turn turn{n, tokens.data(), {}, {}};
+  for (Cache* cache : caches) {
+    require(cache->layers == p.layers && cache->kv_heads == p.kv_heads && cache->head_dim == p.head_dim,
+            "run: a cache of another model");
+    for (const attention::Span& other : turn.spans) require(other.cache != cache, "run: a cache is given twice");
+    const int64_t rows = n / count, end = cache->length + rows;
+    require(end <= cache->capacity, "run: position ", end, ", the cache holds ", cache->capacity);
+    turn.spans.push_back({cache, int64_t(turn.positions.size()), rows});
+    for (int64_t at = cache->length; at < end; ++at) turn.positions.push_back(int32_t(at));
+  }
   nb::gil_scoped_release release;
-  for (const auto& step : p.steps) step(cache);
+  for (const auto& step : p.steps) step(turn);
 }
 
 }  // namespace
 
 void bind_program(nb::module_& m) {
-  nb::class_<Program>(m, "Program",
-                      "Ops on fixed arrays, replayed in order by run. Arguments as of the ops of the same names.")
+  nb::class_<Program>(
+      m, "Program",
+      "Ops on fixed arrays of `rows` rows, replayed in order by run. Arguments as of the ops of the same names.")
       .def(
           "__init__",
           [](Program* self, int layers, int kv_heads, int head_dim, int64_t rows) {
-            new (self) Program{layers, kv_heads, head_dim, rows, {}, {}};
+            new (self) Program{layers, kv_heads, head_dim, rows, 0, {}, {}};
           },
           nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("rows"))
+      .def("embed", &add_embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"),
+           nb::arg("scale"), nb::arg("out"), "Of the tokens that run is given.")
       .def("linear", &add_linear, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none())
       .def("rms_norm", &add_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"))
       .def("gated", &add_gated, nb::arg("x"), nb::arg("activation"), nb::arg("y"))
       .def("add", &add_add, nb::arg("x"), nb::arg("y"))
-      .def("rope", &add_rope, nb::arg("x"), nb::arg("inv_freq"), nb::arg("scale"), "At the cache's length.")
+      .def("rope", &add_rope, nb::arg("x"), nb::arg("inv_freq"), nb::arg("scale"), "At the positions of the rows.")
       .def("append", &add_append, nb::arg("layer"), nb::arg("k"), nb::arg("v"))
       .def("attention", &add_attention, nb::arg("q"), nb::arg("layer"), nb::arg("scale"), nb::arg("softcap"),
            nb::arg("window"), nb::arg("out"))
-      .def("run", &run, nb::arg("cache"), "Replays all steps at the cache's length, which stays as it is.");
+      .def("softcap", &add_softcap, nb::arg("x"), nb::arg("cap"))
+      .def("top", &add_top, nb::arg("x"), nb::arg("out"),
+           "out[i], int32, = the place of the first largest value of row i.")
+      .def(
+          "run", &run, nb::arg("caches"), nb::arg("tokens"),
+          "Replays all steps for n tokens, (n) int32, in the first n rows: at positions length and on of one cache, or "
+          "token i at caches[i].length. The lengths stay as they are.");
 }

@@ -146,12 +146,19 @@ def test_rope_forgets_nothing(isa: str) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "f32"])
+# Scores up to 10 with relative errors of some EPS become errors of the weights; outputs are about 1. Beside an int8 cache
+# queries are int16: steps of 3.5 / 32767, with sigma 3.5 / 32767 / sqrt(12) = 3e-5, times sqrt(80) keys of about 1 and the
+# scale 0.3 give a score sigma 8e-5; six of them. Weights of int16 add less.
+ATTENTION_ERROR = {"f16": 1e-5, "f32": 1e-5, "int8": 5e-4}
+DTYPES = tuple(ATTENTION_ERROR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1), (70, 1)])
 def test_attention(heads: tuple[int, int], dtype: str, isa: str) -> None:
     """A cache filled in uneven steps, then rolled back, seen by batches of queries, with caps and windows."""
     h, kv = heads
-    for head_dim in (2, 24, 64) if isa != "scalar" and h < 70 else (24,):
+    for head_dim in (2, 24, 64, 80) if isa != "scalar" and h < 70 else (24,):
         caches = [module.KVCache(2, kv, head_dim, 700, dtype) for module in (ops, reference)]
         assert caches[0].nbytes >= caches[1].nbytes
         for step, n in enumerate((5, 40, 1, 1, 560, 9, 1)):
@@ -162,8 +169,7 @@ def test_attention(heads: tuple[int, int], dtype: str, isa: str) -> None:
             for cap, window in ((0.0, 0), (2.0, 0), (0.0, 13), (5.0, 530)) if n < 100 else ():
                 want = reference.attention(q, caches[1], 1, 0.3, cap, window)
                 got = ops.attention(q, caches[0], 1, 0.3, cap, window)
-                # scores up to 10 with relative errors of some EPS become errors of the weights; outputs are about 1
-                np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(got, want, rtol=0, atol=ATTENTION_ERROR[dtype])
             for cache in caches:
                 cache.advance(n)
                 if n == 40:
@@ -191,6 +197,46 @@ def test_attention_threads_and_views(isa: str) -> None:
         np.testing.assert_array_equal(rotated[:, 6:], joined[:, 6:])
     np.testing.assert_array_equal(outputs[0], outputs[2])
     np.testing.assert_array_equal(outputs[1], outputs[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 130])
+def test_a_row_of_attention_is_the_same_in_any_company(window: int, dtype: str, isa: str) -> None:
+    """Queries one by one, all together, and each with its own cache in a batch give the same bits."""
+    h, kv, d, n, start = 6, 2, 24, 45, 1010
+    q, k, v = normal(1, n, h, d), normal(2, start + n, kv, d), normal(3, start + n, kv, d)
+    together = ops.KVCache(2, kv, d, start + n, dtype)
+    together.append(1, k, v)
+    together.advance(start)
+    want = same_for_any_threads(lambda: ops.attention(q, together, 1, 0.4, 5.0, window))
+    batch = []
+    for i in range(n):
+        cache = ops.KVCache(2, kv, d, start + i + 1, dtype)
+        cache.append(1, k[: start + i], v[: start + i])
+        cache.advance(start + i)
+        batch.append(cache)
+    ops.append_batch(batch, 1, k[start:], v[start:])
+    for i in range(n):
+        np.testing.assert_array_equal(ops.attention(q[i : i + 1], batch[i], 1, 0.4, 5.0, window)[0], want[i])
+    np.testing.assert_array_equal(same_for_any_threads(lambda: ops.attention_batch(q, batch, 1, 0.4, 5.0, window)), want)
+    slow = [reference.KVCache(2, kv, d, start + i + 1, dtype) for i in (0, n - 1)]
+    for i, cache in zip((0, n - 1), slow):
+        cache.append(1, k[: start + i], v[: start + i])
+        cache.advance(start + i)
+    reference.append_batch(slow, 1, k[[start, -1]], v[[start, -1]])
+    oracle = reference.attention_batch(q[[0, -1]], slow, 1, 0.4, 5.0, window)
+    np.testing.assert_allclose(want[[0, -1]], oracle, rtol=0, atol=ATTENTION_ERROR[dtype])
+
+
+def test_rope_batch(isa: str) -> None:
+    positions, inv_freq = np.array([7, 0, 4000, 7], np.int32), normal(4, 16)
+    x = normal(5, 4, 3, 32)
+    got = same_for_any_threads(lambda: changed(lambda y: ops.rope_batch(y, positions, inv_freq, 1.5), x))
+    for i, position in enumerate(positions.tolist()):
+        want = changed(lambda y, p=position: ops.rope(y, p, inv_freq, 1.5), x[i : i + 1])
+        np.testing.assert_array_equal(got[i], want[0])
+    want = changed(lambda y: reference.rope_batch(y, positions, inv_freq, 1.5), x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=4 * EPS * 1.5 * np.abs(x).max())
 
 
 def test_attention_extreme_scores(isa: str) -> None:
@@ -235,6 +281,14 @@ def test_ties_go_to_the_first() -> None:
 
 CACHE = ops.KVCache(2, 2, 8, 10)
 ZEROS = np.zeros((3, 2, 8), np.float32)
+
+
+def full_cache() -> ops.KVCache:
+    cache = ops.KVCache(2, 2, 8, 10)
+    cache.advance(10)
+    return cache
+
+
 BAD = {
     "rms_norm: last axis of x: got 3, need 4": lambda: ops.rms_norm(np.zeros((2, 3), np.float32), np.zeros(4, np.float32), 1e-5),
     "gated: columns of x: got 5, need 4": lambda: ops.gated(np.zeros((2, 5), np.float32), "silu"),
@@ -245,7 +299,7 @@ BAD = {
     "rope: heads of a row are not contiguous": lambda: ops.rope(np.zeros((3, 8, 4), np.float32)[:, ::2], 0, np.zeros(2, np.float32)),
     "KVCache: layers, kv_heads, head_dim and capacity must be positive": lambda: ops.KVCache(1, 1, 8, 0),
     "KVCache: head_dim 513, need at most 512": lambda: ops.KVCache(1, 1, 513, 8),
-    "KVCache: dtype 'q8_0', need f16 or f32": lambda: ops.KVCache(1, 1, 8, 8, "q8_0"),
+    "KVCache: dtype 'q8_0', need f16, f32 or int8": lambda: ops.KVCache(1, 1, 8, 8, "q8_0"),
     "layer 2, need 0 to 1": lambda: CACHE.append(2, ZEROS, ZEROS),
     "append: k: heads: got 1, need 2": lambda: CACHE.append(0, ZEROS[:, :1], ZEROS),
     "append: v: head_dim: got 4, need 8": lambda: CACHE.append(0, ZEROS, np.zeros((3, 2, 4), np.float32)),
@@ -255,6 +309,13 @@ BAD = {
     "truncate: 1, need 0 to 0": lambda: CACHE.truncate(1),
     "attention: 3 heads, need a multiple of 2": lambda: ops.attention(np.zeros((1, 3, 8), np.float32), CACHE, 0, 1.0),
     "attention: position 11, the cache holds 10": lambda: ops.attention(np.zeros((11, 2, 8), np.float32), CACHE, 0, 1.0),
+    "rope: start -1, need 0 to 2^31": lambda: ops.rope(ZEROS.copy(), -1, np.zeros(4, np.float32)),
+    "rope_batch: positions: got 2, need 3": lambda: ops.rope_batch(ZEROS.copy(), np.zeros(2, np.int32), np.zeros(4, np.float32)),
+    "attention_batch: no caches": lambda: ops.attention_batch(ZEROS[:0], [], 0, 1.0),
+    "attention_batch: rows: got 3, need 2": lambda: ops.attention_batch(ZEROS, [CACHE, CACHE], 0, 1.0),
+    "attention_batch: caches of different models": lambda: ops.attention_batch(ZEROS[:2], [CACHE, ops.KVCache(2, 1, 8, 4)], 0, 1.0),
+    "append_batch: a cache is given twice": lambda: ops.append_batch([CACHE, CACHE], 0, ZEROS[:2], ZEROS[:2]),
+    "append_batch: position 11, the cache holds 10": lambda: ops.append_batch([full_cache()], 0, ZEROS[:1], ZEROS[:1]),
     "nll: targets: got 1, need 2": lambda: ops.nll(np.zeros((2, 5), np.float32), np.zeros(1, np.int32)),
     "nll: target 5, need 0 to 4": lambda: ops.nll(np.zeros((1, 5), np.float32), np.array([5], np.int32)),
     "compare_logits: columns of q: got 4, need 5": lambda: ops.compare_logits(

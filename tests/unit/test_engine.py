@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tersor.containers.container import Checkpoint
 from tersor.engine import Model, Request, load
-from tersor.engine.model import PREFILL_CHUNK
+from tersor.engine.prefill import PREFILL_CHUNK, chunks
 from tersor.errors import ModelError, RecipeError
 from tersor.formats import get_format
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo

@@ -65,6 +65,10 @@ inline F select_less(F x, F y, F a, F b) {
   return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
           _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
 }
+inline bool any_less(F x, F y) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))) !=
+         0;
+}
 inline float sum(F x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -92,9 +96,19 @@ inline __m256 power(__m256i n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 inline F scale_by_power(F x, I n) { return mul(x, {power(n.a), power(n.b)}); }
+inline __m256 round_half(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F round(F x) { return {round_half(x.a), round_half(x.b)}; }
+inline F scale_by_power(F x, F n) {  // the power of -127 is 0
+  const F bounded = max(set(-127), n);
+  return scale_by_power(x, round_to_int(bounded));
+}
 inline void store_i8(int8_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);  // packs works in 128-bit halves
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+inline void store_i16(int16_t* p, I x) {
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));
 }
 
 using Four = __m256i;
@@ -109,22 +123,27 @@ inline Four load_four(const int8_t* p) {
 struct Dot {
   __m256i a, b;
 };
+inline constexpr bool kDotIsInt = false;
 template <int kBits>
 inline constexpr int kDotSteps = kBits <= 4 ? 8 : 2;
 inline Dot dot_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Codes load_codes(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-inline Codes load_low(const uint8_t* p) {
-  const Codes c = load_codes(p);
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
+inline void store_codes(uint8_t* p, Codes c) {
+  _mm256_storeu_si256((__m256i*)p, c.a);
+  _mm256_storeu_si256((__m256i*)(p + 32), c.b);
 }
-inline Codes load_high(const uint8_t* p) {
-  const Codes c = load_codes(p);
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {_mm256_and_si256(_mm256_srli_epi16(c.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(c.b, 4), mask)};
+template <int N>
+inline __m256i shift_bytes(__m256i x) {  // the mask that follows drops what crosses bytes
+  return N > 0 ? _mm256_srli_epi16(x, N > 0 ? N : 0) : N < 0 ? _mm256_slli_epi16(x, N < 0 ? -N : 0) : x;
 }
+template <int N>
+inline Codes bits_of(Codes c, int mask) {
+  const __m256i m = _mm256_set1_epi8(char(mask));
+  return {_mm256_and_si256(shift_bytes<N>(c.a), m), _mm256_and_si256(shift_bytes<N>(c.b), m)};
+}
+inline Codes join(Codes x, Codes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline Dot dot(Dot s, Codes w, Four x) {
   return {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, x))};
 }
@@ -133,6 +152,34 @@ inline I widen(Dot d) {
   return {_mm256_madd_epi16(d.a, ones), _mm256_madd_epi16(d.b, ones)};
 }
 inline I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I set_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I times128(I x) { return {_mm256_slli_epi32(x.a, 7), _mm256_slli_epi32(x.b, 7)}; }
+inline I load_int(const int32_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
+}
+inline void store_int(int32_t* p, I x) {
+  _mm256_storeu_si256((__m256i*)p, x.a);
+  _mm256_storeu_si256((__m256i*)(p + 8), x.b);
+}
+inline int32_t sum_int(I x) {
+  const __m256i h = _mm256_add_epi32(x.a, x.b);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline I mul(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline I widen_i8(const int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+inline I widen_bytes(__m128i x) { return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(x, x))}; }
+inline I widen_u8(const uint8_t* p) { return widen_bytes(_mm_loadu_si128((const __m128i*)p)); }
+inline I widen_low(const uint8_t* p) {
+  return widen_bytes(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(15)));
+}
+inline I widen_high(const uint8_t* p) {
+  return widen_bytes(_mm_and_si128(_mm_srli_epi16(_mm_loadu_si128((const __m128i*)p), 4), _mm_set1_epi8(15)));
+}
 
 // |w| * (x with the sign of w): |w| <= 128 and |x| <= 127, so two products are at most 32512 and do not saturate.
 struct Signed {
@@ -142,6 +189,8 @@ inline constexpr int kSignedBias = 0;
 inline I int_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Signed to_signed(Codes c) { return {c, {_mm256_abs_epi8(c.a), _mm256_abs_epi8(c.b)}}; }
 inline Signed load_signed(const uint8_t* p) { return to_signed(load_codes(p)); }
+inline void store_opened(uint8_t* p, Signed w) { store_codes(p, w.w); }
+inline Signed load_opened(const uint8_t* p) { return load_signed(p); }
 using Table = __m256i;
 inline Table load_table(const int8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 inline Signed lookup(Table t, Codes c) { return to_signed({_mm256_shuffle_epi8(t, c.a), _mm256_shuffle_epi8(t, c.b)}); }
@@ -153,8 +202,28 @@ inline I dot_signed(I s, Signed w, Four x) {
   return {dot_signed_half(s.a, w.w.a, w.magnitude.a, x), dot_signed_half(s.b, w.w.b, w.magnitude.b, x)};
 }
 
+struct Pairs {
+  __m256i a, b;
+};
+inline Pairs load_pairs(const int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+inline Pairs set_pair(const int16_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
+inline I dot_pairs(I s, Pairs x, Pairs y) {
+  return {_mm256_add_epi32(s.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(s.b, _mm256_madd_epi16(x.b, y.b))};
+}
+
 inline constexpr int kIntTile = 4;    // 8 registers of sums, 4 of codes, the activations
+inline constexpr int kFineTile = 2;   // 8 registers of dots
 inline constexpr int kFloatTile = 6;  // 12 registers of sums, 2 of weights, the activation
+
+inline constexpr int kWideRows = 3, kWideVectors = 2;  // 12 registers of sums each
+inline constexpr int kTallRows = 6, kTallVectors = 1;
 
 }  // namespace
 }  // namespace tersor

@@ -49,19 +49,20 @@ inline F abs(F x) { return {_mm512_abs_ps(x.a)}; }
 inline F select_less(F x, F y, F a, F b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ), b.a, a.a)};
 }
+inline bool any_less(F x, F y) { return _mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ) != 0; }
+inline __m256 low_half(F x) { return _mm512_castps512_ps256(x.a); }
+inline __m256 high_half(F x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.a), 1)); }
 inline float sum(F x) {
-  alignas(64) float v[16];
-  _mm512_store_ps(v, x.a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  const __m256 s = _mm256_add_ps(low_half(x), high_half(x));
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
 inline float max_of(F x) {
-  alignas(64) float v[16];
-  _mm512_store_ps(v, x.a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  return v[0];
+  const __m256 s = _mm256_max_ps(low_half(x), high_half(x));
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 inline double sum_f64(F x) {
   alignas(64) float v[16];
@@ -76,7 +77,11 @@ inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.a)}; }
 inline F scale_by_power(F x, I n) {
   return mul(x, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.a, _mm512_set1_epi32(127)), 23))});
 }
+inline F round(F x) { return {_mm512_roundscale_ps(x.a, _MM_FROUND_TO_NEAREST_INT)}; }
+inline F scale_by_power(F x, F n) { return {_mm512_scalef_ps(x.a, n.a)}; }
 inline void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x.a)); }
+
+inline void store_i16(int16_t* p, I x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(x.a)); }
 
 using Four = __m512i;
 inline Four load_four(const int8_t* p) {
@@ -87,17 +92,42 @@ inline Four load_four(const int8_t* p) {
 
 // vpdpbusd sums in int32: nothing overflows within a group.
 using Dot = I;
+inline constexpr bool kDotIsInt = true;
 template <int kBits>
 inline constexpr int kDotSteps = 8;
 inline Dot dot_zero() { return {_mm512_setzero_si512()}; }
 inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Codes load_low(const uint8_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15))}; }
-inline Codes load_high(const uint8_t* p) {
-  return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
+inline void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c.a); }
+template <int N>
+inline Codes bits_of(Codes c, int mask) {
+  const __m512i shifted = N > 0   ? _mm512_srli_epi16(c.a, N > 0 ? N : 0)
+                          : N < 0 ? _mm512_slli_epi16(c.a, N < 0 ? -N : 0)
+                                  : c.a;
+  return {_mm512_and_si512(shifted, _mm512_set1_epi8(char(mask)))};
 }
+inline Codes join(Codes a, Codes b) { return {_mm512_or_si512(a.a, b.a)}; }
 inline Dot dot(Dot s, Codes w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
 inline I widen(Dot d) { return d; }
 inline I add(I x, I y) { return {_mm512_add_epi32(x.a, y.a)}; }
+inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I times128(I x) { return {_mm512_slli_epi32(x.a, 7)}; }
+inline I load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_int(int32_t* p, I x) { _mm512_storeu_si512(p, x.a); }
+inline int32_t sum_int(I x) {
+  const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(x.a), _mm512_extracti64x4_epi64(x.a, 1));
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline I mul(I x, I y) { return {_mm512_mullo_epi32(x.a, y.a)}; }
+inline I widen_i8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline I widen_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline I widen_low(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(15)))};
+}
+inline I widen_high(const uint8_t* p) {
+  return {_mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 4)};
+}
 
 // vpdpbusd wants unsigned codes: w + 128 is w with its top bit flipped.
 using Signed = Codes;
@@ -106,6 +136,8 @@ inline I int_zero() { return {_mm512_setzero_si512()}; }
 inline Signed load_signed(const uint8_t* p) {
   return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
 }
+inline void store_opened(uint8_t* p, Signed w) { store_codes(p, w); }
+inline Signed load_opened(const uint8_t* p) { return load_codes(p); }
 using Table = __m512i;
 inline Table load_table(const int8_t* p) {
   const __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));
@@ -114,8 +146,30 @@ inline Table load_table(const int8_t* p) {
 inline Signed lookup(Table t, Codes c) { return {_mm512_shuffle_epi8(t, c.a)}; }
 inline I dot_signed(I s, Signed w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
 
-inline constexpr int kIntTile = 8;
+struct Pairs {
+  __m512i a;
+};
+inline Pairs load_pairs(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+inline Pairs set_pair(const int16_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm512_set1_epi32(x)};
+}
+inline I dot_pairs(I s, Pairs x, Pairs y) {
+#ifdef TERSOR_EMULATE_AVX512
+  return {_mm512_dpwssd_epi32(s.a, x.a, y.a)};
+#else  // from the intrinsic, GCC 12 copies every sum to another register and back
+  asm("vpdpwssd %2, %1, %0" : "+v"(s.a) : "v"(x.a), "v"(y.a));
+  return s;
+#endif
+}
+
+inline constexpr int kIntTile = 8;   // 8 registers of sums, 8 of dots
+inline constexpr int kFineTile = 4;  // 8 registers of dots
 inline constexpr int kFloatTile = 12;
+
+inline constexpr int kWideRows = 6, kWideVectors = 4;  // 24 registers of sums each
+inline constexpr int kTallRows = 12, kTallVectors = 2;
 
 }  // namespace
 }  // namespace tersor

@@ -1,6 +1,6 @@
 // AVX-512 intrinsics in plain C++ for tests on CPUs without them: SIMDe (https://github.com/simd-everywhere/simde), and
-// what version 0.7 of it lacks, after the Intel intrinsics guide. Only native/kernels/avx512vnni_test.cc is built with
-// this.
+// what version 0.7 of it lacks, after the Intel intrinsics guide. Only kernel_test is built with this, by
+// tests/unit/test_native_builds.py.
 #pragma once
 
 #define SIMDE_NO_NATIVE

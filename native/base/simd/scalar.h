@@ -98,6 +98,11 @@ inline F select_less(const F& x, const F& y, const F& a, F b) {
   TERSOR_EACH b.v[i] = x.v[i] < y.v[i] ? a.v[i] : b.v[i];
   return b;
 }
+inline bool any_less(const F& x, const F& y) {
+  bool any = false;
+  TERSOR_EACH any |= x.v[i] < y.v[i];
+  return any;
+}
 inline float sum(F a) {
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
@@ -131,8 +136,20 @@ inline F scale_by_power(F a, const I& n) {
   TERSOR_EACH a.v[i] *= bits_to_float(uint32_t(n.v[i] + 127) << 23);
   return a;
 }
+// Nearest integer as a float, ties to even.
+inline F round(F a) {
+  TERSOR_EACH a.v[i] = std::nearbyint(a.v[i]);
+  return a;
+}
+// a * 2^n for whole n <= 127 and a near 1; 0 or subnormal below -126.
+inline F scale_by_power(F a, const F& n) {
+  TERSOR_EACH a.v[i] = n.v[i] < -126 ? 0.0f : a.v[i] * bits_to_float(uint32_t(int32_t(n.v[i]) + 127) << 23);
+  return a;
+}
 // Sixteen integers in [-128, 127] to bytes.
 inline void store_i8(int8_t* p, const I& a) { TERSOR_EACH p[i] = int8_t(a.v[i]); }
+// Sixteen integers in [-32768, 32767] to int16.
+inline void store_i16(int16_t* p, const I& a) { TERSOR_EACH p[i] = int16_t(a.v[i]); }
 
 // ---- Integer dot products of a weight panel: 16 rows by 4 columns at a time ----
 
@@ -148,6 +165,7 @@ inline Four load_four(const int8_t* p) {
 
 // Unsigned codes < 64. `Dot` holds kDotSteps<bits> k4-steps without overflow; `widen` gives the sums.
 using Dot = I;
+inline constexpr bool kDotIsInt = true;  // Dot is I, so that a sum may begin with any number
 template <int kBits>
 inline constexpr int kDotSteps = 8;
 inline Dot dot_zero() { return I{}; }
@@ -156,16 +174,16 @@ inline Codes load_codes(const uint8_t* p) {
   memcpy(r.v, p, 64);
   return r;
 }
-// A line of 64 bytes holds two k4-steps of 4-bit codes: the first in the low nibbles, the second in the high ones.
-inline Codes load_low(const uint8_t* p) {
-  Codes r;
-  for (int i = 0; i < 64; ++i) r.v[i] = p[i] & 15;
-  return r;
+inline void store_codes(uint8_t* p, const Codes& c) { memcpy(p, c.v, 64); }
+// Every byte shifted right by N (left by -N) and masked, N in -7..7.
+template <int N>
+inline Codes bits_of(Codes c, int mask) {
+  for (uint8_t& v : c.v) v = (N >= 0 ? v >> (N >= 0 ? N : 0) : v << (N < 0 ? -N : 0)) & mask;
+  return c;
 }
-inline Codes load_high(const uint8_t* p) {
-  Codes r;
-  for (int i = 0; i < 64; ++i) r.v[i] = p[i] >> 4;
-  return r;
+inline Codes join(Codes a, const Codes& b) {
+  for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
+  return a;
 }
 inline Dot dot(Dot sum, const Codes& w, const Four& x) {
   for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(w.v[i]) * x.v[i % 4];
@@ -176,12 +194,61 @@ inline I add(I a, const I& b) {
   TERSOR_EACH a.v[i] += b.v[i];
   return a;
 }
+inline I set_int(int32_t x) {
+  I r;
+  TERSOR_EACH r.v[i] = x;
+  return r;
+}
+// a * 128
+inline I times128(I a) {
+  TERSOR_EACH a.v[i] *= 128;
+  return a;
+}
+inline I load_int(const int32_t* p) {
+  I r;
+  memcpy(r.v, p, 64);
+  return r;
+}
+inline void store_int(int32_t* p, const I& a) { memcpy(p, a.v, 64); }
+inline int32_t sum_int(const I& a) {
+  int32_t s = 0;
+  TERSOR_EACH s += a.v[i];
+  return s;
+}
+inline I mul(I a, const I& b) {
+  TERSOR_EACH a.v[i] *= b.v[i];
+  return a;
+}
+// Sixteen bytes as integers: signed, unsigned, and the low and the high nibbles.
+inline I widen_i8(const int8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i];
+  return r;
+}
+inline I widen_u8(const uint8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i];
+  return r;
+}
+inline I widen_low(const uint8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i] & 15;
+  return r;
+}
+inline I widen_high(const uint8_t* p) {
+  I r;
+  TERSOR_EACH r.v[i] = p[i] >> 4;
+  return r;
+}
 
 // Signed codes: dot_signed sums (w + kSignedBias) * x.
 using Signed = Codes;
 inline constexpr int kSignedBias = 0;
 inline I int_zero() { return I{}; }
 inline Signed load_signed(const uint8_t* p) { return load_codes(p); }
+// To bytes that load_opened reads faster than load_signed would.
+inline void store_opened(uint8_t* p, const Signed& w) { store_codes(p, w); }
+inline Signed load_opened(const uint8_t* p) { return load_codes(p); }
 // 16 signed bytes, indexed by 4-bit codes.
 struct Table {
   uint8_t v[16];
@@ -200,11 +267,35 @@ inline I dot_signed(I sum, const Signed& w, const Four& x) {
   return sum;
 }
 
+// Sixteen pairs of int16: of int8 in memory, or one pair for all.
+struct Pairs {
+  int16_t v[32];
+};
+inline Pairs load_pairs(const int8_t* p) {
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i] = p[i];
+  return r;
+}
+inline Pairs set_pair(const int16_t* p) {
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i] = p[i % 2];
+  return r;
+}
+inline I dot_pairs(I sum, const Pairs& x, const Pairs& y) {
+  TERSOR_EACH sum.v[i] += int32_t(x.v[2 * i]) * y.v[2 * i] + int32_t(x.v[2 * i + 1]) * y.v[2 * i + 1];
+  return sum;
+}
+
 #undef TERSOR_EACH
 
 // Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
-inline constexpr int kIntTile = 1;
+inline constexpr int kIntTile = 1;   // of 8-bit activations
+inline constexpr int kFineTile = 1;  // of 15-bit activations
 inline constexpr int kFloatTile = 1;
+
+// Register tiles of attention: rows by vectors of 16, when the rows are few and when they are many.
+inline constexpr int kWideRows = 1, kWideVectors = 1;
+inline constexpr int kTallRows = 1, kTallVectors = 1;
 
 }  // namespace
 }  // namespace tersor

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <span>
 
-#include "base/float16.h"
 #include "kernels/attention/kernels.h"
 
 namespace tersor::attention {
@@ -14,23 +14,37 @@ namespace tersor::attention {
 // positions and touched only as positions are appended.
 class Cache {
  public:
-  // type: kF32 or kF16. Throws std::bad_alloc.
-  Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float type);
+  // Throws std::bad_alloc.
+  Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type);
+
+  // A fork: like origin's first n positions, n a multiple of kKeys, which are not copied but read there. The origin
+  // outlives it and keeps them as they are.
+  Cache(const Cache& origin, int64_t n);
 
   const int layers, kv_heads, head_dim, width;
   const int64_t capacity;
-  const Float type;
+  const Type type;
   int64_t length = 0;
+  int64_t fixed = 0;  // positions that stay as they are: those of the origin, and those that forks read here
 
-  int64_t nbytes() const { return 2 * int64_t(layers) * kv_heads * head_bytes_; }
+  int64_t nbytes() const { return int64_t(layers) * kv_heads * head_bytes(); }
+  // Where positions from `shared` on are, and are to be written.
   Head head(int layer, int kv_head) const;
+  // Where this position is, and all up to the end given back by `piece`, a multiple of kKeys or the largest int64.
+  Head piece(int layer, int kv_head, int64_t position, int64_t& end) const;
 
  private:
   struct Free {
     void operator()(uint8_t* p) const { std::free(p); }
   };
-  int64_t head_bytes_;  // of the keys, and as much for the values, of one layer and head
-  std::unique_ptr<uint8_t, Free> data_;
+  int64_t head_bytes() const { return 2 * codes_bytes_ + key_scales_bytes_ + value_scales_bytes_; }
+
+  const Cache* origin_ = nullptr;  // of positions below shared_
+  int64_t shared_ = 0;
+  int64_t codes_bytes_;  // of the keys, and as much for the values, of one layer and head
+  int64_t key_scales_bytes_, value_scales_bytes_;
+  std::unique_ptr<uint8_t, Free> memory_;
+  uint8_t* data_;  // in it, at a multiple of 64
 };
 
 // Rows of heads: row i is at data + i * stride; each is (heads, head_dim), contiguous.
@@ -39,12 +53,20 @@ struct Rows {
   int64_t n, stride;
 };
 
-// Writes keys and values at positions length .. length + n of a layer.
-void append(Cache& cache, int layer, const Rows& keys, const Rows& values);
+// Rows [row, row + n) belong to one sequence, at positions cache->length and on.
+struct Span {
+  Cache* cache;
+  int64_t row, n;
+};
 
-// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i is at position length + i and sees the keys up to its
-// own, only the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
-void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window,
-            float* out);
+// Writes keys and values at positions length .. length + n of a layer of each span's cache, which are different ones.
+void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values);
+
+// out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i of a span is at position length + i and sees the keys
+// up to its own, only the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
+// The caches have equally many kv heads and equal head dimensions. A row has the same bits whatever the other rows and
+// the threads are.
+void attend(std::span<const Span> spans, int layer, const Rows& queries, int heads, float scale, float softcap,
+            int64_t window, float* out);
 
 }  // namespace tersor::attention

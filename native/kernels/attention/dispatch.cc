@@ -1,5 +1,8 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -10,37 +13,52 @@
 namespace tersor::attention {
 namespace {
 
-constexpr int64_t kChunk = 512;        // keys of one unit of work when few queries are asked
-constexpr int64_t kMinMacs = 1 << 15;  // multiply-adds worth a thread
+// Keys of one softmax. Chunks begin at multiples of it whatever is asked, each is softened by itself, and they are
+// merged in order, so that a row's bits depend neither on the threads nor on the rows beside it.
+constexpr int64_t kChunk = 512;
+constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth waking a thread: a few microseconds
+constexpr int kUnitsPerThread = 4;     // enough that the last units do not leave threads idle
+constexpr float kLog2e = 1.44269504088896341f;
 
-// One unit of work: some queries of some heads that share one key-value head, and a range of keys. Row r is query
-// first_query + r / heads, head first_head + r % heads.
-struct Unit {
+// Floats at a multiple of 64 bytes, kept from call to call.
+class Buffer {
+ public:
+  float* at_least(int64_t n) {
+    if (n > size_) data_.reset(new (std::align_val_t(64)) float[size_ = n]);
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  int64_t size_ = 0;
+  std::unique_ptr<float, Free> data_;
+};
+
+// Some queries of one sequence and of heads that share a key-value head. Row r is query first_query + r / heads, head
+// first_head + r % heads. Keys [begin, end) are seen by any.
+struct Tile {
+  const Cache* cache;
   int kv_head, first_head, heads;
-  int64_t first_query;
+  int64_t first_row, first_query;  // in the queries and in the sequence
   int queries;
   int64_t begin, end;
 
   int rows() const { return queries * heads; }
-  int64_t query(int row) const { return first_query + row / heads; }
-  int64_t head(int row) const { return first_head + row % heads; }
+  int64_t first_chunk() const { return begin / kChunk; }
+  int64_t chunks() const { return (end + kChunk - 1) / kChunk - first_chunk(); }
+  int64_t macs() const { return (end - begin) * rows() * cache->head_dim * 2; }
 };
 
-// Running softmax of a unit's rows.
-struct Partial {
-  std::vector<float> largest, total, out;
-
-  void reset(int rows, int width) {
-    largest.assign(rows, kMasked);
-    total.assign(rows, 0.0f);
-    out.assign(size_t(rows) * width, 0.0f);
-  }
-  State state() { return {largest.data(), total.data(), out.data()}; }
+// A tile's chunks [first, first + count), counted from its first; what one thread does at a time.
+struct Unit {
+  int tile;
+  int64_t first, count, macs;
 };
 
 struct Problem {
   const Kernels& kernels;
-  const Cache& cache;
   int layer;
   const Rows& queries;
   int heads;
@@ -48,48 +66,147 @@ struct Problem {
   int64_t window;
   float* out;
 
-  int64_t end_of(int64_t query) const { return cache.length + query + 1; }
-  int64_t first_of(int64_t query) const { return window > 0 ? std::max<int64_t>(0, end_of(query) - window) : 0; }
-
-  void run(const Unit& u, Partial& partial) const {
-    const int rows = u.rows(), head_dim = cache.head_dim;
-    alignas(64) static thread_local float values[kMaxRows * kMaxWidth];
-    int64_t first[kMaxRows], end[kMaxRows];
-    for (int r = 0; r < rows; ++r) {
-      const int64_t query = u.query(r);
-      const float* q = queries.data + query * queries.stride + u.head(r) * head_dim;
-      for (int d = 0; d < head_dim; ++d) values[r * head_dim + d] = q[d] * scale;
-      first[r] = first_of(query);
-      end[r] = end_of(query);
-    }
-    partial.reset(rows, cache.width);
-    kernels.attend[cache.type](cache.head(layer, u.kv_head), {rows, values, first, end, softcap}, u.begin, u.end,
-                               partial.state());
+  int64_t end_of(const Cache& cache, int64_t query) const { return cache.length + query + 1; }
+  int64_t first_of(const Cache& cache, int64_t query) const {
+    return window > 0 ? std::max<int64_t>(0, end_of(cache, query) - window) : 0;
   }
 
-  // Merges another part of the keys into a.
-  void merge(Partial& a, const Partial& b) const {
-    for (size_t r = 0; r < a.largest.size(); ++r) {
+  // Floats of the state of a tile's rows.
+  static int64_t state_size(const Tile& t) { return int64_t(t.rows()) * (t.cache->width + 16) + kMaxRows; }
+  static State state_at(const Tile& t, float* at) {
+    float* totals = at + kMaxRows;
+    return {at, totals, totals + int64_t(t.rows()) * 16};
+  }
+
+  // Cuts a span into tiles.
+  void cut(const Span& span, std::vector<Tile>& tiles) const {
+    const Cache& cache = *span.cache;
+    const int share = heads / cache.kv_heads, group = std::min(share, kMaxRows);
+    const int64_t height = kMaxRows / group;
+    for (int64_t q = 0; q < span.n; q += height) {
+      const int count = int(std::min(height, span.n - q));
+      const int64_t begin = first_of(cache, q) / kKeys * kKeys, end = end_of(cache, q + count - 1);
+      for (int h = 0; h < heads;) {
+        const int together = std::min(group, share - h % share);
+        tiles.push_back({&cache, h / share, h, together, span.row + q, q, count, begin, end});
+        h += together;
+      }
+    }
+  }
+
+  // One chunk's softmax of a tile's rows, q (rows, head_dim) scaled.
+  void run_chunk(const Tile& t, int64_t chunk, const float* q, const State& state, float* scratch) const {
+    int64_t first[kMaxRows], end[kMaxRows];
+    for (int r = 0; r < t.rows(); ++r) {
+      const int64_t query = t.first_query + r / t.heads;
+      first[r] = first_of(*t.cache, query);
+      end[r] = end_of(*t.cache, query);
+    }
+    std::fill_n(state.largest, t.rows(), kLowest);
+    std::fill_n(state.total, int64_t(t.rows()) * 16, 0.0f);
+    std::fill_n(state.out, int64_t(t.rows()) * t.cache->width, 0.0f);
+    const int64_t start = (t.first_chunk() + chunk) * kChunk, stop = std::min(t.end, start + kChunk);
+    const Queries rows{t.rows(), q, first, end, softcap * kLog2e};
+    for (int64_t at = std::max(t.begin, start), piece_end; at < stop; at = piece_end) {
+      const Head head = t.cache->piece(layer, t.kv_head, at, piece_end);
+      kernels.attend[t.cache->type](head, rows, at, std::min(stop, piece_end), state, scratch);
+    }
+  }
+
+  // Merges the softmax of the keys after a's into a.
+  void merge(const Tile& t, const State& a, const State& b) const {
+    const int64_t width = t.cache->width;
+    for (int r = 0; r < t.rows(); ++r) {
       const float top = std::max(a.largest[r], b.largest[r]);
-      const float fa = std::exp(a.largest[r] - top), fb = std::exp(b.largest[r] - top);
-      kernels.blend(&a.out[r * cache.width], fa, &b.out[r * cache.width], fb, cache.width);
-      a.total[r] = a.total[r] * fa + b.total[r] * fb;
+      const float fa = std::exp2(a.largest[r] - top), fb = std::exp2(b.largest[r] - top);
+      kernels.blend(a.out + r * width, fa, b.out + r * width, fb, int(width));
+      kernels.blend(a.total + r * 16, fa, b.total + r * 16, fb, 16);
       a.largest[r] = top;
     }
   }
 
-  void finish(const Unit& u, const Partial& partial) const {
-    for (int r = 0; r < u.rows(); ++r) {
-      float* to = out + (u.query(r) * heads + u.head(r)) * cache.head_dim;
-      std::copy_n(&partial.out[r * cache.width], cache.head_dim, to);
-      kernels.scale(to, cache.head_dim, 1.0f / partial.total[r]);
+  void finish(const Tile& t, const State& state) const {
+    for (int r = 0; r < t.rows(); ++r) {
+      kernels.finish(state.out + int64_t(r) * t.cache->width, state.total + r * 16, t.cache->head_dim,
+                     out + ((t.first_row + r / t.heads) * heads + t.first_head + r % t.heads) * t.cache->head_dim);
+    }
+  }
+
+  void scale_queries(const Tile& t, float* to) const {
+    const int head_dim = t.cache->head_dim;
+    for (int r = 0; r < t.rows(); ++r) {
+      const float* q =
+          queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * head_dim;
+      for (int d = 0; d < head_dim; ++d) to[r * head_dim + d] = q[d] * (scale * kLog2e);
     }
   }
 };
 
+// What a call needs besides its arguments, kept by the calling thread. A tile that is cut into units has a state for
+// every chunk and counts the units left; whoever does the last one merges them.
+struct Plan {
+  std::vector<Tile> tiles;
+  std::vector<Unit> units;
+  std::vector<int64_t> state_offset;  // of a tile, in states; -1: one unit does it all
+  Buffer states;
+  std::vector<std::atomic<int64_t>> left;
+
+  // Cuts the work; returns its multiply-adds.
+  int64_t cut(const Problem& problem, std::span<const Span> spans) {
+    tiles.clear();
+    units.clear();
+    for (const Span& span : spans) problem.cut(span, tiles);
+    const bool whole = int64_t(tiles.size()) >= int64_t(kUnitsPerThread) * threads();
+    state_offset.assign(tiles.size(), -1);
+    if (left.size() < tiles.size()) left = std::vector<std::atomic<int64_t>>(2 * tiles.size());
+    int64_t floats = 0, macs = 0;
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      const Tile& t = tiles[i];
+      const int64_t chunks = t.chunks(), count = whole ? chunks : 1;
+      for (int64_t c = 0; c < chunks; c += count) units.push_back({int(i), c, count, t.macs() / chunks * count});
+      if (count < chunks) {
+        state_offset[i] = floats;
+        floats += Problem::state_size(t) * chunks;
+        left[i].store(chunks, std::memory_order_relaxed);
+      }
+      macs += t.macs();
+    }
+    states.at_least(floats);
+    // The longest first, so that threads end together.
+    std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.macs > b.macs; });
+    return macs;
+  }
+};
+
+void run_unit(const Problem& problem, Plan& plan, const Unit& unit) {
+  static thread_local Buffer scaled, scratch, own;
+  const Tile& t = plan.tiles[unit.tile];
+  const int64_t size = Problem::state_size(t);
+  float *q = scaled.at_least(int64_t(t.rows()) * t.cache->head_dim),
+        *work = scratch.at_least(scratch_floats(t.cache->head_dim, t.cache->width));
+  problem.scale_queries(t, q);
+  if (plan.state_offset[unit.tile] < 0) {
+    float* states = own.at_least(2 * size);
+    const State sum = Problem::state_at(t, states), next = Problem::state_at(t, states + size);
+    problem.run_chunk(t, 0, q, sum, work);
+    for (int64_t c = 1; c < unit.count; ++c) {
+      problem.run_chunk(t, c, q, next, work);
+      problem.merge(t, sum, next);
+    }
+    problem.finish(t, sum);
+    return;
+  }
+  float* states = plan.states.at_least(0) + plan.state_offset[unit.tile];
+  problem.run_chunk(t, unit.first, q, Problem::state_at(t, states + unit.first * size), work);
+  if (plan.left[unit.tile].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  const State sum = Problem::state_at(t, states);
+  for (int64_t c = 1; c < t.chunks(); ++c) problem.merge(t, sum, Problem::state_at(t, states + c * size));
+  problem.finish(t, sum);
+}
+
 }  // namespace
 
-Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float type)
+Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type)
     : layers(layers),
       kv_heads(kv_heads),
       head_dim(head_dim),
@@ -97,69 +214,76 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Float typ
       capacity(capacity),
       type(type) {
   const int64_t positions = (capacity + 15) / 16 * 16;
-  head_bytes_ = (positions * width * float_bytes(type) + 63) / 64 * 64;
+  codes_bytes_ = positions * width * type_bytes(type);
+  codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
+  key_scales_bytes_ = type == kInt8 ? positions * key_groups(head_dim) * 4 : 0;
+  value_scales_bytes_ = type == kInt8 ? positions * value_groups(head_dim) * 4 : 0;
   // calloc: untouched pages cost no memory, and read as zeros.
-  data_.reset(static_cast<uint8_t*>(std::calloc(std::max<int64_t>(1, nbytes()), 1)));
-  if (!data_) throw std::bad_alloc();
+  memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
+  if (!memory_) throw std::bad_alloc();
+  data_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+}
+
+Cache::Cache(const Cache& origin, int64_t n)
+    : Cache(origin.layers, origin.kv_heads, origin.head_dim, origin.capacity, origin.type) {
+  length = fixed = shared_ = n;
+  origin_ = &origin;
+}
+
+Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const {
+  end = std::numeric_limits<int64_t>::max();
+  if (position >= shared_) return head(layer, kv_head);
+  const Head found = origin_->piece(layer, kv_head, position, end);
+  end = std::min(end, shared_);
+  return found;
 }
 
 Head Cache::head(int layer, int kv_head) const {
-  uint8_t* keys = data_.get() + 2 * (int64_t(layer) * kv_heads + kv_head) * head_bytes_;
-  return {keys, keys + head_bytes_, head_dim, width};
+  uint8_t* keys = data_ + (int64_t(layer) * kv_heads + kv_head) * head_bytes();
+  uint8_t* scales = keys + 2 * codes_bytes_;
+  return {keys,
+          keys + codes_bytes_,
+          reinterpret_cast<float*>(scales),
+          reinterpret_cast<float*>(scales + key_scales_bytes_),
+          head_dim,
+          width};
 }
 
-void append(Cache& cache, int layer, const Rows& keys, const Rows& values) {
+void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values) {
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
-  const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
-  // Whole panels of 16 positions to a thread, since neighbours share cache lines.
-  parallel_for(keys.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
-    for (int h = 0; h < cache.kv_heads; ++h) {
-      const Head head = cache.head(layer, h);
-      for (int64_t i = begin; i < end; ++i) {
-        kernels.append[cache.type](keys.data + i * keys.stride + int64_t(h) * cache.head_dim,
-                                   values.data + i * values.stride + int64_t(h) * cache.head_dim, cache.length + i,
-                                   cache.head_dim, cache.width, const_cast<void*>(head.keys),
-                                   const_cast<void*>(head.values));
+  for (const Span& span : spans) {
+    const Cache& cache = *span.cache;
+    const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
+    // Whole panels of 16 positions to a thread, since neighbours share cache lines.
+    parallel_for(span.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
+      for (int h = 0; h < cache.kv_heads; ++h) {
+        const Head head = cache.head(layer, h);
+        const int64_t at = span.row * keys.stride + int64_t(h) * cache.head_dim,
+                      value_at = span.row * values.stride + int64_t(h) * cache.head_dim;
+        for (int64_t i = begin; i < end; ++i) {
+          kernels.append[cache.type](keys.data + at + i * keys.stride, values.data + value_at + i * values.stride,
+                                     cache.length + i, head);
+        }
       }
+    });
+  }
+}
+
+void attend(std::span<const Span> spans, int layer, const Rows& queries, int heads, float scale, float softcap,
+            int64_t window, float* out) {
+  static thread_local Plan plan;
+  const Problem problem{TERSOR_ACTIVE_KERNELS(), layer, queries, heads, scale, softcap, window, out};
+  const int64_t macs = plan.cut(problem, spans);
+  const auto n = int64_t(plan.units.size());
+  const int64_t useful = std::min<int64_t>({n, threads(), std::max<int64_t>(1, macs / kMinMacs)});
+  Plan& shared = plan;  // a lambda would name the thread_local of the thread that runs it
+  std::atomic<int64_t> next{0};
+  parallel_for(useful, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < n;
+         i = next.fetch_add(1, std::memory_order_relaxed)) {
+      run_unit(problem, shared, shared.units[i]);
     }
   });
-}
-
-void attend(const Cache& cache, int layer, const Rows& queries, int heads, float scale, float softcap, int64_t window,
-            float* out) {
-  const Problem problem{TERSOR_ACTIVE_KERNELS(), cache, layer, queries, heads, scale, softcap, window, out};
-  const int share = heads / cache.kv_heads, group = std::min(share, kMaxRows);
-  const int64_t n = queries.n, tile = kMaxRows / group;
-  // A single tile of queries is also cut along the keys, at fixed places, so that threads have something to share.
-  const int64_t first = problem.first_of(0) / 16 * 16, last = problem.end_of(n - 1);
-  const int64_t chunks = n <= tile ? (last - first + kChunk - 1) / kChunk : 1;
-  std::vector<Unit> units;
-  for (int h = 0; h < heads; h += std::min(group, share - h % share)) {
-    for (int64_t q = 0; q < n; q += tile) {
-      const int count = int(std::min(tile, n - q));
-      const int64_t begin = problem.first_of(q) / 16 * 16, end = problem.end_of(q + count - 1);
-      for (int64_t c = 0; c < chunks; ++c) {
-        units.push_back({h / share, h, std::min(group, share - h % share), q, count, begin + c * kChunk,
-                         chunks > 1 ? std::min(end, begin + (c + 1) * kChunk) : end});
-      }
-    }
-  }
-  const int64_t macs = (last - first) * cache.head_dim * std::min(n, tile) * group * 2 / chunks;
-  std::vector<Partial> partials(chunks > 1 ? units.size() : 0);
-  parallel_for(int64_t(units.size()), std::max<int64_t>(1, kMinMacs / std::max<int64_t>(1, macs)),
-               [&](int64_t begin, int64_t end) {
-                 Partial own;
-                 for (int64_t i = begin; i < end; ++i) {
-                   Partial& partial = chunks > 1 ? partials[i] : own;
-                   problem.run(units[i], partial);
-                   if (chunks == 1) problem.finish(units[i], partial);
-                 }
-               });
-  if (chunks == 1) return;
-  for (size_t i = 0; i < units.size(); i += chunks) {
-    for (int64_t c = 1; c < chunks; ++c) problem.merge(partials[i], partials[i + c]);
-    problem.finish(units[i], partials[i]);
-  }
 }
 
 }  // namespace tersor::attention

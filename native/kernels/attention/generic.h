@@ -1,9 +1,11 @@
 // Attention with an online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135):
 // keys are seen kKeys at a time, with a running maximum; when it grows, what was summed before is scaled down.
+//
+// Every sum is taken in one order, keys and dimensions ascending, whatever tile a row is in; keys that a row does not
+// see weigh exactly 0. So a row's bits do not depend on the rows beside it.
 #pragma once
 
 #include "base/simd/math.h"
-#include "base/simd/product.h"
 #include "kernels/attention/kernels.h"
 
 namespace tersor::attention {
@@ -11,105 +13,452 @@ namespace {
 
 const float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// scores (rows, kKeys) of keys [begin, begin + keys), keys a multiple of 16. Rows beyond what a tile holds are worth a
-// conversion.
-template <Float kFloat>
-void score(const Head& head, const Queries& q, int64_t begin, int keys, float* scores) {
-  alignas(64) float converted[kMaxWidth * 16];
-  for (int at = 0; at < keys; at += 16) {
-    const void* panel = (const char*)head.keys + (begin + at) * head.head_dim * float_bytes(kFloat);
-    for (int row = 0; row < q.rows; ++row) store(scores + row * kKeys + at, zero());
-    if (kFloat == kF32 || q.rows <= kFloatTile) {
-      product<kFloat>({panel, 16, head.head_dim, q.values, head.head_dim, scores + at, kKeys}, 0, q.rows);
-    } else {
-      for (int d = 0; d < head.head_dim; ++d) store(converted + 16 * d, load_as<kFloat>(panel, 16 * d));
-      product<kF32>({converted, 16, head.head_dim, q.values, head.head_dim, scores + at, kKeys}, 0, q.rows);
+inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
+
+// 16 stored floats.
+template <Type kType>
+inline F load_stored(const void* values, int64_t at) {
+  if constexpr (kType == kFloat32) return load((const float*)values + at);
+  return load_f16((const uint16_t*)values + at);
+}
+
+inline const void* offset(const void* values, int64_t at, Type type) {
+  return (const char*)values + at * type_bytes(type);
+}
+
+// Into the second-level cache: a core has more reads of memory in flight there than into the first.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// ---- Products: sums (rows, 16 * vectors) of x (rows, k) times w (k, 16 * vectors) ----
+
+struct Product {
+  const void* w;
+  int64_t w_step, w_next;  // values from one k to the next, and from one vector to the next
+  int k;
+  const void* x;
+  int64_t x_stride;
+  float* sums;
+  int64_t sums_stride;
+  int64_t ahead;  // values from here to what will be read later
+  // Of integers: a factor for each row, and if lane_scale one for each lane too, lane_scale_next floats from vector to
+  // vector.
+  const float* row_scale;
+  int64_t row_scale_stride;
+  const float* lane_scale;
+  int64_t lane_scale_next;
+};
+
+// Floats: the sums are set, or begin with what they are.
+template <Type kType, bool kAdd>
+struct Floats {
+  static constexpr Type kStored = kType;
+  static constexpr bool kTall = kType == kFloat32;
+
+  template <int M, int N>
+  static void run(const Product& p) {
+    F sums[M][N];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sums[m][j] = kAdd ? load(p.sums + m * p.sums_stride + 16 * j) : zero();
     }
+    const float* x = (const float*)p.x;
+    for (int i = 0; i < p.k; ++i, ++x) {
+      F w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        w[j] = load_stored<kType>(p.w, i * p.w_step + j * p.w_next);
+        if (N == kWideVectors) prefetch(offset(p.w, i * p.w_step + j * p.w_next + p.ahead, kType));
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const F one = set(x[m * p.x_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sums[m][j] = fma(one, w[j], sums[m][j]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) store(p.sums + m * p.sums_stride + 16 * j, sums[m][j]);
+    }
+  }
+};
+
+// int8 times int16, two k at a time: w is (k / 2, 16 * vectors, 2), x (rows, k). Exact in int32 for 64 k; the sums have
+// the product times its scales added.
+template <bool kLanes>
+struct Integers {
+  static constexpr Type kStored = kInt8;
+  static constexpr bool kTall = true;
+
+  template <int M, int N>
+  static void run(const Product& p) {
+    I sums[M][N];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sums[m][j] = int_zero();
+    }
+    const int16_t* x = (const int16_t*)p.x;
+    for (int i = 0; i < p.k / 2; ++i, x += 2) {
+      Pairs w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const int8_t* at = (const int8_t*)p.w + i * p.w_step + j * p.w_next;
+        w[j] = load_pairs(at);
+        if (N == kWideVectors) prefetch(at + p.ahead);
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const Pairs one = set_pair(x + m * p.x_stride);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sums[m][j] = dot_pairs(sums[m][j], w[j], one);
+      }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const F row_scale = set(p.row_scale[m * p.row_scale_stride]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        float* to = p.sums + m * p.sums_stride + 16 * j;
+        const F scale = kLanes ? mul(row_scale, load(p.lane_scale + j * p.lane_scale_next)) : row_scale;
+        store(to, fma(to_float(sums[m][j]), scale, load(to)));
+      }
+    }
+  }
+};
+
+template <typename Kind, int M, int N>
+void multiply_rows(const Product& p, int rows) {
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_rows<Kind, M - 1, N>(p, rows);
+  }
+  Kind::template run<M, N>(p);
+}
+
+// All vectors of up to kTallRows rows, or of kWideRows if a kind has no tall tiles.
+template <typename Kind>
+void multiply(Product p, int rows, int vectors) {
+  const auto advance = [&](int n) {
+    p.w = offset(p.w, n * p.w_next, Kind::kStored);
+    p.sums += 16 * n;
+    p.lane_scale += n * p.lane_scale_next;
+    vectors -= n;
+  };
+  if (rows <= kWideRows) {
+    for (; vectors >= kWideVectors; advance(kWideVectors)) multiply_rows<Kind, kWideRows, kWideVectors>(p, rows);
+    for (; vectors > 0; advance(1)) multiply_rows<Kind, kWideRows, 1>(p, rows);
+  }
+  if constexpr (Kind::kTall) {
+    for (; vectors >= kTallVectors; advance(kTallVectors)) multiply_rows<Kind, kTallRows, kTallVectors>(p, rows);
+    for (; vectors > 0; advance(1)) multiply_rows<Kind, kTallRows, 1>(p, rows);
   }
 }
 
-// Caps and masks the scores of one row, moves its maximum, and turns the scores into weights.
-void soften(const Queries& q, int row, int64_t begin, int keys, float* scores, const State& state, int width) {
-  const bool partial = q.first[row] > begin || q.end[row] < begin + keys;
-  const F cap = set(q.softcap), inverse_cap = set(q.softcap > 0 ? 1.0f / q.softcap : 0.0f), masked = set(kMasked);
-  F largest = set(state.largest[row]);
-  for (int at = 0; at < keys; at += 16) {
-    F s = load(scores + at);
-    if (q.softcap > 0) s = mul(cap, tanh(mul(s, inverse_cap)));
-    if (partial) {
-      const F offset = load(kIota);  // positions relative to this vector: small, exact floats
-      const int64_t base = begin + at;
-      s = select_less(offset, set(float(q.end[row] - base)), s, masked);
-      s = select_less(offset, set(float(q.first[row] - base)), masked, s);
+// ---- A block of keys ----
+
+// Keys [at, at + keys), and what they and their values are multiplied with: the cache or its floats.
+struct Block {
+  int64_t at;
+  int keys;
+  const void* k;
+  const void* v;
+  const float* key_scales;  // (panels, key groups, 16); likewise of the values
+  const float* value_scales;
+};
+
+// Keys of a block, counted from its first, that any of some rows see.
+struct Range {
+  int begin, end;
+};
+
+inline Range seen(const Queries& q, int row, int rows, const Block& b) {
+  const int64_t first = q.first[row] - b.at;
+  return {first > 0 ? int(first) : 0, least(b.keys, q.end[row + rows - 1] - b.at)};
+}
+
+// Caps and masks 16 * N scores of one row from key `at` on, moves its maximum, and turns the scores into weights.
+template <int N>
+void soften(const Queries& q, int row, int64_t at, float* scores, const State& state, int width) {
+  F s[N];
+  for (int j = 0; j < N; ++j) s[j] = load(scores + 16 * j);
+  if (q.softcap > 0) {
+    const F cap = set(q.softcap), inverse = set(1.0f / q.softcap);
+    for (int j = 0; j < N; ++j) s[j] = mul(cap, tanh(mul(s[j], inverse)));
+  }
+  if (q.first[row] > at || q.end[row] < at + 16 * N) {
+    const F masked = set(kMasked), position = load(kIota);  // relative to a vector: small, exact floats
+    for (int j = 0; j < N; ++j) {
+      const int64_t base = at + 16 * j;
+      s[j] = select_less(position, set(float(q.end[row] - base)), s[j], masked);
+      s[j] = select_less(position, set(float(q.first[row] - base)), masked, s[j]);
     }
-    store(scores + at, s);
-    largest = max(largest, s);
+  }
+  F largest = s[0];
+  for (int j = 1; j < N; ++j) largest = max(largest, s[j]);
+  F total = load(state.total + 16 * row), top = set(state.largest[row]);
+  if (any_less(top, largest)) {
+    const float now = max_of(largest);
+    const F f = exp2(set(state.largest[row] - now));
+    total = mul(total, f);
+    for (int i = 0; i < width; i += 16) {
+      float* out = state.out + int64_t(row) * width + i;
+      store(out, mul(load(out), f));
+    }
+    state.largest[row] = now;
+    top = set(now);
+  }
+  for (int j = 0; j < N; ++j) {
+    const F weight = exp2(sub(s[j], top));
+    total = add(total, weight);
+    store(scores + 16 * j, weight);
+  }
+  store(state.total + 16 * row, total);
+}
+
+// Weights (rows, kKeys) of the keys that rows [row, row + rows) see.
+template <Type kType>
+void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* weights,
+                const State& state) {
+  const Range range = seen(q, row, rows, b);
+  if (range.begin >= range.end) return;
+  const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
+  float* scores = weights + int64_t(row) * kKeys + 16 * first;
+  Product p = {};
+  p.sums = scores;
+  p.sums_stride = kKeys;
+  if constexpr (kType == kInt8) {
+    const int groups = key_groups(head.head_dim), width = head.width;
+    for (int m = 0; m < rows; ++m) {
+      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, zero());
+    }
+    p.w_step = 32;
+    p.w_next = int64_t(16) * width;
+    p.ahead = int64_t(kKeys) * width;
+    p.x_stride = width;
+    p.row_scale_stride = groups;
+    p.lane_scale_next = 16 * groups;
+    for (int g = 0; g < groups; ++g) {
+      p.w = (const int8_t*)b.k + first * p.w_next + g * kKeyGroup * 16;
+      p.k = least(kKeyGroup, width - g * kKeyGroup);
+      p.x = q.codes + int64_t(row) * width + g * kKeyGroup;
+      p.row_scale = q.scales + int64_t(row) * groups + g;
+      p.lane_scale = b.key_scales + 16 * (first * groups + g);
+      multiply<Integers<true>>(p, rows, panels);
+    }
+  } else {
+    p.w_step = 16;
+    p.w_next = int64_t(16) * head.head_dim;
+    p.ahead = int64_t(kKeys) * head.head_dim;
+    p.w = offset(b.k, first * p.w_next, kType);
+    p.k = head.head_dim;
+    p.x = q.values + int64_t(row) * head.head_dim;
+    p.x_stride = head.head_dim;
+    multiply<Floats<kType, false>>(p, rows, panels);
+  }
+  const int64_t at = b.at + 16 * first;
+  for (int m = 0; m < rows; ++m) {
+    float* one = scores + int64_t(m) * kKeys;
+    static_assert(kKeys == 64);
+    if (panels == 4) soften<4>(q, row + m, at, one, state, head.width);
+    if (panels == 3) soften<3>(q, row + m, at, one, state, head.width);
+    if (panels == 2) soften<2>(q, row + m, at, one, state, head.width);
+    if (panels == 1) soften<1>(q, row + m, at, one, state, head.width);
+  }
+}
+
+// Rounds weights times the values' scales, panels of 16 keys `groups` scales apart, to 16 bits; returns the codes'
+// scale.
+inline float round_weights(const float* weights, const float* scales, int groups, int panels, int16_t* codes) {
+  F products[kKeys / 16], largest = zero();
+  for (int j = 0; j < panels; ++j) {
+    products[j] = mul(load(weights + 16 * j), load(scales + 16 * j * groups));
+    largest = max(largest, products[j]);
   }
   const float top = max_of(largest);
-  const F top16 = set(top);
-  F total = zero();
-  for (int at = 0; at < keys; at += 16) {
-    const F p = exp(sub(load(scores + at), top16));
-    total = add(total, p);
-    store(scores + at, p);
-  }
-  if (top > state.largest[row]) {
-    alignas(64) float factor[16];
-    store(factor, exp(set(state.largest[row] - top)));
-    state.total[row] *= factor[0];
-    const F f = set(factor[0]);
-    for (int i = 0; i < width; i += 16) store(state.out + row * width + i, mul(load(state.out + row * width + i), f));
-    state.largest[row] = top;
-  }
-  state.total[row] += sum(total);
+  const F inverse = set(top > 0 ? 32767.0f / top : 0.0f);
+  for (int j = 0; j < panels; ++j) store_i16(codes + 16 * j, round_to_int(mul(products[j], inverse)));
+  return top * (1.0f / 32767.0f);
 }
 
-template <Float kFloat>
-void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state) {
-  alignas(64) float scores[kMaxRows * kKeys];
-  alignas(64) float converted[kKeys * 16];
+// Adds the values times the weights.
+template <Type kType>
+void add_values(const Head& head, const Queries& q, const Block& b, int row, int rows, const float* weights,
+                const State& state) {
+  const Range range = seen(q, row, rows, b);
+  if (range.begin >= range.end) return;
+  const int width = head.width;
+  const float* w = weights + int64_t(row) * kKeys;
+  Product p = {};
+  p.w_next = 16;
+  p.sums = state.out + int64_t(row) * width;
+  p.sums_stride = width;
+  p.x_stride = kKeys;
+  p.ahead = int64_t(kKeys) * width;
+  if constexpr (kType == kInt8) {
+    alignas(64) int16_t codes[kTallRows * kKeys];
+    float scales[kTallRows];
+    const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(head.head_dim);
+    const int begin = range.begin / 2 * 2, end = (range.end + 1) / 2 * 2;  // weights are 0 beside the range
+    p.x = codes + begin;
+    p.k = end - begin;
+    p.w_step = 2 * width;
+    p.w_next = 32;
+    p.row_scale = scales;
+    p.row_scale_stride = 1;
+    for (int g = 0; g < groups; ++g) {
+      for (int m = 0; m < rows; ++m) {
+        scales[m] = round_weights(w + m * kKeys + 16 * first, b.value_scales + 16 * (first * groups + g), groups,
+                                  panels, codes + m * kKeys + 16 * first);
+      }
+      p.w = (const int8_t*)b.v + int64_t(begin) * width + g * kValueGroup * 2;
+      multiply<Integers<false>>(p, rows, least(kValueGroup, width - g * kValueGroup) / 16);
+      p.sums += kValueGroup;
+    }
+  } else {
+    p.w = offset(b.v, int64_t(range.begin) * width, kType);
+    p.w_step = width;
+    p.k = range.end - range.begin;
+    p.x = w + range.begin;
+    multiply<Floats<kType, true>>(p, rows, width / 16);
+  }
+}
+
+template <Type kType>
+void attend_block(const Head& head, const Queries& q, const Block& b, int highest, float* weights, const State& state) {
+  const int tiles = (q.rows + highest - 1) / highest, height = (q.rows + tiles - 1) / tiles;  // about equally high
+  for (int row = 0; row < q.rows; row += height) {
+    weigh_keys<kType>(head, q, b, row, least(height, q.rows - row), weights, state);
+  }
+  for (int row = 0; row < q.rows; row += height) {
+    add_values<kType>(head, q, b, row, least(height, q.rows - row), weights, state);
+  }
+}
+
+template <Type kType>
+void convert(const void* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 16) store(to + i, load_stored<kType>(from, i));
+}
+
+// Queries as int16, (rows, width), zero beyond head_dim, with a scale for each row and key group.
+inline Queries round_queries(const Head& head, Queries q, float* scratch) {
+  const int groups = key_groups(head.head_dim);
+  float* scales = scratch + (int64_t(q.rows) * head.width + 1) / 2;
+  auto* codes = (int16_t*)scratch;
+  for (int row = 0; row < q.rows; ++row) {
+    const float* x = q.values + int64_t(row) * head.head_dim;
+    for (int g = 0; g < groups; ++g) {
+      const int begin = g * kKeyGroup, end = least(head.head_dim, begin + kKeyGroup);
+      F largest = zero(), poison = zero();
+      for (int i = begin; i < end; i += 16) {
+        const F v = load_n(x + i, least(16, end - i));
+        largest = max(largest, abs(v));
+        poison = fma(v, zero(), poison);
+      }
+      const float top = max_of(largest);
+      const F inverse = set(top > 0 ? 32767.0f / top : 0.0f);
+      for (int i = begin; i < end; i += 16) {
+        store_i16(codes + int64_t(row) * head.width + i, round_to_int(mul(load_n(x + i, least(16, end - i)), inverse)));
+      }
+      scales[row * groups + g] = top * (1.0f / 32767.0f) + sum(poison);
+    }
+  }
+  q.codes = codes;
+  q.scales = scales;
+  return q;
+}
+
+// Few rows multiply float16 as it is stored; for more, a block is converted to floats once.
+template <Type kType>
+void attend(const Head& head, const Queries& queries, int64_t begin, int64_t end, const State& state, float* scratch) {
+  float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
+  Queries q = queries;
+  if constexpr (kType == kInt8) q = round_queries(head, queries, rest);
   for (int64_t at = begin; at < end; at += kKeys) {
-    const int keys = int(end - at < kKeys ? end - at : kKeys), padded = (keys + 15) / 16 * 16;
-    score<kFloat>(head, q, at, padded, scores);
-    for (int row = 0; row < q.rows; ++row) soften(q, row, at, padded, scores + row * kKeys, state, head.width);
-    for (int i = 0; i < head.width; i += 16) {
-      const void* values = (const char*)head.values + (at * head.width + i) * float_bytes(kFloat);
-      float* out = state.out + i;
-      if (kFloat == kF32 || q.rows <= kFloatTile) {
-        product<kFloat>({values, head.width, keys, scores, kKeys, out, head.width}, 0, q.rows);
+    const int count = least(kKeys, end - at);
+    Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr};
+    if constexpr (kType == kInt8) {
+      b.k = offset(head.keys, at * head.width, kType);
+      b.key_scales = head.key_scales + at * key_groups(head.head_dim);
+      b.value_scales = head.value_scales + at * value_groups(head.head_dim);
+      attend_block<kInt8>(head, q, b, kTallRows, weights, state);
+    } else {
+      b.k = offset(head.keys, at * head.head_dim, kType);
+      if (kType == kFloat32) {
+        attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
+      } else if (q.rows <= 2 * kWideRows) {
+        attend_block<kType>(head, q, b, kWideRows, weights, state);
       } else {
-        for (int k = 0; k < keys; ++k) store(converted + 16 * k, load_as<kFloat>(values, int64_t(k) * head.width));
-        product<kF32>({converted, 16, keys, scores, kKeys, out, head.width}, 0, q.rows);
+        float *keys = rest, *values = rest + kKeys * head.head_dim;
+        convert<kType>(b.k, int64_t(count + 15) / 16 * 16 * head.head_dim, keys);
+        convert<kType>(b.v, int64_t(count) * head.width, values);
+        b.k = keys, b.v = values;
+        attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
       }
     }
   }
 }
 
-template <Float kFloat>
-void append(const float* key, const float* value, int64_t position, int head_dim, int width, void* keys, void* values) {
-  const int64_t panel = position / 16 * head_dim * 16, lane = position % 16;
-  for (int i = 0; i < head_dim; i += 16) {
-    const int n = head_dim - i < 16 ? head_dim - i : 16;
-    const F k = load_n(key + i, n), v = load_n(value + i, n);
-    if constexpr (kFloat == kF32) {
-      store((float*)values + position * width + i, v);
-      float* out = (float*)keys + panel + lane;
-      for (int j = 0; j < n; ++j) out[(i + j) * 16] = key[i + j];
+// ---- The cache ----
+
+// Codes (n, at most 64) of int8 and their scale; NaN and infinities make the scale NaN or infinite.
+inline float quantize(const float* x, int n, int8_t* codes) {
+  F largest = zero(), poison = zero();
+  for (int i = 0; i < n; i += 16) {
+    const F v = load_n(x + i, least(16, n - i));
+    largest = max(largest, abs(v));
+    poison = fma(v, zero(), poison);
+  }
+  const float scale = max_of(largest) / 127.0f + sum(poison);
+  const F divisor = set(scale == 0 ? 1.0f : scale);
+  for (int i = 0; i < n; i += 16) store_i8(codes + i, round_to_int(div(load_n(x + i, least(16, n - i)), divisor)));
+  return scale;
+}
+
+// int8 are written two dimensions of a key, and two positions of a value, together.
+inline void append_codes(const float* key, const float* value, int64_t position, const Head& head) {
+  alignas(64) int8_t codes[kMaxWidth];
+  const int64_t panel = position / 16, lane = position % 16;
+  const int groups = key_groups(head.head_dim), value_groups = attention::value_groups(head.head_dim);
+  for (int g = 0; g < groups; ++g) {
+    const int at = g * kKeyGroup, n = least(kKeyGroup, head.head_dim - at);
+    head.key_scales[(panel * groups + g) * 16 + lane] = quantize(key + at, n, codes + at);
+  }
+  auto* keys = (int8_t*)head.keys + panel * 16 * head.width + 2 * lane;
+  for (int i = 0; i < head.head_dim; ++i) keys[i / 2 * 32 + i % 2] = codes[i];
+  for (int g = 0; g < value_groups; ++g) {
+    const int at = g * kValueGroup, n = least(kValueGroup, head.head_dim - at);
+    head.value_scales[(panel * value_groups + g) * 16 + lane] = quantize(value + at, n, codes + at);
+  }
+  auto* values = (int8_t*)head.values + position / 2 * 2 * head.width + position % 2;
+  for (int i = 0; i < head.head_dim; ++i) values[2 * i] = codes[i];
+}
+
+template <Type kType>
+void append(const float* key, const float* value, int64_t position, const Head& head) {
+  if constexpr (kType == kInt8) return append_codes(key, value, position, head);
+  const int64_t keys_at = position / 16 * 16 * head.head_dim + position % 16;
+  for (int i = 0; i < head.head_dim; i += 16) {
+    const int n = least(16, head.head_dim - i);
+    const F v = load_n(value + i, n);
+    if constexpr (kType == kFloat32) {
+      store((float*)head.values + position * head.width + i, v);
+      for (int j = 0; j < n; ++j) ((float*)head.keys)[keys_at + (i + j) * 16] = key[i + j];
     } else {
-      store_f16((uint16_t*)values + position * width + i, v);
+      store_f16((uint16_t*)head.values + position * head.width + i, v);
       uint16_t halves[16];
-      store_f16(halves, k);
-      uint16_t* out = (uint16_t*)keys + panel + lane;
-      for (int j = 0; j < n; ++j) out[(i + j) * 16] = halves[j];
+      store_f16(halves, load_n(key + i, n));
+      for (int j = 0; j < n; ++j) ((uint16_t*)head.keys)[keys_at + (i + j) * 16] = halves[j];
     }
   }
 }
 
-void scale(float* x, int n, float factor) {
-  const F f = set(factor);
+void finish(const float* x, const float* total, int n, float* y) {
+  const F factor = set(1.0f / sum(load(total)));
   int i = 0;
-  for (; i + 16 <= n; i += 16) store(x + i, mul(load(x + i), f));
-  if (i < n) store_n(x + i, mul(load_n(x + i, n - i), f), n - i);
+  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), factor));
+  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), factor), n - i);
 }
 
 void blend(float* x, float a, const float* y, float b, int n) {
@@ -117,7 +466,11 @@ void blend(float* x, float a, const float* y, float b, int n) {
   for (int i = 0; i < n; i += 16) store(x + i, fma(load(x + i), fa, mul(load(y + i), fb)));
 }
 
-#define TERSOR_ATTENTION_KERNELS {{attend<kF32>, attend<kF16>}, {append<kF32>, append<kF16>}, scale, blend}
+#define TERSOR_ATTENTION_KERNELS                        \
+  {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>}, \
+   {append<kFloat32>, append<kFloat16>, append<kInt8>}, \
+   finish,                                              \
+   blend}
 
 }  // namespace
 }  // namespace tersor::attention

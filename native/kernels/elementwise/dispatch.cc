@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "base/isa_table.h"
@@ -15,27 +16,27 @@ int64_t rows_per_thread(int64_t row_values) {
   return std::max<int64_t>(1, kMinValues / std::max<int64_t>(1, row_values));
 }
 
-// The cosines and sines of n positions from start on. All layers of a token ask for the same ones, so the last few are
-// kept.
+// The cosines and sines of some positions. All layers of a token ask for the same ones, so the last few are kept.
 struct Angles {
-  int64_t start = -1, n = 0;
   float scale = 0;
+  std::vector<int32_t> positions;               // (n)
   std::vector<float> inv_freq, cosines, sines;  // (half); (n, half)
 
-  bool matches(int64_t s, int64_t rows, const float* freq, int64_t half, float factor) const {
-    return start == s && n == rows && scale == factor && int64_t(inv_freq.size()) == half &&
-           std::equal(freq, freq + half, inv_freq.begin());
+  bool matches(const int32_t* p, int64_t n, const float* freq, int64_t half, float factor) const {
+    return scale == factor && int64_t(positions.size()) == n && int64_t(inv_freq.size()) == half &&
+           std::equal(p, p + n, positions.begin()) && std::equal(freq, freq + half, inv_freq.begin());
   }
 
-  void fill(int64_t s, int64_t rows, const float* freq, int64_t half, float factor) {
-    start = s, n = rows, scale = factor;
+  void fill(const int32_t* p, int64_t n, const float* freq, int64_t half, float factor) {
+    scale = factor;
+    positions.assign(p, p + n);
     inv_freq.assign(freq, freq + half);
     cosines.resize(n * half);
     sines.resize(n * half);
     parallel_for(n, 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t j = 0; j < half; ++j) {
-          const double angle = float(start + i) * freq[j];
+          const double angle = float(positions[i]) * freq[j];
           cosines[i * half + j] = float(std::cos(angle) * double(scale));
           sines[i * half + j] = float(std::sin(angle) * double(scale));
         }
@@ -44,15 +45,15 @@ struct Angles {
   }
 };
 
-const Angles& angles_of(int64_t start, int64_t n, const float* inv_freq, int64_t half, float scale) {
+const Angles& angles_of(const int32_t* positions, int64_t n, const float* inv_freq, int64_t half, float scale) {
   static thread_local Angles kept[4];  // a model has one or two sets of frequencies
   static thread_local int oldest = 0;
   for (const Angles& a : kept) {
-    if (a.matches(start, n, inv_freq, half, scale)) return a;
+    if (a.matches(positions, n, inv_freq, half, scale)) return a;
   }
   Angles& a = kept[oldest];
   oldest = (oldest + 1) % 4;
-  a.fill(start, n, inv_freq, half, scale);
+  a.fill(positions, n, inv_freq, half, scale);
   return a;
 }
 
@@ -87,10 +88,10 @@ void softcap(float* x, int64_t n, float cap) {
   parallel_for(n, kMinValues / 4, [&](int64_t begin, int64_t end) { kernels.softcap(x + begin, end - begin, cap); });
 }
 
-void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start, const float* inv_freq,
-          float scale) {
+void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, const int32_t* positions,
+          const float* inv_freq, float scale) {
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
-  const Angles& angles = angles_of(start, n, inv_freq, half, scale);
+  const Angles& angles = angles_of(positions, n, inv_freq, half, scale);
   parallel_for(n, rows_per_thread(heads * half * 2), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
@@ -99,6 +100,14 @@ void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, 
       }
     }
   });
+}
+
+void rope_from(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start,
+               const float* inv_freq, float scale) {
+  static thread_local std::vector<int32_t> positions;
+  positions.resize(n);
+  std::iota(positions.begin(), positions.end(), int32_t(start));
+  rope(x, n, row_stride, heads, half, positions.data(), inv_freq, scale);
 }
 
 }  // namespace tersor::elementwise

@@ -19,10 +19,14 @@ void add(float* x, const float* y, int64_t n);
 // x = cap * tanh(x / cap)
 void softcap(float* x, int64_t n, float cap);
 
-// x: n rows, `row_stride` values apart, of (heads, 2 * half); row i is rotated by (start + i) * inv_freq[j] radians,
+// x: n rows, `row_stride` values apart, of (heads, 2 * half); row i is rotated by positions[i] * inv_freq[j] radians,
 // the product in float32 as in Hugging Face's rotary embedding; cosines and sines, taken in float64, are multiplied by
 // scale.
-void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start, const float* inv_freq,
-          float scale);
+void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, const int32_t* positions,
+          const float* inv_freq, float scale);
+
+// The same for rows at positions start, start + 1, ...
+void rope_from(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start,
+               const float* inv_freq, float scale);
 
 }  // namespace tersor::elementwise

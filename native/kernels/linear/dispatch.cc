@@ -18,40 +18,188 @@ constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kMinMacs = 1 << 16;          // multiply-adds worth a thread: some microseconds
 constexpr int64_t kActivationBytes = 4 << 20;  // activations at a time, so that they stay in the outer cache
 
-// Grows as needed and is kept by the calling thread from call to call.
-struct Scratch {
-  std::vector<int8_t> codes;
-  std::vector<float> scale, sums16, sums32;
+// Everything that grows as needed and is kept from call to call.
+template <typename T>
+T* grown(std::vector<T>& v, int64_t size) {
+  if (int64_t(v.size()) < size) v.resize(size);
+  return v.data();
+}
 
-  Activations quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns) {
-    const int64_t groups = (columns + kActivationGroup - 1) / kActivationGroup;
-    if (int64_t(scale.size()) < n * groups) {
-      codes.resize(n * groups * 32);
-      scale.resize(n * groups);
-      sums16.resize(n * groups * 2);
-      sums32.resize(n * groups);
+int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+
+// ---- Few rows ----
+
+// Of every sum of q (over the halves of a chunk, `inner` values each): start = offset * sum, scaled = scale * sum, for
+// both halves, or for the whole chunk when groups are wider.
+void scale_sums(const int32_t* sums, const float* scale, int64_t entries, int inner, bool halves, int32_t offset,
+                int32_t* start, float* scaled) {
+  for (int64_t e = 0; e < entries; ++e, sums += 2 * inner, scale += inner) {
+    for (int i = 0; i < (halves ? 2 : 1) * inner; ++i) {
+      const int32_t sum = halves ? sums[i] : sums[i] + sums[inner + i];
+      *start++ = offset * sum;
+      *scaled++ = scale[i % inner] * float(sum);
     }
-    parallel_for(n, std::max<int64_t>(1, kMinMacs / 4 / columns), [&](int64_t begin, int64_t end) {
+  }
+}
+
+struct FineScratch {
+  std::vector<int8_t> codes;
+  std::vector<float> scale, scaled_sums;
+  std::vector<int32_t> sums, start;
+  int64_t rows = 0, chunks = 0;
+
+  void quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns) {
+    rows = n;
+    chunks = chunks_of(columns);
+    int8_t* c = grown(codes, n * chunks * 64);
+    float* s = grown(scale, n * chunks);
+    int32_t* q = grown(sums, n * chunks * 2);
+    parallel_for(n, std::max<int64_t>(1, kMinMacs / 2 / columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        kernels.quantize(x + row * columns, columns, &codes[row * groups * 32], &scale[row * groups],
-                         &sums16[row * groups * 2], &sums32[row * groups]);
+        kernels.quantize_fine(x + row * columns, columns, c + row * chunks * 64, s + row * chunks,
+                              q + row * chunks * 2);
       }
     });
-    return {codes.data(), scale.data(), {sums16.data(), sums32.data()}, groups};
+  }
+
+  FineActivations prepare(const Layout& l, int32_t offset) {
+    int32_t* to = grown(start, rows * chunks * 2);
+    float* scaled = grown(scaled_sums, rows * chunks * 2);
+    scale_sums(sums.data(), scale.data(), rows * chunks, 1, l.group == 16, offset, to, scaled);
+    return {codes.data(), scale.data(), to, scaled, chunks};
   }
 };
 
-// One panel of a part for n activation rows.
-void run_panel(const Kernels& kernels, const Part& part, int64_t panel, const float* x, const Activations& quantized,
-               int n, Finish finish) {
-  finish.scale = part.scale.data() + panel * kPanelRows;
-  finish.bias = part.bias.empty() ? nullptr : part.bias.data() + panel * kPanelRows;
-  finish.rows = int(std::min<int64_t>(kPanelRows, part.rows - panel * kPanelRows));
-  const uint8_t* data = part.panels.data() + panel * part.panel_bytes;
-  if (!part.integer) return kernels.floating[part.floating](data, part.columns, x, part.columns, n, finish);
-  const int64_t groups = part.panel_bytes / block_bytes(part.code, part.group, part.second);
-  kernels.integer[part.code][part.group == 32][part.second]({data, groups, part.offset, part.table}, quantized, n,
-                                                            finish);
+// What dots begin with for every unit of sum q.
+int32_t start_factor(const Kernels& kernels, const Layout& l) {
+  return (l.second == kZero ? 0 : l.offset) - (code_class(l.code) == 2 ? kernels.signed_bias : 0);
+}
+
+// ---- Many rows ----
+
+// Tiles of quantized rows, each with room for as many entries of outliers as there are chunks.
+struct TileScratch {
+  std::vector<int8_t> codes;
+  std::vector<float> scale, scaled_sums;
+  std::vector<int32_t> sums, start, chunk;
+  std::vector<int64_t> entries;
+  int64_t tiles = 0, room = 0;  // entries of a tile
+
+  void quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns) {
+    const int64_t chunks = chunks_of(columns);
+    tiles = (n + kTileRows - 1) / kTileRows;
+    room = 2 * chunks;
+    int8_t* c = grown(codes, tiles * room * kChunk * kTileRows);
+    float* s = grown(scale, tiles * room * kTileRows);
+    int32_t* q = grown(sums, tiles * room * 2 * kTileRows);
+    int32_t* at = grown(chunk, tiles * room);
+    int64_t* count = grown(entries, tiles);
+    parallel_for(tiles, std::max<int64_t>(1, kMinMacs / 2 / (columns * kTileRows)), [&](int64_t begin, int64_t end) {
+      static thread_local std::vector<float> own;
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t rows = std::min<int64_t>(kTileRows, n - t * kTileRows), first = t * room;
+        count[t] = kernels.quantize_tile(x + t * kTileRows * columns, columns, int(rows), columns,
+                                         {c + first * kChunk * kTileRows, s + first * kTileRows,
+                                          q + first * 2 * kTileRows, at + first, grown(own, 2 * chunks + 32)});
+      }
+    });
+  }
+
+  void prepare(const Layout& l, int32_t offset) {
+    int32_t* to = grown(start, tiles * room * 2 * kTileRows);
+    float* scaled = grown(scaled_sums, tiles * room * 2 * kTileRows);
+    parallel_for(tiles, std::max<int64_t>(1, kMinMacs / 8 / (room * kTileRows)), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t first = t * room * kTileRows;
+        scale_sums(&sums[2 * first], &scale[first], entries[t], kTileRows, l.group == 16, offset, to + 2 * first,
+                   scaled + 2 * first);
+      }
+    });
+  }
+
+  Tile tile(int64_t t) const {
+    const int64_t first = t * room;
+    return {&codes[first * kChunk * kTileRows],
+            &scale[first * kTileRows],
+            &start[first * 2 * kTileRows],
+            &scaled_sums[first * 2 * kTileRows],
+            &chunk[first],
+            entries[t]};
+  }
+};
+
+// An open panel in memory of its thread.
+struct OpenScratch {
+  std::vector<uint8_t> codes;
+  std::vector<float> scale, second;
+
+  OpenPanel room(const Layout& l, int64_t chunks) {
+    const int64_t scales = chunks * (l.group == 16 ? 32 : 16);
+    // Aligned to cache lines, since every load is a whole one.
+    auto* at = grown(codes, chunks * 512 + 64);
+    return {at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64, grown(scale, scales), grown(second, scales)};
+  }
+};
+
+// What a panel of a part does at the end, for rows from y on.
+Finish finish_of(const Part& part, int64_t panel, const float* residual, float* y, int64_t stride) {
+  return {part.scale.data() + panel * kPanelRows,
+          part.bias.empty() ? nullptr : part.bias.data() + panel * kPanelRows,
+          residual,
+          y,
+          stride,
+          int(std::min<int64_t>(kPanelRows, part.rows - panel * kPanelRows))};
+}
+
+IntegerPanel panel_of(const Part& part, int64_t panel) {
+  return {part.panels.data() + panel * part.panel_bytes, chunks_of(part.columns), part.layout};
+}
+
+// Where a part's outputs begin.
+struct Output {
+  const float* residual;
+  float* y;
+  int64_t stride;
+
+  Finish finish(const Part& part, int64_t panel, int64_t row) const {
+    const int64_t at = row * stride + panel * kPanelRows;
+    return finish_of(part, panel, residual ? residual + at : nullptr, y + at, stride);
+  }
+};
+
+void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, int64_t n, const Output& out) {
+  const Layout& l = part.layout;
+  const int kind = code_class(l.code);
+  x.prepare(l, start_factor(kernels, l));
+  const TileKernel kernel = kernels.tile[kind][l.group == 16][has_second(l)];
+  parallel_for(part.panel_count(), 1, [&](int64_t begin, int64_t end) {
+    static thread_local OpenScratch scratch;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const IntegerPanel closed = panel_of(part, panel);
+      const OpenPanel open = scratch.room(l, closed.chunks);
+      kernels.open(closed, open);
+      for (int64_t t = 0; t < x.tiles; ++t) {
+        const int64_t row = t * kTileRows;
+        kernel(open, x.tile(t), int(std::min<int64_t>(kTileRows, n - row)), out.finish(part, panel, row));
+      }
+    }
+  });
+}
+
+// ---- Floats ----
+
+void multiply_floats(const Kernels& kernels, const Part& part, const float* x, int64_t n, const Output& out) {
+  // The unit of work is one panel for one block of activation rows; the blocks of a panel follow each other.
+  const int64_t blocks = (n + kMaxRows - 1) / kMaxRows;
+  const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * std::min<int64_t>(n, kMaxRows)));
+  parallel_for(part.panel_count() * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t panel = unit / blocks, row = unit % blocks * kMaxRows;
+      kernels.floating[part.floating](part.panels.data() + panel * part.panel_bytes, part.columns,
+                                      x + row * part.columns, part.columns, int(std::min<int64_t>(kMaxRows, n - row)),
+                                      out.finish(part, panel, row));
+    }
+  });
 }
 
 }  // namespace
@@ -76,15 +224,20 @@ int64_t Weight::nbytes() const {
 }
 
 std::string Weight::kernel() const {
-  static const char* const kCodeNames[] = {"u4", "u6", "s8", "t4"};
+  static const char* const kCodeNames[] = {"u1", "u2", "u3", "u4", "u5", "u6", "s8", "t4"};
+  static const char* const kScaleNames[] = {"", "super", "nibble"};
   static const char* const kSecondNames[] = {"", "min", "zero"};
   static const char* const kFloatNames[] = {"f32", "f16", "bf16"};
   std::string text = isa_name(active_isa());
   for (size_t i = 0; i < parts.size(); ++i) {
     const Part& p = parts[i];
+    const Layout& l = p.layout;
     text.push_back(i == 0 ? ' ' : '+');
     if (p.integer)
-      text.append(kCodeNames[p.code]).append(p.group == 32 ? "x32" : "x16").append(kSecondNames[p.second]);
+      text.append(kCodeNames[l.code])
+          .append("x" + std::to_string(l.group))
+          .append(kScaleNames[l.scales])
+          .append(kSecondNames[l.second]);
     else
       text.append(kFloatNames[p.floating]);
   }
@@ -92,38 +245,46 @@ std::string Weight::kernel() const {
 }
 
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
-  static thread_local Scratch scratch;
+  static thread_local FineScratch fine_scratch;
+  static thread_local TileScratch tile_scratch;
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
   const bool integer = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return p.integer; });
-  const int64_t chunk =
-      std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * weight.columns) / kMaxRows) * kMaxRows;
-  int64_t panels = 0;
-  for (const Part& p : weight.parts) panels += p.panel_count();
-  for (int64_t first = 0; first < n; first += chunk) {
-    const int64_t rows = std::min(chunk, n - first);
-    const float* x_chunk = x + first * weight.columns;
-    const Activations quantized = integer ? scratch.quantize(kernels, x_chunk, rows, weight.columns) : Activations{};
-    // The unit of work is one panel for one block of activation rows; the blocks of a panel follow each other.
-    const int64_t blocks = (rows + kMaxRows - 1) / kMaxRows;
-    const int64_t grain =
-        std::max<int64_t>(1, kMinMacs / (weight.columns * kPanelRows * std::min<int64_t>(rows, kMaxRows)));
-    parallel_for(panels * blocks, grain, [&](int64_t begin, int64_t end) {
-      int64_t first_panel = 0, row_offset = 0;
-      for (const Part& part : weight.parts) {
-        const int64_t count = part.panel_count();
-        for (int64_t unit = std::max(begin, first_panel * blocks); unit < std::min(end, (first_panel + count) * blocks);
-             ++unit) {
-          const int64_t panel = unit / blocks - first_panel, block_row = unit % blocks * kMaxRows;
-          const int64_t at = (first + block_row) * weight.rows + row_offset + panel * kPanelRows;
-          const Finish finish = {nullptr, nullptr, residual ? residual + at : nullptr, y + at, weight.rows, 0};
-          run_panel(kernels, part, panel, x_chunk + block_row * weight.columns,
-                    integer ? quantized.from_row(block_row) : quantized,
-                    int(std::min<int64_t>(kMaxRows, rows - block_row)), finish);
-        }
-        first_panel += count;
-        row_offset += part.rows;
+  const auto part_output = [&](int64_t first_row, int64_t part_row) {
+    const int64_t at = first_row * weight.rows + part_row;
+    return Output{residual ? residual + at : nullptr, y + at, weight.rows};
+  };
+  if (n <= kFineRows) {
+    if (integer) fine_scratch.quantize(kernels, x, n, weight.columns);
+    int64_t row = 0;
+    for (const Part& part : weight.parts) {
+      const Output out = part_output(0, row);
+      row += part.rows;
+      if (!part.integer) {
+        multiply_floats(kernels, part, x, n, out);
+        continue;
       }
-    });
+      const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
+      const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));
+      parallel_for(part.panel_count(), grain, [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel)
+          kernels.fine(panel_of(part, panel), fine, int(n), out.finish(part, panel, 0));
+      });
+    }
+    return;
+  }
+  const int64_t most =
+      std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * weight.columns) / kMaxRows) * kMaxRows;
+  for (int64_t first = 0; first < n; first += most) {
+    const int64_t rows = std::min(most, n - first);
+    const float* x_chunk = x + first * weight.columns;
+    if (integer) tile_scratch.quantize(kernels, x_chunk, rows, weight.columns);
+    int64_t row = 0;
+    for (const Part& part : weight.parts) {
+      const Output out = part_output(first, row);
+      row += part.rows;
+      part.integer ? multiply_tiles(kernels, part, tile_scratch, rows, out)
+                   : multiply_floats(kernels, part, x_chunk, rows, out);
+    }
   }
 }
 

@@ -3,14 +3,17 @@
 // A weight matrix (rows, k) is stored as panels of 16 output rows, each contiguous, in the order in which it is read:
 //
 //   float panel:    w[k][16], as float32, float16 or bfloat16
-//   integer panel:  per group of 16 or 32 columns one block
-//                     codes:  k4-steps of 16 rows x 4 columns: byte row*4 + j is column j of the step (8-bit codes), or
-//                             lines of two such steps: byte = second step << 4 | first step (4-bit codes)
-//                     scale:  float16[16]
-//                     second: float16[16], a minimum or a zero point, if the scheme has one
+//   integer panel:  blocks of 256 columns, the last one of fewer (a multiple of 32; k is padded with zeros):
+//                     chunks of 32 columns, each bits * 64 bytes of bit planes (below)
+//                     scales of all groups of the block (Scales, below)
 //
-// Activations of integer panels are quantized per 32 columns: x ~ scale * q, q in [-127, 127], scale = max|x| / 127.
-// k is padded with zeros to a multiple of 32.
+// A chunk is 8 steps of 16 rows x 4 columns; byte row*4 + j of a step is column j. Planes are lines of 64 bytes:
+//   4-bit line: steps 2i, 2i+1 in the low and the high nibbles       kU4, kT4: four lines
+//   2-bit line: steps 4i .. 4i+3, from the low bits up               kU2: two
+//   1-bit line: steps 0 .. 7, from the low bit up                    kU1: one
+//   a step a line                                                    kS8: eight
+// kU3 is two 2-bit lines and a 1-bit line of bit 2; kU5 four 4-bit lines and a 1-bit line of bit 4; kU6 four 4-bit
+// lines and two 2-bit lines of bits 4 and 5.
 #pragma once
 
 #include <cstdint>
@@ -20,41 +23,101 @@
 namespace tersor::linear {
 
 inline constexpr int kPanelRows = 16;
-inline constexpr int kActivationGroup = 32;  // columns that share an activation scale
-inline constexpr int kMaxRows = 96;          // activation rows of one kernel call; a multiple of every register tile
+inline constexpr int kChunk = 32;  // columns of a chunk; activations share a scale within it
+inline constexpr int kBlockColumns = 256;
+inline constexpr int kBlockChunks = kBlockColumns / kChunk;
+inline constexpr int kMaxRows = 96;   // activation rows of one call of a float kernel
+inline constexpr int kFineRows = 16;  // up to so many activation rows are quantized to 15 bits, more to 8 bits
+inline constexpr int kTileRows = 8;   // rows of a tile of 8-bit activations; a multiple of every register tile
 
-// How a code becomes an integer. kU4: 0..15, two in a byte; kU6: 0..63; kS8: -128..127; kT4: table of 16 int8, two in a
-// byte.
-enum Code { kU4, kU6, kS8, kT4, kCodes };
+// How a code becomes an integer. kU1: 0 or 2; kU2 .. kU6: unsigned; kS8: -128..127; kT4: table of 16 int8.
+enum Code { kU1, kU2, kU3, kU4, kU5, kU6, kS8, kT4, kCodes };
+static constexpr int code_bits(Code code) { return code == kS8 ? 8 : code == kT4 ? 4 : code + 1; }
 
-// What `second` holds.   kNone: w = scale * (code + offset)   kMin: w = scale * (code + offset) + second
-//                        kZero: w = scale * (code + offset - second)
+// How the scales of a block lie, each for 16 rows, group after group.
+//   kHalves:  float16 scale of every group; then as `second` says float16 minimum, or uint8 zero point, of every group
+//   kSuper:   float16 d [and float16 dmin]; int8 sub of every group [then uint8 of its minimum]: scale = d * sub,
+//             minimum = -dmin * submin
+//   kNibbles: float16 d, float16 dmin; a byte of every group: low nibble of the scale, high of the minimum
+enum Scales { kHalves, kSuper, kNibbles, kScaleKinds };
+
+// What there is beside the scale. kNone: w = scale * (code + offset)   kMin: w = scale * (code + offset) + minimum
+//                                 kZero: w = scale * (code + offset - zero)
 enum Second { kNone, kMin, kZero, kSeconds };
 
-constexpr int code_bytes(Code code) { return code == kU4 || code == kT4 ? 8 : 16; }  // per column of a panel
+// The number format of a panel.
+struct Layout {
+  Code code;
+  Scales scales;
+  Second second;
+  int group;  // columns that share a scale: 16, 32, 64, 128 or 256
+  int offset;
+  const int8_t* table;  // of kT4, else null
 
-constexpr int block_bytes(Code code, int group, Second second) {
-  return code_bytes(code) * group + 2 * kPanelRows * (second == kNone ? 1 : 2);
+  bool operator==(const Layout&) const = default;
+};
+
+// Static, so that every instruction set has its own: of a block's or a panel's columns, a multiple of 32.
+static constexpr int group_count(const Layout& l, int64_t columns) { return int((columns + l.group - 1) / l.group); }
+static constexpr int64_t code_bytes(const Layout& l, int64_t columns) { return columns * 2 * code_bits(l.code); }
+static constexpr int64_t scale_bytes(const Layout& l, int64_t columns) {
+  const int of_group = l.scales == kHalves  ? (l.second == kNone  ? 32
+                                               : l.second == kMin ? 64
+                                                                  : 48)
+                       : l.scales == kSuper ? (l.second == kNone ? 16 : 32)
+                                            : 16;
+  const int of_block = l.scales == kHalves ? 0 : l.scales == kSuper && l.second == kNone ? 32 : 64;
+  return of_block + int64_t(group_count(l, columns)) * of_group;
+}
+static constexpr int64_t block_bytes(const Layout& l, int64_t columns) {
+  return code_bytes(l, columns) + scale_bytes(l, columns);
+}
+static constexpr int64_t panel_bytes(const Layout& l, int64_t columns) {
+  const int64_t rest = columns % kBlockColumns;
+  return columns / kBlockColumns * block_bytes(l, kBlockColumns) + (rest ? block_bytes(l, rest) : 0);
 }
 
 struct IntegerPanel {
   const uint8_t* blocks;
-  int64_t groups;
-  float offset;         // an integer; 0 for signed codes (kS8, kT4) with kNone
-  const int8_t* table;  // of kT4, else null
+  int64_t chunks;  // of 32 columns
+  Layout layout;
 };
 
-// Quantized activations, row by row. sums are exact integers: of 32 columns, and of 16.
-struct Activations {
-  const int8_t* codes;   // (rows, 32 * groups)
-  const float* scale;    // (rows, groups)
-  const float* sums[2];  // [0]: per 16 columns (rows, 2 * groups), [1]: per 32 columns (rows, groups)
-  int64_t groups;
+// Activations of up to kFineRows rows, per 32 columns: x ~ scale * q, q = 128 * high + low in [-16256, 16256].
+struct FineActivations {
+  const int8_t* codes;   // (rows, chunks, 64): 32 high codes, then 32 low ones
+  const float* scale;    // (rows, chunks), max|x| / 16256
+  const int32_t* start;  // (rows, chunks), or (rows, chunks, 2) when groups are of 16: offset * sum q
+  const float* sums;     // like start: scale * sum q; for layouts with a minimum
+  int64_t chunks;
+};
 
-  Activations from_row(int64_t row) const {
-    return {
-        codes + row * 32 * groups, scale + row * groups, {sums[0] + row * 2 * groups, sums[1] + row * groups}, groups};
-  }
+// Activations of one tile of kTileRows rows, in the order in which they are read. Entry e < chunks is chunk e in 8
+// bits: x ~ scale * q, scale = max|x| / 127. The entries that follow are the second 8 bits of chunks that hold outliers
+// of some row (the other rows are 0 there), scale = max|x| / 16256.
+struct Tile {
+  const int8_t* codes;   // (entries, 8 steps, kTileRows, 4)
+  const float* scale;    // (entries, kTileRows)
+  const int32_t* start;  // (entries, kTileRows), or (entries, 2, kTileRows) when groups are of 16: what dots begin with
+  const float* sums;     // like start: scale * sum q; for layouts with a minimum
+  const int32_t* chunk;  // (entries)
+  int64_t entries;
+};
+
+// Where a tile is quantized to: as in Tile; sums (entries, 2, kTileRows) is of q over each half of the 32 columns.
+struct TileBuffers {
+  int8_t* codes;
+  float* scale;
+  int32_t* sums;
+  int32_t* chunk;
+  float* scratch;  // (2 * chunks rounded up to multiples of 16)
+};
+
+// A panel whose codes are bytes and whose scales are float32: what many activation rows are multiplied by.
+struct OpenPanel {
+  uint8_t* codes;  // (chunks, 8 steps, 64)
+  float* scale;    // (chunks, 16), or (chunks, 2, 16) when groups are of 16
+  float* second;   // like scale; minima; null when there are none
 };
 
 // What a kernel does with the sums (n, 16) of one panel: y = sums * scale + bias + residual.
@@ -67,21 +130,38 @@ struct Finish {
   int rows;  // of the panel that exist, 1..16
 };
 
-// Each computes the panel for the first n activation rows, 1 <= n <= kMaxRows.
-using IntegerKernel = void (*)(const IntegerPanel& panel, const Activations& x, int n, const Finish& finish);
+// The panel times n rows, 1 <= n <= kFineRows.
+using FineKernel = void (*)(const IntegerPanel& panel, const FineActivations& x, int n, const Finish& finish);
+// The panel times the first n rows of a tile, 1 <= n <= kTileRows.
+using TileKernel = void (*)(const OpenPanel& panel, const Tile& x, int n, const Finish& finish);
+// The panel times n rows, 1 <= n <= kMaxRows.
 using FloatKernel = void (*)(const void* panel, int64_t k, const float* x, int64_t stride, int n, const Finish& finish);
 
 struct Kernels {
-  // Quantizes one row of k values into codes (32 * groups), scale and sums; the padding becomes 0.
-  void (*quantize)(const float* x, int64_t k, int8_t* codes, float* scale, float* sums16, float* sums32);
-  IntegerKernel integer[kCodes][2][kSeconds];  // [code][group == 32][second]
+  // Quantizes one row of k values; the padding becomes 0. sums (chunks, 2).
+  void (*quantize_fine)(const float* x, int64_t k, int8_t* codes, float* scale, int32_t* sums);
+  // Quantizes n <= kTileRows rows of k values, x with `stride` values between rows; the rows that miss become 0.
+  // Returns the entries, at most 2 * chunks.
+  int64_t (*quantize_tile)(const float* x, int64_t stride, int n, int64_t k, const TileBuffers& to);
+  FineKernel fine;
+  int signed_bias;  // what `open` adds to signed codes (class 2); Tile::start makes up for it
+  void (*open)(const IntegerPanel& panel, const OpenPanel& out);
+  TileKernel tile[3][2][2];  // [code_class][group == 16][minima]
   FloatKernel floating[kFloats];
 };
+
+// Codes by what a dot product must hold: up to 4 bits, up to 6 bits, signed bytes.
+static constexpr int code_class(Code code) { return code <= kU4 ? 0 : code <= kU6 ? 1 : 2; }
+
+// A minimum or a zero point makes the kernels add second * sum of the activations.
+static constexpr bool has_second(const Layout& layout) { return layout.second != kNone; }
 
 extern const Kernels scalar_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neondot_kernels;
 #endif
 
 }  // namespace tersor::linear

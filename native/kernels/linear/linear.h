@@ -25,16 +25,12 @@ class Bytes {
   int64_t size_;
 };
 
-// Consecutive rows of a weight that share a scheme.
+// Consecutive rows of a weight that share a number format.
 struct Part {
   int64_t rows, columns;
   bool integer;
-  Float floating;  // if not integer
-  Code code;       // if integer, with group (16 or 32), second, offset and table
-  int group;
-  Second second;
-  float offset;
-  const int8_t* table;
+  Layout layout;   // if integer
+  Float floating;  // if not
   int64_t panel_bytes;
   Bytes panels;
   std::vector<float> scale;  // (panels * 16) per row
@@ -56,7 +52,9 @@ struct Weight {
   std::string kernel() const;
 };
 
-// y (n, rows) = x (n, columns) W^T + bias + residual (n, rows); residual may be null and may be y.
+// y (n, rows) = x (n, columns) W^T + bias + residual (n, rows); residual may be null and may be y. Integer parts round
+// x to 15 bits per 32 columns when n <= kFineRows, else to 8 bits, twice 8 where a row has outliers. A row has the same
+// bits for every n <= kFineRows, and for every n above.
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y);
 
 }  // namespace tersor::linear

@@ -1,11 +1,13 @@
 // Speed of `linear` beside this machine's limits, for every kernel and instruction set.
-//   cmake --build build/dev --target linear_bench && build/dev/linear_bench [threads] [rows] [columns]
+//   cmake --build build/dev --target linear_bench && [TERSOR_ISA=avx2] build/dev/linear_bench [threads] [rows]
+//   [columns]
 // Times are CPU time per thread, the least of several rounds, so that other work on the machine disturbs little.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "base/bandwidth.h"
@@ -41,27 +43,48 @@ double seconds(const std::function<void()>& f) {
   return best / threads();
 }
 
-Part make_part(bool integer, Float type, Code code, int group, Second second, int64_t rows, int64_t columns) {
-  static const int8_t kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-  const int64_t panel_bytes =
-      integer ? columns / group * block_bytes(code, group, second) : columns * 16 * float_bytes(type);
+constexpr int8_t kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+struct Case {
+  const char* name;
+  bool integer;
+  Float floating;
+  Layout layout;
+};
+
+const Case kCases[] = {
+    {"q4_0", true, kF32, {kU4, kHalves, kNone, 32, -8, nullptr}},
+    {"q4_1", true, kF32, {kU4, kHalves, kMin, 32, 0, nullptr}},
+    {"q8_0", true, kF32, {kS8, kHalves, kNone, 32, 0, nullptr}},
+    {"q5_0", true, kF32, {kU5, kHalves, kNone, 32, -16, nullptr}},
+    {"int4_g64", true, kF32, {kU4, kHalves, kZero, 64, 0, nullptr}},
+    {"q2_k", true, kF32, {kU2, kNibbles, kMin, 16, 0, nullptr}},
+    {"q3_k", true, kF32, {kU3, kSuper, kNone, 16, -4, nullptr}},
+    {"q4_k", true, kF32, {kU4, kSuper, kMin, 32, 0, nullptr}},
+    {"q6_k", true, kF32, {kU6, kSuper, kNone, 16, -32, nullptr}},
+    {"iq4_xs", true, kF32, {kT4, kSuper, kNone, 32, 0, kTable}},
+    {"binary_g128", true, kF32, {kU1, kHalves, kNone, 128, -1, nullptr}},
+    {"f32", false, kF32, {}},
+    {"f16", false, kF16, {}},
+    {"bf16", false, kBF16, {}},
+};
+
+Part make_part(const Case& c, int64_t rows, int64_t columns) {
+  const int64_t size = c.integer ? panel_bytes(c.layout, columns) : columns * 16 * float_bytes(c.floating);
   const int64_t panels = (rows + 15) / 16;
-  const float offset = code == kS8 || code == kT4 ? 0 : -8;
-  Part part{rows, columns, integer, type, code, group, second, offset, kTable, panel_bytes, Bytes(panels * panel_bytes),
-            {},   {}};
-  for (int64_t i = 0; i < panels * panel_bytes; ++i) part.panels.data()[i] = uint8_t(i * 2654435761u >> 13) & 0x3f;
+  Part part{rows, columns, c.integer, c.layout, c.floating, size, Bytes(panels * size), {}, {}};
+  for (int64_t i = 0; i < panels * size; ++i) part.panels.data()[i] = uint8_t(i * 2654435761u >> 13) & 0x3f;
   part.scale.assign(panels * 16, 1.0f);
   return part;
 }
 
-void run(const char* name, bool integer, Float type, Code code, int group, Second second, int64_t rows,
-         int64_t columns) {
+void run(const Case& c, int64_t rows, int64_t columns) {
   Weight weight;
   weight.rows = rows;
   weight.columns = columns;
-  weight.parts.push_back(make_part(integer, type, code, group, second, rows, columns));
-  std::printf("%-14s", name);
-  for (int64_t n : {1, 2, 4, 8, 32, 512}) {
+  weight.parts.push_back(make_part(c, rows, columns));
+  std::printf("%-12s", c.name);
+  for (int64_t n : {1, 2, 4, 16, 32, 512}) {
     std::vector<float> x(n * columns), y(n * rows);
     for (size_t i = 0; i < x.size(); ++i) x[i] = float(int(i * 2654435761u >> 20) % 200 - 100) / 100;
     const double t = seconds([&] { multiply(x.data(), n, weight, nullptr, y.data()); });
@@ -83,18 +106,11 @@ int main(int argc, char** argv) {
     const double t = seconds([&] { sink += read_words(words.data(), int64_t(words.size())); });
     std::printf("reading %lld MiB: %.1f GB/s\n", (long long)mib, double(sink ? mib << 20 : 0) / t * 1e-9);
   }
+  const char* only = std::getenv("TERSOR_ISA");
   for (Isa isa : supported_isas()) {
+    if (only && std::string(only) != isa_name(isa)) continue;
     force_isa(isa_name(isa));
-    std::printf("\n%s: GB/s of weights at n = 1 | GMAC/s at n = 1, 2, 4, 8, 32, 512\n", isa_name(isa));
-    run("u4x32", true, kF32, kU4, 32, kNone, rows, columns);
-    run("u4x32min", true, kF32, kU4, 32, kMin, rows, columns);
-    run("u4x16min", true, kF32, kU4, 16, kMin, rows, columns);
-    run("t4x32", true, kF32, kT4, 32, kNone, rows, columns);
-    run("u6x16", true, kF32, kU6, 16, kNone, rows, columns);
-    run("u6x32min", true, kF32, kU6, 32, kMin, rows, columns);
-    run("s8x32", true, kF32, kS8, 32, kNone, rows, columns);
-    run("f32", false, kF32, kU4, 0, kNone, rows, columns);
-    run("f16", false, kF16, kU4, 0, kNone, rows, columns);
-    run("bf16", false, kBF16, kU4, 0, kNone, rows, columns);
+    std::printf("\n%s: GB/s of weights at n = 1 | GMAC/s at n = 1, 2, 4, 16, 32, 512\n", isa_name(isa));
+    for (const Case& c : kCases) run(c, rows, columns);
   }
 }

@@ -12,45 +12,59 @@ namespace {
 
 // The 16 rows of a panel as integers, padded with zeros.
 struct PanelCodes {
-  int64_t columns, groups;  // columns: padded
-  std::vector<uint8_t> codes;
+  const Scheme& scheme;
+  int64_t columns;  // padded to chunks
+  int64_t scales, groups;
+  std::vector<uint8_t> codes, submin;
+  std::vector<int8_t> sub;
   std::vector<float> scale, second;
 
   PanelCodes(const Scheme& s, int64_t source_columns)
-      : columns((source_columns + 31) / 32 * 32),
-        groups(columns / s.group),
+      : scheme(s),
+        columns((source_columns + kChunk - 1) / kChunk * kChunk),
+        scales(s.scales(columns)),
+        groups(s.groups(columns)),
         codes(16 * columns),
-        scale(16 * groups),
-        second(16 * groups) {}
+        submin(16 * groups),
+        sub(16 * groups),
+        scale(16 * scales),
+        second(16 * scales) {}
 
-  RowCodes row(int i) { return {codes.data() + i * columns, scale.data() + i * groups, second.data() + i * groups}; }
+  RowCodes row(int i) {
+    return {codes.data() + i * columns, scale.data() + i * scales, second.data() + i * scales, sub.data() + i * groups,
+            submin.data() + i * groups};
+  }
   void clear_row(int i) {
     std::fill_n(codes.begin() + i * columns, columns, uint8_t(0));
-    std::fill_n(scale.begin() + i * groups, groups, 0.0f);
-    std::fill_n(second.begin() + i * groups, groups, 0.0f);
+    std::fill_n(scale.begin() + i * scales, scales, 0.0f);
+    std::fill_n(second.begin() + i * scales, scales, 0.0f);
+    std::fill_n(sub.begin() + i * groups, groups, int8_t(0));
+    std::fill_n(submin.begin() + i * groups, groups, uint8_t(0));
   }
 };
 
 // Takes a factor out of a row's scales so that float16 holds what is left, and returns it. One common scale becomes the
-// factor. Else it is the power of two that brings the largest scale or minimum to [2^14, 2^15): scales that were
-// float16 stay exact, and products of a scale and a sub-scale round to 2^-12 of themselves.
-float normalize(const Scheme& s, const RowCodes& row, int64_t groups) {
-  if (s.second != kMin && std::all_of(row.scale, row.scale + groups, [&](float x) { return x == row.scale[0]; })) {
+// factor. Else it is the power of two that brings the largest scale or minimum to [2^14, 2^15): what was float16 stays
+// exact. The d and dmin of kSuper and kNibbles are float16 already.
+float normalize(const Layout& l, const RowCodes& row, int64_t scales) {
+  if (l.scales != kHalves) return 1;
+  if (l.second != kMin && std::all_of(row.scale, row.scale + scales, [&](float x) { return x == row.scale[0]; })) {
     const float common = row.scale[0];
-    std::fill_n(row.scale, groups, 1.0f);
+    std::fill_n(row.scale, scales, 1.0f);
     return common;
   }
   float largest = 0;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < scales; ++g) {
     largest = std::max(largest, std::fabs(row.scale[g]));
-    if (s.second == kMin) largest = std::max(largest, std::fabs(row.second[g]));
+    if (l.second == kMin) largest = std::max(largest, std::fabs(row.second[g]));
   }
   if (!(largest > 0) || !std::isfinite(largest)) return 1;
   // Within float32's normal numbers, both for the factor and for its inverse.
   const int exponent = std::clamp(std::ilogb(largest) - 14, -126, 126);
-  for (int64_t g = 0; g < groups; ++g) {
-    row.scale[g] = std::ldexp(row.scale[g], -exponent);
-    if (s.second == kMin) row.second[g] = std::ldexp(row.second[g], -exponent);
+  const float inverse = std::ldexp(1.0f, -exponent);
+  for (int64_t g = 0; g < scales; ++g) {
+    row.scale[g] *= inverse;
+    if (l.second == kMin) row.second[g] *= inverse;
   }
   return std::ldexp(1.0f, exponent);
 }
@@ -61,36 +75,107 @@ uint32_t four(const uint8_t* p) {
   return x;
 }
 
+// One line of 64 bytes: of each row `steps` steps from its codes on, `bits` bits of every code from bit `from` on.
+uint8_t* write_line(const uint8_t* codes, int64_t stride, int steps, int from, int bits, uint8_t* out) {
+  const uint32_t mask = ((1u << bits) - 1) * 0x01010101u;
+  for (int row = 0; row < 16; ++row, out += 4) {
+    uint32_t word = 0;
+    for (int s = 0; s < steps; ++s) word |= (four(codes + row * stride + 4 * s) >> from & mask) << (s * bits);
+    memcpy(out, &word, 4);
+  }
+  return out;
+}
+
+// The planes of one chunk.
+uint8_t* write_chunk(Code code, const uint8_t* codes, int64_t stride, uint8_t* out) {
+  const auto lines = [&](int from, int bits) {
+    const int steps = 8 / bits;
+    for (int s = 0; s < 8; s += steps) out = write_line(codes + 4 * s, stride, steps, from, bits, out);
+  };
+  if (code == kU1) lines(1, 1);  // 0 or 2
+  if (code == kU2 || code == kU3) lines(0, 2);
+  if (code == kU3) lines(2, 1);
+  if (code == kU4 || code == kT4 || code == kU5 || code == kU6) lines(0, 4);
+  if (code == kU5) lines(4, 1);
+  if (code == kU6) lines(4, 2);
+  if (code == kS8) lines(0, 8);
+  return out;
+}
+
+// f(row) of 16 rows as float16.
+template <typename F>
+uint8_t* write_halves(F f, uint8_t* out) {
+  for (int row = 0; row < 16; ++row, out += 2) {
+    const uint16_t h = f32_to_f16(f(row));
+    memcpy(out, &h, 2);
+  }
+  return out;
+}
+
 // Writes a panel in the order of kernels.h.
-void interleave(const Scheme& s, const PanelCodes& p, uint8_t* out) {
-  const bool nibbles = s.code == kU4 || s.code == kT4;
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const int64_t first = g * s.group;
-    for (int64_t k = first; k < first + s.group; k += nibbles ? 8 : 4) {
-      for (int row = 0; row < 16; ++row, out += 4) {
-        const uint8_t* codes = p.codes.data() + row * p.columns + k;
-        const uint32_t word = nibbles ? four(codes) | four(codes + 4) << 4 : four(codes);
-        memcpy(out, &word, 4);
+void interleave(const PanelCodes& p, uint8_t* out) {
+  const Layout& l = p.scheme.layout;
+  for (int64_t first = 0; first < p.columns; first += kBlockColumns) {
+    const int64_t columns = std::min<int64_t>(kBlockColumns, p.columns - first);
+    for (int64_t k = first; k < first + columns; k += kChunk)
+      out = write_chunk(l.code, p.codes.data() + k, p.columns, out);
+    const int64_t group = first / l.group, end = group + group_count(l, columns), super = first / kBlockColumns;
+    const auto halves = [&](const std::vector<float>& values, int64_t at) {
+      out = write_halves([&](int row) { return values[row * p.scales + at]; }, out);
+    };
+    const auto bytes = [&](auto f) {
+      for (int64_t g = group; g < end; ++g) {
+        for (int row = 0; row < 16; ++row) *out++ = uint8_t(f(row * p.groups + g, row, g));
       }
+    };
+    if (l.scales == kHalves) {
+      for (int64_t g = group; g < end; ++g) halves(p.scale, g);
+      if (l.second == kMin) {
+        for (int64_t g = group; g < end; ++g) halves(p.second, g);
+      } else if (l.second == kZero) {
+        bytes([&](int64_t, int row, int64_t g) { return p.second[row * p.scales + g]; });
+      }
+      continue;
     }
-    for (const std::vector<float>* values : {&p.scale, &p.second}) {
-      if (values == &p.second && s.second == kNone) break;
-      for (int row = 0; row < 16; ++row, out += 2) {
-        const uint16_t h = f32_to_f16((*values)[row * p.groups + g]);
-        memcpy(out, &h, 2);
-      }
+    halves(p.scale, super);
+    if (l.second == kMin) halves(p.second, super);
+    if (l.scales == kNibbles) {
+      bytes([&](int64_t at, int, int64_t) { return p.sub[at] | p.submin[at] << 4; });
+    } else {
+      bytes([&](int64_t at, int, int64_t) { return p.sub[at]; });
+      if (l.second == kMin) bytes([&](int64_t at, int, int64_t) { return p.submin[at]; });
     }
   }
 }
 
+// Walks through the rows of sources.
+struct RowWalk {
+  const std::vector<Source>& sources;
+  std::vector<int64_t> first;  // row of each source
+
+  explicit RowWalk(const std::vector<Source>& s) : sources(s) {
+    int64_t row = 0;
+    for (const Source& source : s) {
+      first.push_back(row);
+      row += source.rows;
+    }
+    first.push_back(row);
+  }
+  int64_t rows() const { return first.back(); }
+  // The source that holds a row, and its number in it.
+  std::pair<const Source&, int64_t> find(int64_t row) const {
+    const int64_t i = std::upper_bound(first.begin(), first.end(), row) - first.begin() - 1;
+    return {sources[i], row - first[i]};
+  }
+};
+
 }  // namespace
 
-Part pack_integers(const Scheme& s, const uint8_t* const* fields, int64_t rows, int64_t columns) {
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, groups = (columns + 31) / 32 * 32 / s.group;
-  const int64_t panel_bytes = groups * block_bytes(s.code, s.group, s.second);
-  Part part{
-      rows, columns, true, kF32, s.code, s.group, s.second, s.offset, s.table, panel_bytes, Bytes(panels * panel_bytes),
-      {},   {}};
+Part pack_integers(const Scheme& s, const std::vector<Source>& sources, int64_t columns) {
+  const RowWalk walk(sources);
+  const int64_t rows = walk.rows(), panels = (rows + kPanelRows - 1) / kPanelRows,
+                size = panel_bytes(s.layout, (columns + kChunk - 1) / kChunk * kChunk);
+  Part part{rows, columns, true, s.layout, kF32, size, Bytes(panels * size), {}, {}};
   part.scale.resize(panels * kPanelRows);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     PanelCodes codes(s, columns);
@@ -100,34 +185,36 @@ Part pack_integers(const Scheme& s, const uint8_t* const* fields, int64_t rows, 
         const int64_t row = panel * kPanelRows + i;
         codes.clear_row(i);
         if (row >= rows) continue;
+        const auto [source, source_row] = walk.find(row);
         for (size_t f = 0; f < at.size(); ++f)
-          at[f] = fields[f] + (s.fields[f].shared ? 0 : row * s.fields[f].row_bytes);
+          at[f] = source.fields[f] + (s.fields[f].shared ? 0 : source_row * s.fields[f].row_bytes);
         s.extract(s, at.data(), columns, codes.row(i));
-        part.scale[row] = normalize(s, codes.row(i), (columns + s.group - 1) / s.group);
+        part.scale[row] = normalize(s.layout, codes.row(i), s.scales(columns));
       }
-      interleave(s, codes, part.panels.data() + panel * panel_bytes);
+      interleave(codes, part.panels.data() + panel * size);
     }
   });
   return part;
 }
 
-Part pack_floats(Float type, const void* values, int64_t rows, int64_t columns) {
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type),
-                panel_bytes = columns * kPanelRows * size;
-  Part part{rows, columns, false, type, kU4, 0, kNone, 0, nullptr, panel_bytes, Bytes(panels * panel_bytes), {}, {}};
+Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns) {
+  const RowWalk walk(sources);
+  const int64_t rows = walk.rows(), panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type),
+                panel_size = columns * kPanelRows * size;
+  Part part{rows, columns, false, {}, type, panel_size, Bytes(panels * panel_size), {}, {}};
   part.scale.assign(panels * kPanelRows, 1.0f);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      uint8_t* out = part.panels.data() + panel * panel_bytes;
+      uint8_t* out = part.panels.data() + panel * panel_size;
       for (int i = 0; i < kPanelRows; ++i) {
         const int64_t row = panel * kPanelRows + i;
-        const uint8_t* in = static_cast<const uint8_t*>(values) + row * columns * size;
-        for (int64_t k = 0; k < columns; ++k) {
-          if (row < rows)
-            memcpy(out + (k * kPanelRows + i) * size, in + k * size, size);
-          else
-            memset(out + (k * kPanelRows + i) * size, 0, size);
+        if (row >= rows) {
+          for (int64_t k = 0; k < columns; ++k) memset(out + (k * kPanelRows + i) * size, 0, size);
+          continue;
         }
+        const auto [source, source_row] = walk.find(row);
+        const uint8_t* in = source.fields[0] + source_row * columns * size;
+        for (int64_t k = 0; k < columns; ++k) memcpy(out + (k * kPanelRows + i) * size, in + k * size, size);
       }
     }
   });

@@ -1,15 +1,23 @@
 // Repacks stored tensors into the panels of kernels.h.
 #pragma once
 
+#include <vector>
+
 #include "kernels/linear/linear.h"
 #include "kernels/linear/scheme.h"
 
 namespace tersor::linear {
 
-// Rows of integers. fields[i] is the first row of scheme.fields[i].
-Part pack_integers(const Scheme& scheme, const uint8_t* const* fields, int64_t rows, int64_t columns);
+// The rows of one stored tensor: fields[i] is the first row of field i.
+struct Source {
+  std::vector<const uint8_t*> fields;
+  int64_t rows;
+};
 
-// Rows of floats: float32, float16 or bfloat16 values (rows, columns).
-Part pack_floats(Float type, const void* values, int64_t rows, int64_t columns);
+// The rows of tensors of one scheme, one after the other.
+Part pack_integers(const Scheme& scheme, const std::vector<Source>& sources, int64_t columns);
+
+// Rows of float32, float16 or bfloat16 values; the one field of a source.
+Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns);
 
 }  // namespace tersor::linear

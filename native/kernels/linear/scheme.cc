@@ -2,27 +2,40 @@
 
 namespace tersor::linear {
 
+RowCodes RowBuffer::row(const Scheme& scheme, int64_t columns) {
+  codes_.resize((columns + 31) / 32 * 32);
+  scale_.resize(scheme.scales(columns));
+  second_.resize(scheme.scales(columns));
+  sub_.resize(scheme.groups(columns));
+  submin_.resize(scheme.groups(columns));
+  return {codes_.data(), scale_.data(), second_.data(), sub_.data(), submin_.data()};
+}
+
 std::optional<Scheme> find_scheme(const std::string& format, int64_t columns) {
   if (auto scheme = find_ggml_scheme(format, columns)) return scheme;
   return find_stream_scheme(format, columns);
 }
 
-void decode_row(const Scheme& s, const uint8_t* const* fields, int64_t columns, std::vector<uint8_t>& scratch,
-                float* out) {
-  const int64_t groups = (columns + s.group - 1) / s.group, code_space = (columns + 3) / 4 * 4;
-  scratch.resize(code_space + groups * 8);
-  auto* scale = reinterpret_cast<float*>(scratch.data() + code_space);
-  const RowCodes row = {scratch.data(), scale, scale + groups};
+void decode_row(const Scheme& s, const uint8_t* const* fields, int64_t columns, RowBuffer& buffer, float* out) {
+  const Layout& l = s.layout;
+  const RowCodes row = buffer.row(s, columns);
   s.extract(s, fields, columns, row);
-  for (int64_t i = 0; i < columns; ++i) {
-    const int64_t g = i / s.group;
-    const float code = s.code == kT4 ? s.table[row.codes[i]] : s.code == kS8 ? int8_t(row.codes[i]) : row.codes[i];
-    if (s.second == kZero)
-      out[i] = (code + s.offset - row.second[g]) * row.scale[g];
-    else if (s.second == kMin)
-      out[i] = (code + s.offset) * row.scale[g] + row.second[g];
-    else
-      out[i] = (code + s.offset) * row.scale[g];
+  const auto offset = float(l.offset);
+  for (int64_t first = 0; first < columns; first += l.group) {
+    const int64_t g = first / l.group, super = first / kBlockColumns;
+    const float scale = l.scales == kHalves ? row.scale[g] : row.scale[super] * float(row.sub[g]);
+    const float second = l.second == kNone     ? 0.0f
+                         : l.scales == kHalves ? row.second[g]
+                                               : -(row.second[super] * float(row.submin[g]));
+    for (int64_t i = first; i < columns && i < first + l.group; ++i) {
+      const float code = l.code == kT4 ? l.table[row.codes[i]] : l.code == kS8 ? int8_t(row.codes[i]) : row.codes[i];
+      if (l.second == kZero)
+        out[i] = (code + offset - second) * scale;
+      else if (l.second == kMin)
+        out[i] = (code + offset) * scale + second;
+      else
+        out[i] = (code + offset) * scale;
+    }
   }
 }
 

@@ -17,21 +17,20 @@ struct Field {
   bool shared = false;
 };
 
-// The integers of one row. `codes`: columns values, stored as the scheme's Code (kS8: two's complement). `scale` and
-// `second`: one per group of Scheme::group columns.
+// The integers of one row. `codes`: columns values, as the layout's Code makes integers of them (kS8: two's complement;
+// kT4: indices of the table). Scales of kHalves: `scale` and `second`, one per group. Of kSuper and kNibbles: `scale`
+// (d) and `second` (dmin), one per 256 columns, and `sub` and `submin`, one per group.
 struct RowCodes {
   uint8_t* codes;
   float* scale;
   float* second;
+  int8_t* sub;
+  uint8_t* submin;
 };
 
 // A format whose weights are small integers times a scale: w as in kernels.h (Second).
 struct Scheme {
-  Code code;
-  int group;  // 16 or 32: columns that share a scale for the kernel
-  Second second;
-  float offset;
-  const int8_t* table;  // of kT4
+  Layout layout;
   std::vector<Field> fields;
 
   // Reads one row; fields[i] points to the row's bytes of field i.
@@ -43,6 +42,24 @@ struct Scheme {
   // Of ggml types: values and bytes of a block, and the function that reads one.
   int64_t block_values = 0, block_bytes = 0;
   void (*block)(const uint8_t* bytes, const RowCodes& codes) = nullptr;
+
+  // How many numbers `scale` and `sub` of a row have.
+  int64_t scales(int64_t columns) const {
+    const int64_t each = layout.scales == kHalves ? layout.group : kBlockColumns;
+    return (columns + each - 1) / each;
+  }
+  int64_t groups(int64_t columns) const { return (columns + layout.group - 1) / layout.group; }
+};
+
+// Memory for the RowCodes of one row after the other.
+class RowBuffer {
+ public:
+  RowCodes row(const Scheme& scheme, int64_t columns);
+
+ private:
+  std::vector<uint8_t> codes_, submin_;
+  std::vector<int8_t> sub_;
+  std::vector<float> scale_, second_;
 };
 
 // The scheme of a format for rows of this many columns, or nothing when the format has none (it is then decoded to
@@ -51,8 +68,7 @@ std::optional<Scheme> find_scheme(const std::string& format, int64_t columns);
 std::optional<Scheme> find_ggml_scheme(const std::string& format, int64_t columns);    // scheme_ggml.cc
 std::optional<Scheme> find_stream_scheme(const std::string& format, int64_t columns);  // scheme_stream.cc
 
-// Decodes one row to float32, in the order of operations of kernels.h. Grows scratch.
-void decode_row(const Scheme& scheme, const uint8_t* const* fields, int64_t columns, std::vector<uint8_t>& scratch,
-                float* out);
+// Decodes one row to float32, in the order of operations of kernels.h.
+void decode_row(const Scheme& scheme, const uint8_t* const* fields, int64_t columns, RowBuffer& buffer, float* out);
 
 }  // namespace tersor::linear

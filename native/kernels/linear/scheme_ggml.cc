@@ -31,8 +31,14 @@ void add_fifth_bits(const uint8_t* qh, uint8_t* codes) {
   for (int i = 0; i < 32; ++i) codes[i] |= (qh[i / 8] >> (i % 8) & 1) << 4;
 }
 
-// Value i of 256: bits 2*(i/32 % 4).. of byte 32*(i/128) + i%32.
-uint8_t two_bits(const uint8_t* qs, int i) { return qs[32 * (i / 128) + i % 32] >> (2 * (i / 32 % 4)) & 3; }
+// 256 values: value 128 h + 32 k + i is bits 2k, 2k + 1 of byte 32 h + i.
+void two_bit_codes(const uint8_t* qs, uint8_t* codes) {
+  for (int h = 0; h < 2; ++h) {
+    for (int k = 0; k < 4; ++k) {
+      for (int i = 0; i < 32; ++i) codes[128 * h + 32 * k + i] = qs[32 * h + i] >> (2 * k) & 3;
+    }
+  }
+}
 
 // The eight 6-bit scales and minima of q4_k and q5_k, as the layout in formats/ggml_layouts.py draws them.
 void k_scales(const uint8_t* s, uint8_t* scale, uint8_t* min) {
@@ -81,32 +87,32 @@ void mxfp4(const uint8_t* b, const RowCodes& r) {
 }
 
 void q2_k(const uint8_t* b, const RowCodes& r) {
-  const float d = half(b + 80), dmin = half(b + 82);
+  r.scale[0] = half(b + 80);
+  r.second[0] = half(b + 82);
   for (int g = 0; g < 16; ++g) {
-    r.scale[g] = d * float(b[g] & 15);
-    r.second[g] = -(dmin * float(b[g] >> 4));
+    r.sub[g] = int8_t(b[g] & 15);
+    r.submin[g] = b[g] >> 4;
   }
-  for (int i = 0; i < 256; ++i) r.codes[i] = two_bits(b + 16, i);
+  two_bit_codes(b + 16, r.codes);
 }
 
 void q3_k(const uint8_t* b, const RowCodes& r) {
   const uint8_t* s = b + 96;
-  const float d = half(b + 108);
+  r.scale[0] = half(b + 108);
   for (int g = 0; g < 16; ++g) {
     const int low = s[g % 8] >> (g / 8 * 4) & 15, high = s[8 + g % 4] >> (g / 4 * 2) & 3;
-    r.scale[g] = d * float((low | high << 4) - 32);
+    r.sub[g] = int8_t((low | high << 4) - 32);
   }
-  for (int i = 0; i < 256; ++i) r.codes[i] = two_bits(b + 32, i) | (b[i % 32] >> (i / 32) & 1) << 2;
+  two_bit_codes(b + 32, r.codes);
+  for (int k = 0; k < 8; ++k) {
+    for (int i = 0; i < 32; ++i) r.codes[32 * k + i] |= (b[i] >> k & 1) << 2;
+  }
 }
 
 void scales_of_k(const uint8_t* b, const RowCodes& r) {
-  const float d = half(b), dmin = half(b + 2);
-  uint8_t scale[8], min[8];
-  k_scales(b + 4, scale, min);
-  for (int g = 0; g < 8; ++g) {
-    r.scale[g] = d * float(scale[g]);
-    r.second[g] = -(dmin * float(min[g]));
-  }
+  r.scale[0] = half(b);
+  r.second[0] = half(b + 2);
+  k_scales(b + 4, reinterpret_cast<uint8_t*>(r.sub), r.submin);
 }
 
 void q4_k(const uint8_t* b, const RowCodes& r) {
@@ -117,28 +123,28 @@ void q4_k(const uint8_t* b, const RowCodes& r) {
 void q5_k(const uint8_t* b, const RowCodes& r) {
   scales_of_k(b, r);
   for (int k = 0; k < 4; ++k) split_nibbles(b + 48 + 32 * k, 32, r.codes + 64 * k);
-  for (int i = 0; i < 256; ++i) r.codes[i] |= (b[16 + i % 32] >> (i / 32) & 1) << 4;
-}
-
-void q6_k(const uint8_t* b, const RowCodes& r) {
-  const float d = half(b + 208);
-  for (int g = 0; g < 16; ++g) r.scale[g] = d * float(int8_t(b[192 + g]));
-  for (int k = 0; k < 2; ++k) split_nibbles(b + 64 * k, 64, r.codes + 128 * k);
-  for (int i = 0; i < 256; ++i) r.codes[i] |= two_bits(b + 128, i) << 4;
-}
-
-void iq4_xs(const uint8_t* b, const RowCodes& r) {
-  const float d = half(b);
-  const int high = b[2] | b[3] << 8;
-  for (int g = 0; g < 8; ++g) {
-    const int low = b[4 + g / 2] >> (g % 2 * 4) & 15;
-    r.scale[g] = d * float((low | (high >> (2 * g) & 3) << 4) - 32);
-    split_nibbles(b + 8 + 16 * g, 16, r.codes + 32 * g);
+  for (int k = 0; k < 8; ++k) {
+    for (int i = 0; i < 32; ++i) r.codes[32 * k + i] |= (b[16 + i] >> k & 1) << 4;
   }
 }
 
-void one_scale(float d, int groups, const RowCodes& r) {
-  for (int g = 0; g < groups; ++g) r.scale[g] = d;
+void q6_k(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b + 208);
+  memcpy(r.sub, b + 192, 16);
+  for (int k = 0; k < 2; ++k) split_nibbles(b + 64 * k, 64, r.codes + 128 * k);
+  uint8_t high[256];
+  two_bit_codes(b + 128, high);
+  for (int i = 0; i < 256; ++i) r.codes[i] |= high[i] << 4;
+}
+
+void iq4_xs(const uint8_t* b, const RowCodes& r) {
+  r.scale[0] = half(b);
+  const int high = b[2] | b[3] << 8;
+  for (int g = 0; g < 8; ++g) {
+    const int low = b[4 + g / 2] >> (g % 2 * 4) & 15;
+    r.sub[g] = int8_t((low | (high >> (2 * g) & 3) << 4) - 32);
+    split_nibbles(b + 8 + 16 * g, 16, r.codes + 32 * g);
+  }
 }
 
 // Trit t of a byte: the leading digits are multiplied away modulo 256, the next one is the top of byte * 3.
@@ -148,25 +154,25 @@ uint8_t trit(uint8_t byte, int t) {
 }
 
 void tq1_0(const uint8_t* b, const RowCodes& r) {
-  one_scale(half(b + 52), 8, r);
+  r.scale[0] = half(b + 52);
   for (int i = 0; i < 160; ++i) r.codes[i] = trit(b[i % 32], i / 32);
   for (int i = 0; i < 80; ++i) r.codes[160 + i] = trit(b[32 + i % 16], i / 16);
   for (int i = 0; i < 16; ++i) r.codes[240 + i] = trit(b[48 + i % 4], i / 4);
 }
 
 void tq2_0(const uint8_t* b, const RowCodes& r) {
-  one_scale(half(b + 64), 8, r);
-  for (int i = 0; i < 256; ++i) r.codes[i] = two_bits(b, i);
+  r.scale[0] = half(b + 64);
+  two_bit_codes(b, r.codes);
 }
 
 // w = d when the bit is set, else -d: the code is 2 * bit, the offset -1.
 void q1_0(const uint8_t* b, const RowCodes& r) {
-  one_scale(half(b), 4, r);
+  r.scale[0] = half(b);
   for (int i = 0; i < 128; ++i) r.codes[i] = (b[2 + i / 8] >> (i % 8) & 1) * 2;
 }
 
 void q2_0(const uint8_t* b, const RowCodes& r) {
-  one_scale(half(b), 2, r);
+  r.scale[0] = half(b);
   for (int i = 0; i < 64; ++i) r.codes[i] = b[2 + i / 4] >> (i % 4 * 2) & 3;
 }
 
@@ -187,32 +193,36 @@ void nvfp4(const uint8_t* b, const RowCodes& r) {
 struct Type {
   const char* name;
   int values, bytes;  // of a block
-  Code code;
-  int group;
-  Second second;
-  float offset;
-  const int8_t* table;
+  Layout layout;
   void (*block)(const uint8_t*, const RowCodes&);
 };
 
 constexpr Type kTypes[] = {
-    {"q4_0", 32, 18, kU4, 32, kNone, -8, nullptr, q4_0},        {"q4_1", 32, 20, kU4, 32, kMin, 0, nullptr, q4_1},
-    {"q5_0", 32, 22, kU6, 32, kNone, -16, nullptr, q5_0},       {"q5_1", 32, 24, kU6, 32, kMin, 0, nullptr, q5_1},
-    {"q8_0", 32, 34, kS8, 32, kNone, 0, nullptr, q8_0},         {"q2_k", 256, 84, kU4, 16, kMin, 0, nullptr, q2_k},
-    {"q3_k", 256, 110, kU4, 16, kNone, -4, nullptr, q3_k},      {"q4_k", 256, 144, kU4, 32, kMin, 0, nullptr, q4_k},
-    {"q5_k", 256, 176, kU6, 32, kMin, 0, nullptr, q5_k},        {"q6_k", 256, 210, kU6, 16, kNone, -32, nullptr, q6_k},
-    {"iq4_nl", 32, 18, kT4, 32, kNone, 0, kIq4Table, q4_0},  // the bytes of q4_0
-    {"iq4_xs", 256, 136, kT4, 32, kNone, 0, kIq4Table, iq4_xs}, {"tq1_0", 256, 54, kU4, 32, kNone, -1, nullptr, tq1_0},
-    {"tq2_0", 256, 66, kU4, 32, kNone, -1, nullptr, tq2_0},     {"mxfp4", 32, 17, kT4, 32, kNone, 0, kE2m1Table, mxfp4},
-    {"nvfp4", 64, 36, kT4, 16, kNone, 0, kE2m1Table, nvfp4},    {"q1_0", 128, 18, kU4, 32, kNone, -1, nullptr, q1_0},
-    {"q2_0", 64, 18, kU4, 32, kNone, -1, nullptr, q2_0},
+    {"q4_0", 32, 18, {kU4, kHalves, kNone, 32, -8, nullptr}, q4_0},
+    {"q4_1", 32, 20, {kU4, kHalves, kMin, 32, 0, nullptr}, q4_1},
+    {"q5_0", 32, 22, {kU5, kHalves, kNone, 32, -16, nullptr}, q5_0},
+    {"q5_1", 32, 24, {kU5, kHalves, kMin, 32, 0, nullptr}, q5_1},
+    {"q8_0", 32, 34, {kS8, kHalves, kNone, 32, 0, nullptr}, q8_0},
+    {"q2_k", 256, 84, {kU2, kNibbles, kMin, 16, 0, nullptr}, q2_k},
+    {"q3_k", 256, 110, {kU3, kSuper, kNone, 16, -4, nullptr}, q3_k},
+    {"q4_k", 256, 144, {kU4, kSuper, kMin, 32, 0, nullptr}, q4_k},
+    {"q5_k", 256, 176, {kU5, kSuper, kMin, 32, 0, nullptr}, q5_k},
+    {"q6_k", 256, 210, {kU6, kSuper, kNone, 16, -32, nullptr}, q6_k},
+    {"iq4_nl", 32, 18, {kT4, kHalves, kNone, 32, 0, kIq4Table}, q4_0},  // the bytes of q4_0
+    {"iq4_xs", 256, 136, {kT4, kSuper, kNone, 32, 0, kIq4Table}, iq4_xs},
+    {"tq1_0", 256, 54, {kU2, kHalves, kNone, 256, -1, nullptr}, tq1_0},
+    {"tq2_0", 256, 66, {kU2, kHalves, kNone, 256, -1, nullptr}, tq2_0},
+    {"mxfp4", 32, 17, {kT4, kHalves, kNone, 32, 0, kE2m1Table}, mxfp4},
+    {"nvfp4", 64, 36, {kT4, kHalves, kNone, 16, 0, kE2m1Table}, nvfp4},
+    {"q1_0", 128, 18, {kU1, kHalves, kNone, 128, -1, nullptr}, q1_0},
+    {"q2_0", 64, 18, {kU2, kHalves, kNone, 64, -1, nullptr}, q2_0},
 };
 
 void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
-  const int64_t groups = s.block_values / s.group;
+  const int64_t scales = s.scales(s.block_values), groups = s.groups(s.block_values);
   for (int64_t i = 0; i < columns / s.block_values; ++i) {
-    s.block(fields[0] + i * s.block_bytes,
-            {row.codes + i * s.block_values, row.scale + i * groups, row.second + i * groups});
+    s.block(fields[0] + i * s.block_bytes, {row.codes + i * s.block_values, row.scale + i * scales,
+                                            row.second + i * scales, row.sub + i * groups, row.submin + i * groups});
   }
 }
 
@@ -221,7 +231,7 @@ void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, con
 std::optional<Scheme> find_ggml_scheme(const std::string& format, int64_t columns) {
   for (const Type& t : kTypes) {
     if (format != t.name || columns % t.values != 0) continue;
-    Scheme s{t.code, t.group, t.second, t.offset, t.table, {{"blocks", columns / t.values * t.bytes}}, extract};
+    Scheme s{t.layout, {{"blocks", columns / t.values * t.bytes}}, extract};
     s.block_values = t.values;
     s.block_bytes = t.bytes;
     s.block = t.block;

@@ -37,22 +37,21 @@ float half(const uint8_t* p, int64_t i) {
 // fields: codes, scale, then zero (bit stream) or min (float16) as scheme.second says.
 void extract_affine(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   unpack(fields[0], s.bits, columns, row.codes);
-  if (s.code == kS8) {
+  if (s.layout.code == kS8) {
     for (int64_t i = 0; i < columns; ++i)
       row.codes[i] ^= 0x80;  // q - 128; the offset of 128 or the zero below makes up for it
   }
-  const int64_t stored = s.source_group,
-                repeat = stored / s.group;  // one stored scale covers `repeat` groups of the kernel
-  const int64_t groups = (columns + s.group - 1) / s.group;
+  const int64_t stored = s.source_group;  // one stored scale covers stored / group groups of the layout
   std::vector<uint8_t> zeros;
-  if (s.second == kZero) {
+  if (s.layout.second == kZero) {
     zeros.resize((columns + stored - 1) / stored);
     unpack(fields[2], s.bits, int64_t(zeros.size()), zeros.data());
   }
-  for (int64_t g = 0; g < groups; ++g) {
-    row.scale[g] = half(fields[1], g / repeat);
-    if (s.second == kZero) row.second[g] = zeros[g / repeat];
-    if (s.second == kMin) row.second[g] = half(fields[2], g / repeat);
+  for (int64_t g = 0; g < s.groups(columns); ++g) {
+    const int64_t at = g * s.layout.group / stored;
+    row.scale[g] = half(fields[1], at);
+    if (s.layout.second == kZero) row.second[g] = zeros[at];
+    if (s.layout.second == kMin) row.second[g] = half(fields[2], at);
   }
 }
 
@@ -67,7 +66,7 @@ void extract_int8_row(const Scheme& s, const uint8_t* const* fields, int64_t col
   memcpy(row.codes, fields[0], columns);
   float scb;
   memcpy(&scb, fields[1], 4);
-  for (int64_t g = 0; g < (columns + s.group - 1) / s.group; ++g) row.scale[g] = scb / 127.0f;
+  for (int64_t g = 0; g < s.groups(columns); ++g) row.scale[g] = scb / 127.0f;
 }
 
 // A whole number of digits at p, moved past them; -1 when there are none.
@@ -87,10 +86,18 @@ int64_t read_group(const char*& p, int64_t columns) {
   return group >= 16 && group % 16 == 0 && columns % group == 0 ? group : -1;
 }
 
+// The group of the layout for a stored group: itself if 256 is a multiple of it, else one that both are multiples of.
+int layout_group(int64_t stored) {
+  for (int group : {256, 128, 64, 32}) {
+    if (stored % group == 0) return group;
+  }
+  return 16;
+}
+
 Scheme base(int bits, int64_t columns, int64_t source_group) {
+  static constexpr Code kCodeOfBits[] = {kU2, kU2, kU2, kU3, kU4, kU5, kU6, kS8, kS8};
   Scheme s{};
-  s.code = bits <= 4 ? kU4 : bits <= 6 ? kU6 : kS8;
-  s.group = source_group % 32 == 0 ? 32 : 16;
+  s.layout = {kCodeOfBits[bits], kHalves, kNone, layout_group(source_group), 0, nullptr};
   s.bits = bits;
   s.source_group = source_group;
   s.extract = extract_affine;
@@ -105,7 +112,7 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   const bool per_tensor = p[1] == 't', per_row = p[1] == 'c' || per_tensor;
   int64_t group;
   if (per_row) {
-    group = (columns + 31) / 32 * 32;  // one group, as the kernel pads it
+    group = (columns + 255) / 256 * 256;  // one group, as the layout's blocks reach
     p += 2;
   } else if ((group = read_group(p, columns)) < 0) {
     return {};
@@ -114,18 +121,18 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   Scheme s = base(int(bits), columns, group);
   const int64_t groups = per_row ? 1 : columns / group;
   s.fields[1].row_bytes = 2 * groups;
-  const float half_range = float(1 << (bits - 1));
-  const bool is_signed = s.code == kS8;
+  const int half_range = 1 << (bits - 1);
+  const bool is_signed = s.layout.code == kS8;
   if (kind == "") {
-    s.second = kZero;
-    s.offset = is_signed ? 128 : 0;
+    s.layout.second = kZero;
+    s.layout.offset = is_signed ? 128 : 0;
     s.fields.push_back({"zero", (groups * bits + 7) / 8});
   } else if (kind == "s") {
-    s.second = kNone;
-    s.offset = is_signed ? 0 : -half_range;
+    s.layout.second = kNone;
+    s.layout.offset = is_signed ? 0 : -half_range;
   } else if (kind == "m") {
-    s.second = kMin;
-    s.offset = is_signed ? 128 : 0;
+    s.layout.second = kMin;
+    s.layout.offset = is_signed ? 128 : 0;
     s.fields.push_back({"min", 2 * groups});
   } else {
     return {};
@@ -140,7 +147,7 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
 
 std::optional<Scheme> find_stream_scheme(const std::string& format, int64_t columns) {
   if (format == "int8_row") {
-    Scheme s = base(8, columns, 32);
+    Scheme s = base(8, columns, 256);
     s.extract = extract_int8_row;
     s.fields = {{"codes", columns}, {"scb", 4}};
     return s;
@@ -152,8 +159,11 @@ std::optional<Scheme> find_stream_scheme(const std::string& format, int64_t colu
   const int64_t group = read_group(p, columns);
   if (group < 0 || *p) return {};
   Scheme s = base(binary ? 1 : 2, columns, group);
-  s.offset = -1;
-  if (binary) s.extract = extract_binary;
+  s.layout.offset = -1;
+  if (binary) {
+    s.layout.code = kU1;
+    s.extract = extract_binary;
+  }
   return s;
 }
 

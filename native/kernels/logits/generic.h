@@ -21,10 +21,16 @@ float largest(const float* x, int64_t n) {
   return max_of(m);
 }
 
-// The index of the largest value, the first of equals.
+// The index of the largest value, the first of equals: of the first part that holds it.
 int64_t top(const float* x, int64_t n) {
-  const float most = largest(x, n);
-  for (int64_t i = 0; i < n; ++i) {
+  constexpr int64_t kPart = 1024;
+  int64_t part = 0;
+  float most = largest(x, n < kPart ? n : kPart);
+  for (int64_t at = kPart; at < n; at += kPart) {
+    const float found = largest(x + at, n - at < kPart ? n - at : kPart);
+    if (found > most) most = found, part = at;
+  }
+  for (int64_t i = part; i < n && i < part + kPart; ++i) {
     if (x[i] == most) return i;
   }
   return 0;  // NaN is among them
@@ -69,7 +75,7 @@ Comparison compare(const float* p, const float* q, int64_t n, int64_t target) {
   return {-tp, -tq, divergence, top_p == top_q ? 1.0 : 0.0, __builtin_exp(tq) - __builtin_exp(tp)};
 }
 
-#define TERSOR_LOGITS_KERNELS {log_sum_exp, compare}
+#define TERSOR_LOGITS_KERNELS {log_sum_exp, compare, top}
 
 }  // namespace
 }  // namespace tersor::logits

@@ -16,12 +16,16 @@ struct Kernels {
   // log sum exp of n logits. exp in float32 (relative error 2e-7), sums in float64.
   double (*log_sum_exp)(const float* x, int64_t n);
   Comparison (*compare)(const float* p, const float* q, int64_t n, int64_t target);
+  // The place of the first of the largest values; 0 with NaN among them.
+  int64_t (*top)(const float* x, int64_t n);
 };
 
 extern const Kernels scalar_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512vnni_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neondot_kernels;
 #endif
 
 }  // namespace tersor::logits

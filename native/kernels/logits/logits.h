@@ -13,4 +13,7 @@ void nll(const float* x, int64_t n, int64_t vocab, const int32_t* targets, doubl
 // out[i] compares row i of p with row i of q.
 void compare(const float* p, const float* q, int64_t n, int64_t vocab, const int32_t* targets, Comparison* out);
 
+// out[i] = the place of the first largest value of row i.
+void top(const float* x, int64_t n, int64_t vocab, int32_t* out);
+
 }  // namespace tersor::logits

@@ -11,15 +11,18 @@ import numpy as np
 from tersor import _native, ops
 from tersor.containers import open_checkpoint
 from tersor.containers.container import Checkpoint
-from tersor.engine.session import Generation, Prompt, Request, Session, last
+from tersor.engine.batch import Batch
+from tersor.engine.continuation import Generation, Request
+from tersor.engine.prefill import PREFILL_CHUNK, chunks
+from tersor.engine.session import Prompt, Session, last
 from tersor.engine.tokenizer import Tokenizer
 from tersor.errors import ModelError, RecipeError, unknown
 from tersor.models import Decoder, check_tensors, spec_of
+from tersor.models.decoder import STEP_ROWS, Steps
 from tersor.tensor import Array, ModelDescription
 
-PREFILL_CHUNK = 512  # tokens that go through the layers together: enough for full speed, and bounded memory
 ACTIVATIONS = ("int8", "float")
-CACHE_TYPES = ("f16", "f32")
+CACHE_TYPES = ("f16", "f32", "int8")
 
 
 def load(source: str | Path | Checkpoint, *, threads: int | None = None, activations: str = "int8", kv: str = "f16") -> Model:
@@ -28,7 +31,7 @@ def load(source: str | Path | Checkpoint, *, threads: int | None = None, activat
     source: a Hugging Face directory, a .gguf file, a hub id, or an open checkpoint (which stays open).
     threads: of all native loops in this process from now on; None = as they are (at first, all CPUs).
     activations: int8 = inputs of quantized products are rounded to 8 bits, where there is a kernel for it (fast);
-        float = they are not (exact). kv: type of cached keys and values, f16 or f32.
+        float = they are not (exact). kv: type of cached keys and values, f16, f32 or int8 (as ops.KVCache has them).
     Raises ModelError for an architecture or tensors that do not fit, RecipeError for an unknown option,
     ContainerError for a file that cannot be read.
     """
@@ -105,17 +108,24 @@ class Model:
         ids = self._checked(tokens)
         if cache.length + len(ids) > cache.capacity:
             raise ModelError(f"{len(ids)} tokens after {cache.length} do not fit a cache of {cache.capacity} positions")
-        chunks = [ids[i : i + PREFILL_CHUNK] for i in range(0, len(ids), PREFILL_CHUNK)]
-        hidden = [self._decoder.forward(chunk, cache) for chunk in chunks]
+        hidden = [self._decoder.forward(ids[part], cache) for part in chunks(len(ids), PREFILL_CHUNK)]
         return hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
         return self._decoder.head(hidden)
 
+    def steps(self) -> Steps:
+        """Returns the fast way to read a few tokens at a time, at most STEP_ROWS, of one sequence or one each of several."""
+        return self._decoder.steps()
+
     def session(self, capacity: int | None = None) -> Session:
         """Returns a session whose cache outlives a generation, for conversations. capacity: None = the context, at most 4096."""
         return Session(self, min(self.context, 4096) if capacity is None else capacity)
+
+    def batch(self, max_sequences: int = STEP_ROWS, capacity: int | None = None) -> Batch:
+        """Returns an empty batch, for requests that come and go and are answered together. Arguments as of Batch."""
+        return Batch(self, max_sequences, capacity)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Returns the tokens of a text, BOS as the model wants it, or of a conversation through the chat template."""
@@ -135,9 +145,10 @@ class Model:
         seed: int = 0,
         repeat_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        lookup: int = 0,
     ) -> Generation:
         """Returns the continuation of a text, or the answer to chat messages. Options as in Sampling and Request."""
-        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop), lookup)
         return last(self._pieces(prompt, request))
 
     def stream(
@@ -152,10 +163,39 @@ class Model:
         seed: int = 0,
         repeat_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        lookup: int = 0,
     ) -> Iterator[str]:
         """Returns the same as generate's text, piece by piece as it is made."""
-        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop), lookup)
         return self._pieces(prompt, request)
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_sequences: int = STEP_ROWS,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        repeat_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+    ) -> list[Generation]:
+        """Returns what generate returns for each prompt, in order, computed together: up to max_sequences at the same time.
+
+        What prompts have in common at the front is computed once. Raises what generate raises, before anything is computed.
+        """
+        request = Request(temperature, top_k, top_p, min_p, repeat_penalty, seed, max_tokens, _strings(stop))
+        tokens = [self.prompt_tokens(prompt) for prompt in prompts]
+        longest = max(map(len, tokens), default=1)
+        if longest > self.context:
+            raise ModelError(f"a prompt has {longest} tokens; the model's context is {self.context}; shorten it")
+        batch = self.batch(max_sequences, min(self.context, longest + max_tokens))
+        ids = [batch.add_tokens(t, request) for t in tokens]
+        done = {part.id: part.generation for part in batch.stream() if part.generation is not None}
+        return [done[id] for id in ids]
 
     def _pieces(self, prompt: Prompt, request: Request) -> Generator[str, None, Generation]:
         """Returns a generation in a session just large enough. Raises ModelError for a prompt longer than the context."""

@@ -3,12 +3,12 @@
     repeat penalty -> temperature -> top-k -> top-p -> min-p -> draw
 
 Probabilities are float64. The draw inverts the cumulative distribution with one number of a PCG64 generator, so equal
-seeds give equal tokens on every machine.
+seeds give equal tokens on every machine. Nothing sorts the vocabulary, which would take longer than a small model does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,67 +51,113 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens one after the other; its only state is the random generator."""
+    """Draws tokens one after the other; its state is the random generator and the tokens that it has read."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._known: set[int] = set()
+        self._seen = np.empty(0, np.int64)  # the same
+        self._scratch = np.empty(0)  # new memory of a vocabulary's size takes longer to get than to fill
 
-    def choose(self, logits: Array, seen: Sequence[int]) -> int:
-        """Returns the next token. logits: (vocab,) float32, left as they are; seen: the tokens so far.
+    def read(self, tokens: Iterable[int]) -> None:
+        """Takes note of tokens of the prompt or of the answer, for the repeat penalty."""
+        if self._sampling.repeat_penalty == 1:
+            return
+        new = [token for token in dict.fromkeys(tokens) if token not in self._known]
+        self._known.update(new)
+        self._seen = np.append(self._seen, np.asarray(new, np.int64))
+
+    def choose(self, logits: Array, top: int | None = None) -> int:
+        """Returns the next token. logits: (vocab,) float32, left as they are; top: the first of the largest, if it is known.
 
         Without temperature the lowest of equally probable tokens is chosen.
         """
         s = self._sampling
-        if s.repeat_penalty != 1 and seen:
-            logits = penalized(logits, seen, s.repeat_penalty)
+        if top is not None and s.temperature == 0 and s.repeat_penalty == 1:
+            return top
+        if len(self._seen):
+            logits = penalized(logits, self._seen, s.repeat_penalty)
         if s.temperature == 0:
             return int(np.argmax(logits))
-        tokens, probabilities = distribution(logits, s)
-        drawn = int(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"))
-        return int(tokens[min(drawn, len(tokens) - 1)])  # the sums may end a rounding below 1
+        if len(self._scratch) < len(logits):
+            self._scratch = np.empty(len(logits))
+        tokens, probabilities = distribution(logits, s, self._scratch)
+        drawn = inverse(probabilities, self._random.random())
+        return drawn if tokens is None else int(tokens[drawn])
 
 
-def penalized(logits: Array, seen: Sequence[int], penalty: float) -> Array:
-    """Returns a copy of the logits with those of the seen tokens divided by penalty, or multiplied when negative."""
+def penalized(logits: Array, seen: Array, penalty: float) -> Array:
+    """Returns a copy of the logits with those of the seen tokens, (k,) different integers, divided by penalty, or multiplied
+    when negative."""
     out: Array = logits.copy()
-    tokens = np.unique(np.asarray(seen))
-    out[tokens] = np.where(out[tokens] > 0, out[tokens] / np.float32(penalty), out[tokens] * np.float32(penalty))
+    chosen = out[seen]
+    out[seen] = np.where(chosen > 0, chosen / np.float32(penalty), chosen * np.float32(penalty))
     return out
 
 
-def distribution(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """Returns the tokens that are left by temperature, top-k, top-p and min-p, (k,) int64, and their probabilities,
-    (k,) float64 that sum to 1. sampling.temperature > 0."""
-    tokens = largest(logits, sampling.top_k)
-    scores = logits[tokens].astype(np.float64)
-    weights = np.exp((scores - scores.max()) / sampling.temperature)  # the largest is 1
-    mass = sampling.top_p * weights.sum()
-    if sampling.min_p > 0:  # before top-p, whose mass is known already: fewer to sort, and the same are left
-        kept = np.flatnonzero(weights >= sampling.min_p)
-        tokens, weights = tokens[kept], weights[kept]
+def distribution(logits: Array, sampling: Sampling, scratch: Array) -> tuple[Array | None, Array]:
+    """Returns the tokens that are left by temperature, top-k, top-p and min-p, (k,) int64, None for all of them, and their
+    probabilities, (k,) float64 that sum to 1. sampling.temperature > 0; scratch: (vocab,) float64, may be what is returned."""
+    tokens = largest(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
+    scores = logits if tokens is None else logits[tokens]
+    weights = np.subtract(scores, scores.max(), out=scratch[: len(scores)], dtype=np.float64)
+    weights /= sampling.temperature
+    np.exp(weights, out=weights)  # the largest is 1
+    total = weights.sum()
+    # Tokens below 1/n of what top-p leaves out are left out with it. min-p comes first, since it takes away the smallest as well.
+    floor = max(sampling.min_p, (1 - sampling.top_p) * total / len(weights))
+    if floor > 0:
+        kept = np.flatnonzero(weights >= floor)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     if sampling.top_p < 1:
-        kept = nucleus(weights, mass)
-        tokens, weights = tokens[kept], weights[kept]
-    return tokens, weights / weights.sum()
+        kept = nucleus(weights, sampling.top_p * total)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    weights /= weights.sum()
+    return tokens, weights
 
 
-def nucleus(weights: Array, mass: float, count: int = 256) -> Array:
-    """Returns the indices of the fewest largest weights whose sum reaches mass, largest first; all when it is not reached.
+_ONE = np.float64(1).view(np.int64)  # bits of positive doubles are ordered as the doubles are
+_BUCKET_BITS = 49  # of a double's 52 bits of fraction: eight buckets for each power of two
+_BUCKETS = 512  # down to 2^-64
 
-    Sorting a vocabulary takes longer than a small model; so the `count` largest are tried first, then four times as many.
+
+def nucleus(weights: Array, mass: float) -> Array:
+    """Returns the indices of the fewest largest weights whose sum reaches mass; all when it is not reached. weights: in [0, 1].
+
+    Weights are put into buckets by their size, and only the bucket in which the mass is reached is sorted.
     """
-    few = count < len(weights)
-    order = np.flatnonzero(weights >= np.partition(weights, len(weights) - count)[len(weights) - count]) if few else np.arange(len(weights))
-    order = order[np.argsort(-weights[order], kind="stable")]
-    sums = np.cumsum(weights[order])
-    if few and sums[-1] < mass:
-        return nucleus(weights, mass, 4 * count)
-    return np.asarray(order[: 1 + np.searchsorted(sums[:-1], mass, side="left")])
+    buckets = _ONE - weights.view(np.int64)
+    buckets >>= _BUCKET_BITS
+    np.minimum(buckets, _BUCKETS - 1, out=buckets)
+    sums = np.cumsum(np.bincount(buckets, weights))
+    edge = int(np.searchsorted(sums, mass, side="left"))
+    above, within = np.flatnonzero(buckets < edge), np.flatnonzero(buckets == edge)
+    within = within[np.argsort(-weights[within], kind="stable")]
+    rest = mass - (sums[edge - 1] if edge > 0 else 0.0)
+    count = 1 + np.searchsorted(np.cumsum(weights[within])[:-1], rest, side="left")
+    return np.concatenate([above, within[:count]])
 
 
-def largest(logits: Array, k: int) -> Array:
-    """Returns the tokens of the k largest logits in ascending order, and of all that equal the k-th; k = 0: all."""
-    if k == 0 or k >= len(logits):
-        return np.arange(len(logits))
-    return np.flatnonzero(logits >= np.partition(logits, len(logits) - k)[len(logits) - k])
+def largest(values: Array, k: int, group: int = 16) -> Array:
+    """Returns the indices of the k > 0 largest values in ascending order, and of all that equal the k-th.
+
+    k groups have a value as large as the k-th largest of the groups' maxima; so only those that reach it are looked at.
+    """
+    if k >= len(values):
+        return np.arange(len(values))
+    groups = len(values) // group
+    if k >= groups:
+        return np.flatnonzero(values >= np.partition(values, len(values) - k)[len(values) - k])
+    maxima = values[: groups * group].reshape(group, groups).max(axis=0)
+    few = np.flatnonzero(values >= np.partition(maxima, groups - k)[groups - k])
+    return few[largest(values[few], k, len(few))]
+
+
+def inverse(probabilities: Array, x: float, block: int = 256) -> int:
+    """Returns the first index whose cumulative probability is above x in [0, 1); block: values that are summed at once."""
+    ends = np.cumsum(np.add.reduceat(probabilities, np.arange(0, len(probabilities), block)))
+    at = min(int(np.searchsorted(ends, x, side="right")), len(ends) - 1)  # the sums may end a rounding below 1
+    inner = np.cumsum(probabilities[at * block : (at + 1) * block])
+    found = int(np.searchsorted(inner, x - (ends[at - 1] if at > 0 else 0.0), side="right"))
+    return at * block + min(found, len(inner) - 1)

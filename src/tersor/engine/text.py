@@ -56,6 +56,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """Returns the text that is safe to give out. Once `found` is set, all before the stop string was given out."""
+        if not self._stops:
+            return text
         self._held += text
         found = [(at + len(stop), at) for stop, at in ((stop, self._held.find(stop)) for stop in self._stops) if at >= 0]
         if found:

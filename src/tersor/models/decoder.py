@@ -11,19 +11,20 @@ What is in brackets, and which norms, biases and scales there are, is the Decode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 
 from tersor import ops
 from tersor.formats import get_format
 from tersor.models.spec import DecoderSpec, Layer
-from tersor.ops.program import LayerOps, Program, Recorder
+from tersor.ops.program import LayerOps, Recorder
 from tersor.tensor import Array, QuantizedTensor
 
 Read = Callable[[str], QuantizedTensor]
+
+STEP_ROWS = 16  # tokens up to which a product treats each row as if it were alone (ops.linear), and which are worth recording
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Decoder:
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight", spec.norm_offset)
-        self._recorded: tuple[Program, Array, Array] | None = None  # one token's ops, its input and its output
-        self._step_lock = Lock()
+        self._idle: list[_Recording] = []  # those of forward; one caller at a time uses one of them
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
@@ -97,29 +97,18 @@ class Decoder:
 
         tokens: (n,) int32 in [0, vocab_size), at positions cache.length and on; the cache has room for them.
         """
-        x = ops.embed(self._embedding, tokens, self.spec.embedding_scale)
-        if len(tokens) == 1 and self._step_lock.acquire(blocking=False):  # its arrays serve one caller at a time
-            try:
-                hidden = self._step(x, cache)
-            finally:
-                self._step_lock.release()
-        else:
-            hidden = self._run(ops, x, cache)
-        cache.advance(len(tokens))
+        if len(tokens) > STEP_ROWS:
+            hidden = self._run(ops, ops.embed(self._embedding, tokens, self.spec.embedding_scale), cache)
+            cache.advance(len(tokens))
+            return hidden
+        few = self._idle.pop() if self._idle else _Recording(self, head=False)
+        hidden = few.run(tokens, [cache]).copy()  # the next caller's overwrites it
+        self._idle.append(few)
         return hidden
 
-    def _step(self, x: Array, cache: ops.KVCache) -> Array:
-        """Does what _run does for one token, recorded the first time and replayed after that."""
-        if self._recorded is None:
-            s = self.spec
-            recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, 1)
-            hidden = self._run(recorder, x, cache)
-            self._recorded = (recorder.program, x, hidden)
-        else:
-            program, first, hidden = self._recorded
-            np.copyto(first, x)
-            program.run(cache)
-        return np.array(hidden)  # the program writes to its own again
+    def steps(self) -> Steps:
+        """Returns a recording of what forward and head do to a few tokens."""
+        return Steps(self)
 
     def _run(self, o: LayerOps, x: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states of embedded tokens x, (n, hidden), through all layers and the final norm."""
@@ -130,9 +119,13 @@ class Decoder:
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""
-        logits = ops.linear(hidden, self._head)
+        return self._run_head(ops, hidden)
+
+    def _run_head(self, o: LayerOps, hidden: Array) -> Array:
+        """Returns the logits of hidden states."""
+        logits = o.linear(hidden, self._head)
         if self.spec.final_softcap > 0:
-            ops.softcap(logits, self.spec.final_softcap)
+            o.softcap(logits, self.spec.final_softcap)
         return logits
 
     def _attend(self, o: LayerOps, x: Array, index: int, layer: _LayerWeights, cache: ops.KVCache) -> Array:
@@ -144,9 +137,9 @@ class Decoder:
         q, k, v = by_head[:, : s.heads], by_head[:, s.heads : rotated], by_head[:, rotated:]  # views
         if layer.q_norm is None or layer.k_norm is None:
             o.rope(by_head[:, :rotated], cache.length, rope.inv_freq, rope.scale)
-        else:  # of one token the views are contiguous, so that nothing is copied behind a Recorder's back
-            q = o.rms_norm(np.ascontiguousarray(q), layer.q_norm, s.norm_eps)
-            k = o.rms_norm(np.ascontiguousarray(k), layer.k_norm, s.norm_eps)
+        else:
+            q = o.rms_norm(q, layer.q_norm, s.norm_eps)
+            k = o.rms_norm(k, layer.k_norm, s.norm_eps)
             o.rope(q, cache.length, rope.inv_freq, rope.scale)
             o.rope(k, cache.length, rope.inv_freq, rope.scale)
         o.append(cache, index, k, v)
@@ -178,6 +171,51 @@ class Decoder:
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels that multiply, sorted."""
         return tuple(sorted({w.kernel for w in self._packed()}))
+
+
+class _Recording:
+    """What a decoder does to at most STEP_ROWS tokens, from embedding to hidden states or logits. One caller at a time."""
+
+    def __init__(self, decoder: Decoder, head: bool) -> None:
+        s, self._decoder = decoder.spec, decoder
+        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, STEP_ROWS)
+        self._x = np.empty((STEP_ROWS, decoder._embedding.columns), np.float32)
+        self._embeds = recorder.embed(decoder._embedding, s.embedding_scale, self._x)
+        self._out = decoder._run(recorder, self._x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
+        if head:
+            self._out = decoder._run_head(recorder, self._out)
+            self.tops = recorder.top(self._out)
+        self._program = recorder.program
+
+    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
+        """Returns hidden states, or logits, (n, width); the next call overwrites them."""
+        n = len(tokens)
+        if not self._embeds:
+            self._x[:n] = ops.embed(self._decoder._embedding, tokens, self._decoder.spec.embedding_scale)
+        self._program.run(caches, tokens)
+        for cache in caches:
+            cache.advance(n // len(caches))
+        return self._out[:n]
+
+
+class Steps:
+    """A few tokens at a time through a decoder, recorded once: for decoding, where the calls of every op would show.
+
+    One caller at a time.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._recording = _Recording(decoder, head=True)
+
+    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> tuple[Array, list[int]]:
+        """Returns the logits after each token, (n, vocab_size) float32, and the likeliest next tokens; appends to the caches.
+
+        tokens: (n,) int32 in [0, vocab_size), 1 <= n <= STEP_ROWS; caches: one, which all of them follow each other in, or n
+        different ones, which get a token each. There is room for them. A row has the same bits whatever n is. The next
+        call overwrites the logits.
+        """
+        logits = self._recording.run(tokens, caches)
+        return logits, self._recording.tops[: len(tokens)].tolist()
 
 
 def _rows_apart(tensor: QuantizedTensor) -> QuantizedTensor:

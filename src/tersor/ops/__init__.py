@@ -56,9 +56,9 @@ def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d); weight: (d,)."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d), views are fine; weight: (d,)."""
     y = np.empty(x.shape, np.float32)
-    _native.rms_norm(x, weight, eps, y)
+    _native.rms_norm(np.ascontiguousarray(x), weight, eps, y)
     return y
 
 
@@ -98,9 +98,30 @@ def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float
 
     Causal: query i is at position cache.length + i and sees keys 0 .. its position, only the last `window` of them when
     window > 0. Heads share keys in groups of heads / kv_heads. softcap > 0: scores become softcap * tanh(score / softcap).
+    Row i has the same bits whatever n and the threads are.
     """
     out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
     _native.attention(q, cache, layer, scale, softcap, window, out)
+    return out
+
+
+def rope_batch(x: Array, positions: Array, inv_freq: Array, scale: float = 1.0) -> None:
+    """Does rope with row i at positions[i]; positions: (n,) int32."""
+    _native.rope_batch(x, positions, inv_freq, scale)
+
+
+def append_batch(caches: Sequence[KVCache], layer: int, k: Array, v: Array) -> None:
+    """Writes row i of k and v, (n, kv_heads, head_dim), rows may be apart, into caches[i] at its length; n different caches."""
+    _native.append_batch(k, v, list(caches), layer)
+
+
+def attention_batch(q: Array, caches: Sequence[KVCache], layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
+    """Returns what attention does for each row of q, (n, heads, head_dim), with its own cache; the same bits.
+
+    The caches may differ in length, capacity and type, not in kv_heads and head_dim.
+    """
+    out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
+    _native.attention_batch(q, list(caches), layer, scale, softcap, window, out)
     return out
 
 
@@ -164,7 +185,9 @@ __all__ = [
     "Weight",
     "add",
     "append",
+    "append_batch",
     "attention",
+    "attention_batch",
     "compare_logits",
     "embed",
     "gated",
@@ -173,5 +196,6 @@ __all__ = [
     "pack",
     "rms_norm",
     "rope",
+    "rope_batch",
     "softcap",
 ]

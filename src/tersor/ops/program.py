@@ -1,22 +1,24 @@
-"""Recording: the ops of one token, run once from Python, are then replayed by a single native call.
+"""Recording: the ops of a few tokens, written down once from Python, are then replayed by a single native call.
 
-A Recorder has the functions of `tersor.ops` that a decoder's layers call. It runs each op as usual and notes it down with
-the arrays it read and wrote, which the program keeps. A replay does the same to the same arrays; from token to token only
-the content of the first array changes, and the position, which is the cache's length.
+A Recorder has the functions of `tersor.ops` that a decoder's layers call. It runs none of them: it notes each down with the
+arrays that it will read and write, which the program keeps. A replay does the ops to the first n rows of those arrays; from
+replay to replay only the tokens change, and the positions, which are the caches' lengths.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from tersor import _native, ops
-from tersor.tensor import Array
+from tersor.tensor import Array, QuantizedTensor
 
 Program = _native.Program
 
 
 class LayerOps(Protocol):
-    """The ops of a decoder's layers: the module `tersor.ops` or a Recorder. They mean what tersor.ops says."""
+    """The ops of a decoder: the module `tersor.ops` or a Recorder. They mean what tersor.ops says."""
 
     def linear(self, x: Array, weight: ops.Weight, residual: Array | None = None) -> Array: ...
 
@@ -32,49 +34,79 @@ class LayerOps(Protocol):
 
     def attention(self, q: Array, cache: ops.KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array: ...
 
+    def softcap(self, x: Array, cap: float) -> None: ...
+
 
 class Recorder:
-    """Runs ops and records them into `program`. Positions are taken to be the cache's length."""
+    """Records ops into `program`. Positions and caches are those of the replay, whatever is given here.
+
+    Two arrays serve all results of the same op and shape in turns, so that they stay in the CPU's cache: what an op returned
+    is overwritten by the second op of its name and shape after it.
+    """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int) -> None:
-        """The caches' shape, and how many tokens go through together."""
+        """The caches' shape, and how many tokens go through together at most."""
         self.program = Program(layers, kv_heads, head_dim, rows)
+        self._results: dict[tuple[object, ...], list[Array]] = {}
+
+    def embed(self, tensor: QuantizedTensor, scale: float, x: Array) -> bool:
+        """Records that x is ops.embed of the replay's tokens; False when the tensor has no native reader, and x is left alone."""
+        if not _native.has_scheme(tensor.format, tensor.columns):
+            return False
+        self.program.embed(*ops._stored(tensor), scale, x)
+        return True
 
     def linear(self, x: Array, weight: ops.Weight, residual: Array | None = None) -> Array:
-        """Returns ops.linear."""
-        y = ops.linear(x, weight, residual)
+        """Records ops.linear."""
+        y = self._result("linear", len(x), weight.rows)
         self.program.linear(x, weight, y, residual)
         return y
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """Returns ops.rms_norm."""
-        y = ops.rms_norm(x, weight, eps)
+        """Records ops.rms_norm. x: (rows, d), or (rows, heads, d) whose rows may be apart."""
+        y = self._result("rms_norm", *x.shape)
         self.program.rms_norm(x, weight, eps, y)
         return y
 
     def gated(self, x: Array, activation: str) -> Array:
-        """Returns ops.gated."""
-        y = ops.gated(x, activation)
+        """Records ops.gated."""
+        y = self._result("gated", len(x), x.shape[1] // 2)
         self.program.gated(x, activation, y)
         return y
 
     def add(self, x: Array, y: Array) -> None:
-        """Does ops.add."""
-        ops.add(x, y)
+        """Records ops.add."""
         self.program.add(x, y)
 
     def rope(self, x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None:
-        """Does ops.rope; replays start at the cache's length then."""
-        ops.rope(x, start, inv_freq, scale)
+        """Records ops.rope."""
         self.program.rope(x, inv_freq, scale)
 
     def append(self, cache: ops.KVCache, layer: int, k: Array, v: Array) -> None:
-        """Does cache.append."""
-        cache.append(layer, k, v)
+        """Records ops.append."""
         self.program.append(layer, k, v)
 
     def attention(self, q: Array, cache: ops.KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
-        """Returns ops.attention."""
-        out = ops.attention(q, cache, layer, scale, softcap, window)
+        """Records ops.attention."""
+        out = self._result("attention", len(q), q.shape[1] * q.shape[2])
         self.program.attention(q, layer, scale, softcap, window, out)
         return out
+
+    def softcap(self, x: Array, cap: float) -> None:
+        """Records ops.softcap."""
+        self.program.softcap(x, cap)
+
+    def top(self, x: Array) -> Array:
+        """Records the place of the first largest value of each row, (rows,) int32."""
+        out = np.empty(len(x), np.int32)
+        self.program.top(x, out)
+        return out
+
+    def _result(self, op: str, *shape: int) -> Array:
+        """Returns the array of this op and shape whose turn it is."""
+        pair = self._results.setdefault((op, *shape), [])
+        if len(pair) < 2:
+            pair.append(np.empty(shape, np.float32))
+            return pair[-1]
+        pair.reverse()
+        return pair[1]

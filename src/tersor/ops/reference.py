@@ -16,6 +16,7 @@ from tersor.formats import get_format
 from tersor.tensor import Array, QuantizedTensor
 
 ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in 8 bits
+KEY_GROUP, VALUE_GROUP = 32, 64  # the same of a head in an int8 cache
 
 
 @dataclass(frozen=True)
@@ -142,25 +143,38 @@ def rope(x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None:
     x[..., half:] = high * cos + low * sin
 
 
+def rope_batch(x: Array, positions: Array, inv_freq: Array, scale: float = 1.0) -> None:
+    """Does rope with row i at positions[i]; positions: (n,) int32."""
+    for i, position in enumerate(positions.tolist()):
+        rope(x[i : i + 1], position, inv_freq, scale)
+
+
 class KVCache:
     """Keys and values of every layer for positions [0, length). `append` writes at length; `advance` moves it."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
-        """capacity: positions; dtype: f16 | f32, the type that keys and values are rounded to."""
-        stored = {"f16": np.float16, "f32": np.float32}[dtype]
+        """capacity: positions; dtype: f16 | f32 | int8, the type that keys and values are rounded to; int8 holds them dequantized."""
+        stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32}[dtype]
         self.keys = np.zeros((layers, capacity, kv_heads, head_dim), stored)
         self.values = np.zeros((layers, capacity, kv_heads, head_dim), stored)
+        self.dtype = dtype
         self.capacity = capacity
         self.length = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, at full capacity."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of the keys and values, at full capacity; of int8 the codes and their float32 scales."""
+        if self.dtype != "int8":
+            return self.keys.nbytes + self.values.nbytes
+        head_dim = self.keys.shape[-1]
+        scales = -(-head_dim // KEY_GROUP) - (-head_dim // VALUE_GROUP)
+        return self.keys.size // head_dim * (2 * head_dim + 4 * scales)
 
     def append(self, layer: int, k: Array, v: Array) -> None:
         """Writes k and v, (n, kv_heads, head_dim), at positions length .. length + n."""
         assert self.length + len(k) <= self.capacity
+        if self.dtype == "int8":
+            k, v = _rounded_heads(k, KEY_GROUP), _rounded_heads(v, VALUE_GROUP)
         self.keys[layer, self.length : self.length + len(k)] = k
         self.values[layer, self.length : self.length + len(v)] = v
 
@@ -172,6 +186,11 @@ class KVCache:
         """Forgets everything from position n on."""
         assert 0 <= n <= self.length
         self.length = n
+
+
+def _rounded_heads(x: Array, group: int) -> Array:
+    """Returns x, (n, heads, head_dim), rounded to 8-bit integers times one scale per row, head and group."""
+    return round_activations(x.reshape(-1, x.shape[-1]), group).reshape(x.shape)
 
 
 def append(cache: KVCache, layer: int, k: Array, v: Array) -> None:
@@ -201,6 +220,17 @@ def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float
             weights = np.exp(scores - scores.max())
             out[i, head] = weights @ values / weights.sum()
     return out.reshape(n, heads * head_dim)
+
+
+def append_batch(caches: Sequence[KVCache], layer: int, k: Array, v: Array) -> None:
+    """Writes row i of k and v, (n, kv_heads, head_dim), into caches[i] at its length; n different caches."""
+    for i, cache in enumerate(caches):
+        cache.append(layer, k[i : i + 1], v[i : i + 1])
+
+
+def attention_batch(q: Array, caches: Sequence[KVCache], layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
+    """Returns what attention does for each row of q, (n, heads, head_dim), with its own cache."""
+    return np.concatenate([attention(q[i : i + 1], cache, layer, scale, softcap, window) for i, cache in enumerate(caches)])
 
 
 def log_softmax(logits: Array) -> Array:

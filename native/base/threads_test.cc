@@ -1,0 +1,74 @@
+#include "base/threads.h"
+
+#include <atomic>
+#include <thread>
+
+#include "kernels/kernel_test.h"
+
+namespace tersor::test {
+namespace {
+
+// Every index is visited once, by at most `threads` parts that start at multiples of the grain.
+void test_cover(int64_t n, int64_t grain, int threads) {
+  const std::string what =
+      "parallel_for of " + std::to_string(n) + " by " + std::to_string(grain) + " on " + std::to_string(threads);
+  set_threads(threads);
+  std::vector<int> visits(n);  // disjoint parts: a race here is a bug that the thread sanitizer finds
+  std::atomic<int> parts{0};
+  std::atomic<bool> aligned{true};
+  parallel_for(n, grain, [&](int64_t begin, int64_t end) {
+    ++parts;
+    if (begin % grain != 0 || begin >= end || (end % grain != 0 && end != n)) aligned = false;
+    for (int64_t i = begin; i < end; ++i) ++visits[i];
+  });
+  check(std::vector<int>(n, 1) == visits, what + ": not every index once");
+  check(aligned && parts <= threads && (parts > 0) == (n > 0), what + ": parts");
+}
+
+int64_t sum_of_squares(int64_t n) {
+  std::atomic<int64_t> total{0};
+  parallel_for(n, 8, [&](int64_t begin, int64_t end) {
+    int64_t sum = 0;
+    for (int64_t i = begin; i < end; ++i) sum += i * i;
+    total += sum;
+  });
+  return total;
+}
+
+// Calls from several threads at once: one has the pool, the others run alone.
+void test_callers() {
+  set_threads(3);
+  const int64_t n = 1000, want = (n - 1) * n * (2 * n - 1) / 6;
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 3; ++c) {
+    callers.emplace_back([&] {
+      for (int i = 0; i < 100; ++i) wrong += sum_of_squares(n) != want;
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  check(wrong == 0, "parallel_for from several threads");
+}
+
+void test_nested() {
+  set_threads(3);
+  std::vector<int64_t> sums(20);
+  parallel_for(20, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = sum_of_squares(i);
+  });
+  for (int64_t i = 0; i < 20; ++i) check(sums[i] == (i - 1) * i * (2 * i - 1) / 6, "nested parallel_for");
+}
+
+}  // namespace
+
+void test_threads() {
+  for (int threads : {1, 2, 3, 5, 2}) {
+    for (int64_t n : {0, 1, 2, 3, 7, 16, 33, 1000}) {
+      for (int64_t grain : {1, 3, 16, 2000}) test_cover(n, grain, threads);
+    }
+  }
+  test_callers();
+  test_nested();
+}
+
+}  // namespace tersor::test

@@ -1,0 +1,109 @@
+// Codes and scales of a panel, out of their bit planes. Include after a header of base/simd/; see kernels.h.
+#pragma once
+
+#include "kernels/linear/kernels.h"
+
+namespace tersor::linear {
+namespace {
+
+// Step I of a chunk whose codes are unsigned, from its bit planes at p.
+template <Code kCode, int I>
+inline Codes unsigned_step(const uint8_t* p) {
+  if constexpr (kCode == kU1) {
+    return bits_of<I - 1>(load_codes(p), 2);  // the bit as 0 or 2
+  } else if constexpr (kCode == kU2) {
+    return bits_of<I % 4 * 2>(load_codes(p + 64 * (I / 4)), 3);
+  } else if constexpr (kCode == kU3) {
+    return join(unsigned_step<kU2, I>(p), bits_of<I - 2>(load_codes(p + 128), 4));
+  } else if constexpr (kCode == kU4) {
+    return bits_of<I % 2 * 4>(load_codes(p + 64 * (I / 2)), 15);
+  } else if constexpr (kCode == kU5) {
+    return join(unsigned_step<kU4, I>(p), bits_of<I - 4>(load_codes(p + 256), 16));
+  } else {
+    static_assert(kCode == kU6);
+    return join(unsigned_step<kU4, I>(p), bits_of<I % 4 * 2 - 4>(load_codes(p + 256 + 64 * (I / 4)), 48));
+  }
+}
+
+// Step I of a chunk whose codes are signed bytes.
+template <Code kCode, int I>
+inline Signed signed_step(const uint8_t* p, const Table& table) {
+  if constexpr (kCode == kS8)
+    return load_signed(p + 64 * I);
+  else
+    return lookup(table, unsigned_step<kU4, I>(p));
+}
+
+// The scale and the second number of every group of a block's columns, 16 rows each: scale[16 * group + row].
+inline void expand_scales(const Layout& l, const uint8_t* p, int64_t columns, float* scale, float* second) {
+  const int groups = group_count(l, columns);
+  if (l.scales == kHalves) {
+    const uint8_t* seconds = p + 32 * groups;
+    for (int g = 0; g < groups; ++g) {
+      const F s = load_f16((const uint16_t*)(p + 32 * g));
+      store(scale + 16 * g, s);
+      if (l.second == kMin) store(second + 16 * g, load_f16((const uint16_t*)(seconds + 32 * g)));
+      if (l.second == kZero)
+        store(second + 16 * g, mul(s, sub(set(float(l.offset)), to_float(widen_u8(seconds + 16 * g)))));
+    }
+    return;
+  }
+  const F d = load_f16((const uint16_t*)p);
+  if (l.scales == kSuper && l.second == kNone) {
+    for (int g = 0; g < groups; ++g)
+      store(scale + 16 * g, mul(d, to_float(widen_i8((const int8_t*)(p + 32 + 16 * g)))));
+    return;
+  }
+  const F dmin = sub(zero(), load_f16((const uint16_t*)(p + 32)));
+  p += 64;
+  for (int g = 0; g < groups; ++g) {
+    const bool nibbles = l.scales == kNibbles;
+    const I sub_scale = nibbles ? widen_low(p + 16 * g) : widen_i8((const int8_t*)(p + 16 * g));
+    const I sub_minimum = nibbles ? widen_high(p + 16 * g) : widen_u8(p + 16 * (groups + g));
+    store(scale + 16 * g, mul(d, to_float(sub_scale)));
+    store(second + 16 * g, mul(dmin, to_float(sub_minimum)));
+  }
+}
+
+template <Code kCode, int I = 0>
+inline void open_chunk(const uint8_t* p, const Table& table, uint8_t* out) {
+  if constexpr (code_class(kCode) == 2)
+    store_opened(out + 64 * I, signed_step<kCode, I>(p, table));
+  else
+    store_codes(out + 64 * I, unsigned_step<kCode, I>(p));
+  if constexpr (I < 7) open_chunk<kCode, I + 1>(p, table, out);
+}
+
+template <Code kCode>
+void open_codes(const uint8_t* p, int64_t chunks, const Table& table, uint8_t* out) {
+  for (int64_t c = 0; c < chunks; ++c) open_chunk<kCode>(p + 64 * code_bits(kCode) * c, table, out + 512 * c);
+}
+
+using OpenCodes = void (*)(const uint8_t* p, int64_t chunks, const Table& table, uint8_t* out);
+const OpenCodes kOpenCodes[kCodes] = {open_codes<kU1>, open_codes<kU2>, open_codes<kU3>, open_codes<kU4>,
+                                      open_codes<kU5>, open_codes<kU6>, open_codes<kS8>, open_codes<kT4>};
+
+inline Table table_of(const Layout& l) { return l.code == kT4 ? load_table(l.table) : Table{}; }
+
+void open(const IntegerPanel& panel, const OpenPanel& out) {
+  const Layout& l = panel.layout;
+  const Table table = table_of(l);
+  const uint8_t* p = panel.blocks;
+  alignas(64) float scale[16 * 16], second[16 * 16];  // of a block's groups
+  const int parts = l.group == 16 ? 2 : 1;            // scales of a chunk
+  for (int64_t first = 0; first < panel.chunks; first += kBlockChunks) {
+    const int64_t chunks = panel.chunks - first < kBlockChunks ? panel.chunks - first : kBlockChunks;
+    kOpenCodes[l.code](p, chunks, table, out.codes + 512 * first);
+    p += code_bytes(l, 32 * chunks);
+    expand_scales(l, p, 32 * chunks, scale, second);
+    p += scale_bytes(l, 32 * chunks);
+    for (int64_t i = 0; i < chunks * parts; ++i) {
+      const int64_t group = l.group == 16 ? i : i * 32 / l.group, at = 16 * (first * parts + i);
+      store(out.scale + at, load(scale + 16 * group));
+      if (has_second(l)) store(out.second + at, load(second + 16 * group));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tersor::linear

@@ -1,0 +1,23 @@
+// What every kernel does at the end. Include after a header of base/simd/.
+#pragma once
+
+#include "kernels/linear/kernels.h"
+
+namespace tersor::linear {
+namespace {
+
+inline void finish_row(const F& sums, const Finish& f, int64_t row) {
+  F y = mul(sums, load(f.scale));
+  if (f.bias) y = add(y, load(f.bias));
+  const int64_t at = row * f.stride;
+  if (f.rows == kPanelRows) {
+    if (f.residual) y = add(y, load(f.residual + at));
+    store(f.y + at, y);
+  } else {
+    if (f.residual) y = add(y, load_n(f.residual + at, f.rows));
+    store_n(f.y + at, y, f.rows);
+  }
+}
+
+}  // namespace
+}  // namespace tersor::linear

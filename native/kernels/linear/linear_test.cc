@@ -1,0 +1,306 @@
+// Through the public functions only: any layout of the packed weights and any kernel may lie behind them.
+#include "kernels/linear/linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "formats/affine_bits.h"
+#include "formats/ggml.h"
+#include "kernels/kernel_test.h"
+#include "kernels/linear/pack.h"
+#include "kernels/linear/scheme.h"
+
+namespace tersor::test {
+namespace {
+
+// A stored matrix, what it decodes to, and by what magnitudes a kernel may compute it: the kernel's terms are
+// scale * code * x, scale * offset * x and second * x, which may cancel.
+struct Matrix {
+  std::string format;
+  int64_t rows, columns;
+  std::vector<std::vector<uint8_t>> fields;
+  std::vector<float> w, magnitude;
+  bool integer;
+
+  std::vector<const uint8_t*> pointers() const {
+    std::vector<const uint8_t*> p;
+    for (const auto& f : fields) p.push_back(f.data());
+    return p;
+  }
+};
+
+void put_half(std::vector<uint8_t>& bytes, int64_t at, float x) {
+  const uint16_t h = f32_to_f16(x);
+  memcpy(&bytes[at], &h, 2);
+}
+
+// ---- Matrices of each kind ----
+
+// Random weights encoded; random codes below a sensible scale where there is no encoder.
+Matrix ggml_matrix(const std::string& format, int64_t rows, int64_t columns) {
+  const GgmlType& type = *ggml_type(format);
+  Random random{uint32_t(rows * 1000 + columns)};
+  const int64_t blocks = columns / type.values, row_bytes = blocks * type.bytes;
+  std::vector<uint8_t> bytes(rows * row_bytes);
+  if (type.search != SearchType::kNone) {
+    const std::vector<float> w = random.bells(rows * columns, 0.05f);
+    ggml_encode(type, w.data(), nullptr, bytes.data(), rows, columns);
+  } else {
+    bytes = random.bytes(int64_t(bytes.size()));
+    for (int64_t i = 0; i < rows * blocks; ++i) {
+      if (format == "nvfp4")  // four scales of exponent <= 7, UE4M3
+        for (int g = 0; g < 4; ++g) bytes[i * type.bytes + g] &= 0x3f;
+      else
+        put_half(bytes, i * type.bytes, 0.01f * float(1 + random.below(5)));
+    }
+  }
+  Matrix m{format, rows, columns, {bytes}, std::vector<float>(rows * columns), {}, true};
+  ggml_decode(type, bytes.data(), m.w.data(), rows, columns);
+  return m;
+}
+
+enum class Kind { kZero, kSymmetric, kMinimum, kBinary, kTernary };
+
+// Codes in a bit stream, a float16 scale per group of a row (or one for all), and a zero point or a minimum.
+//   zero: (q - z) s   symmetric: (q - 2^(bits - 1)) s   minimum: q s + m   binary: (2q - 1) s   ternary: (q - 1) s
+Matrix stream_matrix(const std::string& format, int64_t rows, int64_t columns, int bits, int64_t group, Kind kind,
+                     bool per_tensor = false) {
+  Random random{uint32_t(rows * 1000 + columns + bits)};
+  const int64_t groups = columns / group, stored = per_tensor ? 1 : rows * groups,
+                row_bytes = packed_bytes(columns, bits);
+  Matrix m{format, rows, columns, {}, std::vector<float>(rows * columns), {}, true};
+  std::vector<uint8_t> codes(rows * row_bytes), scale(2 * stored), minimum(2 * stored), zeros, row(columns),
+      zero(stored);
+  for (int64_t i = 0; i < stored; ++i) {
+    put_half(scale, 2 * i, 0.001f * float(1 + random.below(30)));
+    put_half(minimum, 2 * i, -0.01f * float(random.below(20)));
+    zero[i] = uint8_t(random.below(1 << bits));
+  }
+  const auto half = [](const std::vector<uint8_t>& v, int64_t i) {
+    uint16_t h;
+    memcpy(&h, &v[2 * i], 2);
+    return f16_to_f32(h);
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    for (uint8_t& c : row) c = uint8_t(random.below(kind == Kind::kTernary ? 3 : 1 << bits));
+    pack_row(row.data(), columns, bits, &codes[r * row_bytes]);
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t g = per_tensor ? 0 : r * groups + k / group;
+      const float q = row[k], s = half(scale, g);
+      m.w[r * columns + k] = kind == Kind::kZero        ? (q - float(zero[g])) * s
+                             : kind == Kind::kSymmetric ? (q - float(1 << (bits - 1))) * s
+                             : kind == Kind::kMinimum   ? q * s + half(minimum, g)
+                             : kind == Kind::kBinary    ? (2 * q - 1) * s
+                                                        : (q - 1) * s;
+    }
+  }
+  m.fields = {codes, scale};
+  if (kind == Kind::kZero) {
+    const int64_t per_row = per_tensor ? 1 : groups, zero_bytes = packed_bytes(per_row, bits);
+    zeros.resize(stored / per_row * zero_bytes);
+    for (int64_t r = 0; r < stored / per_row; ++r) pack_row(&zero[r * per_row], per_row, bits, &zeros[r * zero_bytes]);
+    m.fields.push_back(zeros);
+  }
+  if (kind == Kind::kMinimum) m.fields.push_back(minimum);
+  return m;
+}
+
+// w = q scb / 127, one float32 scb a row.
+Matrix int8_row_matrix(int64_t rows, int64_t columns) {
+  Random random{uint32_t(rows * 1000 + columns)};
+  Matrix m{"int8_row", rows, columns, {random.bytes(rows * columns), {}}, {}, {}, true};
+  for (uint8_t& q : m.fields[0]) q = q == 0x80 ? 0x81 : q;  // -127..127
+  for (int64_t r = 0; r < rows; ++r) {
+    const float scb = 0.1f * float(1 + random.below(9));
+    const auto* bytes = reinterpret_cast<const uint8_t*>(&scb);
+    m.fields[1].insert(m.fields[1].end(), bytes, bytes + 4);
+    for (int64_t k = 0; k < columns; ++k) m.w.push_back(float(int8_t(m.fields[0][r * columns + k])) * (scb / 127.0f));
+  }
+  return m;
+}
+
+Matrix float_matrix(Float type, int64_t rows, int64_t columns) {
+  static const char* const kNames[] = {"f32", "f16", "bf16"};
+  Random random{uint32_t(rows * 1000 + columns)};
+  Matrix m{kNames[type], rows, columns, {{}}, random.bells(rows * columns, 0.05f), {}, false};
+  std::vector<uint8_t>& bytes = m.fields[0];
+  bytes.resize(m.w.size() * float_bytes(type));
+  for (size_t i = 0; i < m.w.size(); ++i) {
+    if (type == kF32) {
+      memcpy(&bytes[4 * i], &m.w[i], 4);
+      continue;
+    }
+    const uint16_t h = type == kF16 ? f32_to_f16(m.w[i]) : uint16_t(float_to_bits(m.w[i]) >> 16);
+    memcpy(&bytes[2 * i], &h, 2);
+    m.w[i] = type == kF16 ? f16_to_f32(h) : bf16_to_f32(h);
+  }
+  m.magnitude = m.w;
+  return m;
+}
+
+// Reads the rows as the kernels will, compares them with the independent decoding, and takes the magnitudes.
+void read_scheme(Matrix& m, const linear::Scheme& s) {
+  std::vector<uint8_t> codes(m.columns + 64), scratch;
+  std::vector<float> scale(m.columns / s.group + 2), second(scale.size()), row(m.columns);
+  Expected want;
+  Result got;
+  m.magnitude.resize(m.w.size());
+  for (int64_t r = 0; r < m.rows; ++r) {
+    std::vector<const uint8_t*> at;
+    for (size_t f = 0; f < s.fields.size(); ++f)
+      at.push_back(m.fields[f].data() + (s.fields[f].shared ? 0 : r * s.fields[f].row_bytes));
+    linear::decode_row(s, at.data(), m.columns, scratch, row.data());
+    got.insert(got.end(), row.begin(), row.end());
+    s.extract(s, at.data(), m.columns, {codes.data(), scale.data(), second.data()});
+    for (int64_t k = 0; k < m.columns; ++k) {
+      const int64_t g = k / s.group;
+      const float code = s.code == linear::kT4   ? s.table[codes[k]]
+                         : s.code == linear::kS8 ? int8_t(codes[k])
+                                                 : codes[k];
+      const float terms = std::fabs(scale[g]) * (std::fabs(code) + std::fabs(s.offset));
+      m.magnitude[r * m.columns + k] =
+          terms + (s.second == linear::kNone ? 0 : std::fabs(second[g]) * (s.second == linear::kZero ? scale[g] : 1));
+      // A few roundings of the terms: ggml multiplies in another order.
+      want.add(m.w[r * m.columns + k], 4 * kRounding * m.magnitude[r * m.columns + k]);
+    }
+  }
+  expect_near(m.format + ": decode_row", got, want);
+}
+
+// ---- Products ----
+
+linear::Part pack(const Matrix& m, const std::vector<float>& bias) {
+  linear::Part part = m.integer ? linear::pack_integers(*linear::find_scheme(m.format, m.columns), m.pointers().data(),
+                                                        m.rows, m.columns)
+                                : linear::pack_floats(m.format == "f32"   ? kF32
+                                                      : m.format == "f16" ? kF16
+                                                                          : kBF16,
+                                                      m.fields[0].data(), m.rows, m.columns);
+  if (!bias.empty()) {
+    part.bias.assign(part.panel_count() * linear::kPanelRows, 0.0f);
+    std::copy(bias.begin(), bias.end(), part.bias.begin());
+  }
+  return part;
+}
+
+// What n rows of activations times the matrices, one below the other, should be. Two kinds of bound:
+//   `oracle`: from the exact product. Integer kernels quantize 32 activations at a time to 127 steps a side, each off
+//     by half a step, and keep scales in float16, off by 2^-11 where the stored scale is a product.
+//   `isas`: between two instruction sets, which quantize alike, sum the same integers and round differently: per group
+//     of at least 16 columns four roundings, some more for each row; for floats two for each column.
+struct Problem {
+  std::vector<float> x, bias, residual;
+  Expected oracle, isas;
+};
+
+Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
+  Random random{uint32_t(n)};
+  const int64_t columns = parts[0].columns;
+  int64_t rows = 0;
+  for (const Matrix& m : parts) rows += m.rows;
+  Problem p{random.bells(n * columns), {}, {}, {}, {}};
+  if (extras) p.bias = random.bells(rows), p.residual = random.bells(n * rows);
+  for (int64_t i = 0; i < n; ++i) {
+    const float* x = &p.x[i * columns];
+    std::vector<double> step(columns);
+    for (int64_t k = 0; k < columns; k += 32) {
+      double largest = 0;
+      for (int64_t j = k; j < std::min(columns, k + 32); ++j) largest = std::max(largest, std::fabs(double(x[j])));
+      for (int64_t j = k; j < std::min(columns, k + 32); ++j) step[j] = largest / 127;
+    }
+    int64_t row = 0;
+    for (const Matrix& m : parts) {
+      for (int64_t r = 0; r < m.rows; ++r, ++row) {
+        double y = 0, size = 0, steps = 0;
+        for (int64_t k = 0; k < columns; ++k) {
+          const double magnitude = std::fabs(double(m.magnitude[r * columns + k]));
+          y += double(m.w[r * columns + k]) * double(x[k]);
+          size += magnitude * (std::fabs(double(x[k])) + (m.integer ? step[k] : 0));
+          steps += std::fabs(double(m.w[r * columns + k])) * step[k];
+        }
+        const double added = extras ? double(p.bias[row]) + double(p.residual[i * rows + row]) : 0;
+        const double around = 4 * kRounding * (std::fabs(y) + std::fabs(added) + 1);
+        const double rounding =
+            (m.integer ? 4 * double(columns) / 16 + 16 : 2 * double(columns) + 4) * kRounding * size + around;
+        p.oracle.add(y + added, rounding + (m.integer ? 0.501 * steps + 0x1p-11 * size : 0));
+        p.isas.add(0, 2 * rounding);
+      }
+    }
+  }
+  return p;
+}
+
+void test_product(const std::string& what, const std::vector<Matrix>& parts, int64_t n, bool extras) {
+  const Problem p = make_problem(parts, n, extras);
+  const std::vector<Result> results = expect_everywhere(
+      what,
+      [&] {
+        linear::Weight weight;
+        weight.columns = parts[0].columns;
+        for (const Matrix& m : parts) {
+          std::vector<float> bias;
+          if (extras) bias.assign(p.bias.begin() + weight.rows, p.bias.begin() + weight.rows + m.rows);
+          weight.parts.push_back(pack(m, bias));
+          weight.rows += m.rows;
+        }
+        Result y(p.residual.empty() ? n * weight.rows : 0);
+        y.insert(y.end(), p.residual.begin(), p.residual.end());  // in place
+        linear::multiply(p.x.data(), n, weight, extras ? y.data() : nullptr, y.data());
+        return y;
+      },
+      p.oracle);
+  for (size_t i = 1; i < results.size(); ++i) {
+    Expected want = p.isas;
+    for (size_t k = 0; k < want.value.size(); ++k) want.value[k] = results[0][k];
+    expect_near(what + ", " + isas()[i] + " against " + isas()[0], results[i], want);
+  }
+}
+
+void test_matrix(Matrix m) {
+  if (m.integer) {
+    const auto scheme = linear::find_scheme(m.format, m.columns);
+    check(scheme.has_value(), m.format + " has no scheme");
+    if (!scheme) return;
+    read_scheme(m, *scheme);
+  }
+  for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 13}) test_product(m.format, {m}, n, n % 2 == 0);
+  if (m.rows == 33) test_product(m.format, {m}, 101, true);
+}
+
+}  // namespace
+
+void test_linear() {
+  for (const char* name : {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl",
+                           "iq4_xs", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0"}) {
+    const int64_t values = ggml_type(name)->values;
+    test_matrix(ggml_matrix(name, 33, 2 * values));
+    test_matrix(ggml_matrix(name, 5, 3 * values));
+  }
+  for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
+    const std::string name = "int" + std::to_string(bits);
+    for (int64_t group : {16, 32, 48, 64}) {
+      const std::string grouped = name + "_g" + std::to_string(group);
+      test_matrix(stream_matrix(grouped, 33, 3 * group, bits, group, Kind::kZero));
+      test_matrix(stream_matrix(grouped + "s", 16, 2 * group, bits, group, Kind::kSymmetric));
+      test_matrix(stream_matrix(grouped + "m", 17, 5 * group, bits, group, Kind::kMinimum));
+    }
+    for (int64_t columns : {1, 31, 32, 33, 70}) {  // no group, any length
+      test_matrix(stream_matrix(name + "_c", 33, columns, bits, columns, Kind::kZero));
+      test_matrix(stream_matrix(name + "_ts", 7, columns, bits, columns, Kind::kSymmetric, true));
+    }
+  }
+  test_matrix(stream_matrix("binary_g64", 33, 192, 1, 64, Kind::kBinary));
+  test_matrix(stream_matrix("ternary_g32", 33, 96, 2, 32, Kind::kTernary));
+  for (int64_t columns : {1, 33, 96}) test_matrix(int8_row_matrix(33, columns));
+  for (Float type : {kF32, kF16, kBF16}) {
+    for (int64_t columns : {1, 15, 16, 17, 33, 300}) test_matrix(float_matrix(type, 33, columns));
+    test_matrix(float_matrix(type, 1, 64));
+  }
+  Matrix q4 = ggml_matrix("q4_k", 40, 256), q8 = ggml_matrix("q8_0", 20, 256), f16 = float_matrix(kF16, 7, 256);
+  read_scheme(q4, *linear::find_scheme("q4_k", 256));
+  read_scheme(q8, *linear::find_scheme("q8_0", 256));
+  for (int64_t n : {1, 6, 200}) test_product("parts of three formats", {q4, q8, f16}, n, true);
+}
+
+}  // namespace tersor::test
