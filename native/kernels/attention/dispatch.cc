@@ -131,9 +131,9 @@ struct Problem {
   void scale_queries(const Tile& t, float* to) const {
     const int head_dim = t.cache->head_dim;
     for (int r = 0; r < t.rows(); ++r) {
-      const float* q =
-          queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * head_dim;
-      for (int d = 0; d < head_dim; ++d) to[r * head_dim + d] = q[d] * (scale * kLog2e);
+      kernels.scale(
+          queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * head_dim,
+          scale * kLog2e, head_dim, to + r * head_dim);
     }
   }
 };

@@ -495,12 +495,14 @@ void append(const float* key, const float* value, int64_t position, const Head& 
   }
 }
 
-void finish(const float* x, const float* total, int n, float* y) {
-  const F factor = set(1.0f / sum(load(total)));
+void scale(const float* x, float factor, int n, float* y) {
+  const F f = set(factor);
   int i = 0;
-  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), factor));
-  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), factor), n - i);
+  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), f));
+  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), f), n - i);
 }
+
+void finish(const float* x, const float* total, int n, float* y) { scale(x, 1.0f / sum(load(total)), n, y); }
 
 void blend(float* x, float a, const float* y, float b, int n) {
   const F fa = set(a), fb = set(b);
@@ -510,6 +512,7 @@ void blend(float* x, float a, const float* y, float b, int n) {
 #define TERSOR_ATTENTION_KERNELS                        \
   {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>}, \
    {append<kFloat32>, append<kFloat16>, append<kInt8>}, \
+   scale,                                               \
    finish,                                              \
    blend}
 

@@ -69,6 +69,8 @@ struct Kernels {
                          float* scratch);
   // Writes a key (head_dim) and a value at a position of a head's cache.
   void (*append[kTypes])(const float* key, const float* value, int64_t position, const Head& head);
+  // y (n) = x * factor
+  void (*scale)(const float* x, float factor, int n, float* y);
   // y (n) = x / sum of total (16)
   void (*finish)(const float* x, const float* total, int n, float* y);
   // x (n) = x * a + y * b, n a multiple of 16
