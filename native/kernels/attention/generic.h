@@ -225,6 +225,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   if (range.begin >= range.end) return;
   const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
   float* scores = weights + int64_t(row) * kKeys + 16 * first;
+  const float* x = q.values + int64_t(row) * query_floats(head.width);
   Product p = {};
   p.sums = scores;
   p.sums_stride = kKeys;
@@ -236,14 +237,14 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
     p.w_step = 32;
     p.w_next = int64_t(16) * width;
     p.ahead = int64_t(kKeys) * width;
-    p.x_stride = width;
-    p.row_scale_stride = groups;
+    p.x_stride = 2 * query_floats(width);
+    p.row_scale_stride = query_floats(width);
     p.lane_scale_next = 16 * groups;
     for (int g = 0; g < groups; ++g) {
       p.w = (const int8_t*)b.k + first * p.w_next + g * kKeyGroup * 16;
       p.k = least(kKeyGroup, width - g * kKeyGroup);
-      p.x = q.codes + int64_t(row) * width + g * kKeyGroup;
-      p.row_scale = q.scales + int64_t(row) * groups + g;
+      p.x = (const int16_t*)x + g * kKeyGroup;
+      p.row_scale = x + width + g;
       p.lane_scale = b.key_scales + 16 * (first * groups + g);
       multiply<Integers<true>>(p, rows, panels);
     }
@@ -253,8 +254,8 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
     p.ahead = int64_t(kKeys) * head.head_dim;
     p.w = offset(b.k, first * p.w_next, kType);
     p.k = head.head_dim;
-    p.x = q.values + int64_t(row) * head.head_dim;
-    p.x_stride = head.head_dim;
+    p.x = x;
+    p.x_stride = query_floats(head.width);
     multiply<Floats<kType, false>>(p, rows, panels);
   }
   const int64_t at = b.at + 16 * first;
@@ -399,32 +400,10 @@ inline float round_codes(const float* x, int n, Code* codes) {
   return scale;
 }
 
-// Queries rotated as keys are, as int16, (rows, width), with a scale for each row and key group.
-inline Queries round_queries(const Head& head, Queries q, float* scratch) {
-  const int width = head.width, groups = key_groups(width);
-  float* scales = scratch + int64_t(q.rows) * width / 2;
-  auto* codes = (int16_t*)scratch;
-  alignas(64) float rotated[kMaxWidth];
-  for (int row = 0; row < q.rows; ++row) {
-    rotate(q.values + int64_t(row) * head.head_dim, head.head_dim, width, rotated);
-    for (int g = 0; g < groups; ++g) {
-      const int at = g * kKeyGroup;
-      scales[row * groups + g] =
-          round_codes(rotated + at, least(kKeyGroup, width - at), codes + int64_t(row) * width + at) /
-          rotation_gain(width);
-    }
-  }
-  q.codes = codes;
-  q.scales = scales;
-  return q;
-}
-
 // Few rows multiply float16 as it is stored; for more, a block is converted to floats once.
 template <Type kType>
-void attend(const Head& head, const Queries& queries, int64_t begin, int64_t end, const State& state, float* scratch) {
+void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state, float* scratch) {
   float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
-  Queries q = queries;
-  if constexpr (kType == kInt8) q = round_queries(head, queries, rest);
   for (int64_t at = begin; at < end; at += kKeys) {
     const int count = least(kKeys, end - at);
     Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr};
@@ -495,12 +474,28 @@ void append(const float* key, const float* value, int64_t position, const Head& 
   }
 }
 
-void finish(const float* x, const float* total, int n, float* y) {
-  const F factor = set(1.0f / sum(load(total)));
+// y (n) = x * factor
+inline void scale(const float* x, float factor, int n, float* y) {
+  const F f = set(factor);
   int i = 0;
-  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), factor));
-  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), factor), n - i);
+  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), f));
+  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), f), n - i);
 }
+
+void load_floats(const float* x, float factor, int head_dim, int width, float* to) { scale(x, factor, head_dim, to); }
+
+// Rotated as keys are.
+void load_codes(const float* x, float factor, int head_dim, int width, float* to) {
+  alignas(64) float rotated[kMaxWidth];
+  rotate(x, head_dim, width, rotated);
+  for (int g = 0; g < key_groups(width); ++g) {
+    const int at = g * kKeyGroup;
+    to[width + g] =
+        round_codes(rotated + at, least(kKeyGroup, width - at), (int16_t*)to + at) * (factor / rotation_gain(width));
+  }
+}
+
+void finish(const float* x, const float* total, int n, float* y) { scale(x, 1.0f / sum(load(total)), n, y); }
 
 void blend(float* x, float a, const float* y, float b, int n) {
   const F fa = set(a), fb = set(b);
@@ -510,6 +505,7 @@ void blend(float* x, float a, const float* y, float b, int n) {
 #define TERSOR_ATTENTION_KERNELS                        \
   {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>}, \
    {append<kFloat32>, append<kFloat16>, append<kInt8>}, \
+   {load_floats, load_floats, load_codes},              \
    finish,                                              \
    blend}
 

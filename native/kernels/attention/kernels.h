@@ -35,17 +35,18 @@ struct Head {
   int head_dim, width;
 };
 
-// Rows of queries, scaled already by log2(e) too, since powers of two are cheaper than of e; and the keys [first, end)
-// that each may see, which do not decrease from row to row.
+// Rows of queries as `load_query` wrote them, scaled by log2(e) too, since powers of two are cheaper than of e; and the
+// keys [first, end) that each may see, which do not decrease from row to row. A row takes query_floats(width): width
+// floats, or for int8 width int16 codes, and from float `width` on a scale for each key group.
 struct Queries {
   int rows;
-  const float* values;  // (rows, head_dim)
+  const float* values;
   const int64_t* first;
   const int64_t* end;
-  float softcap;                   // 0: none
-  const int16_t* codes = nullptr;  // of int8, made by attend: (rows, width) and their scales, (rows, key groups)
-  const float* scales = nullptr;
+  float softcap;  // 0: none
 };
+
+constexpr int query_floats(int width) { return width + key_groups(width); }
 
 // The state of a softmax of rows: the largest score so far; sums of 2^(score - largest), (rows, 16), to be added; and
 // the values weighted by the same, (rows, width).
@@ -59,9 +60,7 @@ inline constexpr float kLowest = -1e30f;  // the largest score of no keys
 inline constexpr float kMasked = -2e30f;  // a score that is not seen; 2^(kMasked - kLowest) = 0
 
 // Floats of working memory, which begins at a multiple of 64 bytes, as caches and states do.
-constexpr int64_t scratch_floats(int head_dim, int width) {
-  return int64_t(kKeys) * (kMaxRows + head_dim + width) + int64_t(kMaxRows) * (width / 2 + key_groups(width));
-}
+constexpr int64_t scratch_floats(int head_dim, int width) { return int64_t(kKeys) * (kMaxRows + head_dim + width); }
 
 struct Kernels {
   // Adds keys [begin, end) to the state, which the caller began; begin is a multiple of kKeys.
@@ -69,6 +68,8 @@ struct Kernels {
                          float* scratch);
   // Writes a key (head_dim) and a value at a position of a head's cache.
   void (*append[kTypes])(const float* key, const float* value, int64_t position, const Head& head);
+  // Writes a query (head_dim) times factor as attend wants it.
+  void (*load_query[kTypes])(const float* x, float factor, int head_dim, int width, float* to);
   // y (n) = x / sum of total (16)
   void (*finish)(const float* x, const float* total, int n, float* y);
   // x (n) = x * a + y * b, n a multiple of 16

@@ -44,20 +44,22 @@ void scale_sums(const int32_t* sums, const float* scale, int64_t entries, int in
 
 struct FineScratch {
   std::vector<int8_t> codes;
+  std::vector<uint8_t> low;
   std::vector<float> scale, scaled_sums;
   std::vector<int32_t> sums, start;
   int64_t rows = 0, chunks = 0;
 
-  void quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns) {
+  void quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns, bool always_low) {
     rows = n;
     chunks = chunks_of(columns);
     int8_t* c = grown(codes, n * chunks * 64);
+    uint8_t* has_low = grown(low, n * chunks);
     float* s = grown(scale, n * chunks);
     int32_t* q = grown(sums, n * chunks * 2);
     parallel_for(n, std::max<int64_t>(1, kMinMacs / 2 / columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        kernels.quantize_fine(x + row * columns, columns, c + row * chunks * 64, s + row * chunks,
-                              q + row * chunks * 2);
+        kernels.quantize_fine(x + row * columns, columns, always_low, c + row * chunks * 64, has_low + row * chunks,
+                              s + row * chunks, q + row * chunks * 2);
       }
     });
   }
@@ -66,7 +68,7 @@ struct FineScratch {
     int32_t* to = grown(start, rows * chunks * 2);
     float* scaled = grown(scaled_sums, rows * chunks * 2);
     scale_sums(sums.data(), scale.data(), rows * chunks, 1, l.group == 16, offset, to, scaled);
-    return {codes.data(), scale.data(), to, scaled, chunks};
+    return {codes.data(), low.data(), scale.data(), to, scaled, chunks};
   }
 };
 
@@ -254,8 +256,8 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
     return Output{residual ? residual + at : nullptr, y + at, weight.rows};
   };
   if (n <= kFineRows) {
-    if (integer) fine_scratch.quantize(kernels, x, n, weight.columns);
     int64_t row = 0;
+    int quantized = -1;  // for parts of few bits (0) or more (1)
     for (const Part& part : weight.parts) {
       const Output out = part_output(0, row);
       row += part.rows;
@@ -263,6 +265,9 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
         multiply_floats(kernels, part, x, n, out);
         continue;
       }
+      const int fine_bits = code_bits(part.layout.code) > kCoarseBits;
+      if (fine_bits != quantized) fine_scratch.quantize(kernels, x, n, weight.columns, fine_bits);
+      quantized = fine_bits;
       const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
       const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));
       parallel_for(part.panel_count(), grain, [&](int64_t begin, int64_t end) {

@@ -1,5 +1,6 @@
 // Products of a few activation rows, held in 15 bits: memory is the limit there, so that twice the dot products cost
-// nothing. Codes are taken out of their planes in registers. Include after generic_codes.h.
+// nothing (of 2-bit codes and fewer they would: those see 15 bits in outliers only). Codes are taken out of their
+// planes in registers. Include after generic_codes.h.
 //
 // With q = 128 high + low of the activations, per chunk:
 //   sums += s_x * s * (start + 128 sum code*high + sum code*low) + second * (s_x * sum q),  start = offset * sum q
@@ -13,69 +14,90 @@ namespace tersor::linear {
 namespace {
 
 // A step and those after it, until kEnd: adds code * high and code * low of M rows.
-template <Code kCode, int S, int kEnd, int M>
+template <Code kCode, int S, int kEnd, bool kLow, int M>
 inline void unsigned_steps(const uint8_t* p, const int8_t* x, int64_t stride, Dot (&high)[M], Dot (&low)[M]) {
   const Codes w = unsigned_step<kCode, S>(p);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
     high[m] = dot(high[m], w, load_four(x + m * stride + 4 * S));
-    low[m] = dot(low[m], w, load_four(x + m * stride + 32 + 4 * S));
+    if constexpr (kLow) low[m] = dot(low[m], w, load_four(x + m * stride + 32 + 4 * S));
   }
-  if constexpr (S + 1 < kEnd) unsigned_steps<kCode, S + 1, kEnd, M>(p, x, stride, high, low);
+  if constexpr (S + 1 < kEnd) unsigned_steps<kCode, S + 1, kEnd, kLow, M>(p, x, stride, high, low);
 }
 
-template <Code kCode, int S, int kEnd, int M>
+template <Code kCode, int S, int kEnd, bool kLow, int M>
 inline void signed_steps(const uint8_t* p, const Table& table, const int8_t* x, int64_t stride, I (&high)[M],
                          I (&low)[M]) {
   const Signed w = signed_step<kCode, S>(p, table);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
     high[m] = dot_signed(high[m], w, load_four(x + m * stride + 4 * S));
-    low[m] = dot_signed(low[m], w, load_four(x + m * stride + 32 + 4 * S));
+    if constexpr (kLow) low[m] = dot_signed(low[m], w, load_four(x + m * stride + 32 + 4 * S));
   }
-  if constexpr (S + 1 < kEnd) signed_steps<kCode, S + 1, kEnd, M>(p, table, x, stride, high, low);
+  if constexpr (S + 1 < kEnd) signed_steps<kCode, S + 1, kEnd, kLow, M>(p, table, x, stride, high, low);
 }
 
 // out[m] = 128 sum code*high + sum code*low over steps kFirst .. kEnd.
-template <Code kCode, int kFirst, int kEnd, int M>
+template <Code kCode, int kFirst, int kEnd, bool kLow, int M>
 inline void fine_dots(const uint8_t* p, const Table& table, const int8_t* x, int64_t stride, I (&out)[M]) {
   if constexpr (code_class(kCode) == 2) {
     I high[M], low[M];
     for (int m = 0; m < M; ++m) high[m] = low[m] = int_zero();
-    signed_steps<kCode, kFirst, kEnd, M>(p, table, x, stride, high, low);
-    for (int m = 0; m < M; ++m) out[m] = add(times128(high[m]), low[m]);
+    signed_steps<kCode, kFirst, kEnd, kLow, M>(p, table, x, stride, high, low);
+    for (int m = 0; m < M; ++m) out[m] = kLow ? add(times128(high[m]), low[m]) : times128(high[m]);
   } else {
     constexpr int kHeld = kDotSteps < code_class(kCode) == 0 ? 4 : 6 >,
                   kStop = kEnd - kFirst > kHeld ? kFirst + kHeld : kEnd;
     Dot high[M], low[M];
     for (int m = 0; m < M; ++m) high[m] = low[m] = dot_zero();
-    unsigned_steps<kCode, kFirst, kStop, M>(p, x, stride, high, low);
-    for (int m = 0; m < M; ++m) out[m] = add(times128(widen(high[m])), widen(low[m]));
+    unsigned_steps<kCode, kFirst, kStop, kLow, M>(p, x, stride, high, low);
+    for (int m = 0; m < M; ++m) out[m] = kLow ? add(times128(widen(high[m])), widen(low[m])) : times128(widen(high[m]));
     if constexpr (kStop < kEnd) {
       I rest[M];
-      fine_dots<kCode, kStop, kEnd, M>(p, table, x, stride, rest);
+      fine_dots<kCode, kStop, kEnd, kLow, M>(p, table, x, stride, rest);
       for (int m = 0; m < M; ++m) out[m] = add(out[m], rest[m]);
     }
   }
 }
 
-// The dots of a block: out[(chunk * parts + part) * M + m], 16 rows each.
+// The dots of a chunk: out[part * M + m], 16 rows each.
+template <Code kCode, int kParts, bool kLow, int M>
+inline void chunk_dots(const uint8_t* p, const Table& table, const int8_t* x, int64_t stride, int32_t* out) {
+  I dots[M];
+  fine_dots<kCode, 0, 8 / kParts, kLow, M>(p, table, x, stride, dots);
+  for (int m = 0; m < M; ++m) store_int(out + 16 * m, dots[m]);
+  if constexpr (kParts == 2) {
+    fine_dots<kCode, 4, 8, kLow, M>(p, table, x, stride, dots);
+    for (int m = 0; m < M; ++m) store_int(out + 16 * (M + m), dots[m]);
+  }
+}
+
+// The codes of M rows from a chunk on.
+struct FineCodes {
+  const int8_t* codes;  // 64 per chunk, rows 64 * chunks apart
+  const uint8_t* low;   // one per chunk, rows `chunks` apart
+  int64_t chunks;
+};
+
+// The dots of a block, chunk after chunk.
 template <Code kCode, int kParts, int M>
-void block_dots(const uint8_t* p, int64_t chunks, const Table& table, const int8_t* x, int64_t stride, int32_t* out) {
-  for (int64_t c = 0; c < chunks; ++c, p += 64 * code_bits(kCode), x += 64) {
-    I dots[M];
-    fine_dots<kCode, 0, 8 / kParts, M>(p, table, x, stride, dots);
-    for (int m = 0; m < M; ++m, out += 16) store_int(out, dots[m]);
-    if constexpr (kParts == 2) {
-      fine_dots<kCode, 4, 8, M>(p, table, x, stride, dots);
-      for (int m = 0; m < M; ++m, out += 16) store_int(out, dots[m]);
+void block_dots(const uint8_t* p, int64_t chunks, const Table& table, const FineCodes& x, int32_t* out) {
+  const int8_t* codes = x.codes;
+  for (int64_t c = 0; c < chunks; ++c, p += 64 * code_bits(kCode), codes += 64, out += 16 * kParts * M) {
+    if constexpr (code_bits(kCode) <= kCoarseBits) {
+      uint8_t low = 0;
+      for (int m = 0; m < M; ++m) low |= x.low[m * x.chunks + c];
+      if (!low) {
+        chunk_dots<kCode, kParts, false, M>(p, table, codes, 64 * x.chunks, out);
+        continue;
+      }
     }
+    chunk_dots<kCode, kParts, true, M>(p, table, codes, 64 * x.chunks, out);
   }
 }
 
 template <int kParts, int M>
-using BlockDots = void (*)(const uint8_t* p, int64_t chunks, const Table& table, const int8_t* x, int64_t stride,
-                           int32_t* out);
+using BlockDots = void (*)(const uint8_t* p, int64_t chunks, const Table& table, const FineCodes& x, int32_t* out);
 template <int kParts, int M>
 const BlockDots<kParts, M> kBlockDots[kCodes] = {
     block_dots<kU1, kParts, M>, block_dots<kU2, kParts, M>, block_dots<kU3, kParts, M>, block_dots<kU4, kParts, M>,
@@ -159,18 +181,18 @@ void fine_rows(const IntegerPanel& panel, const FineActivations& x, int64_t row,
   const Layout& l = panel.layout;
   const Table table = table_of(l);
   const uint8_t* p = panel.blocks;
-  const int64_t stride = 64 * x.chunks, starts = kParts * x.chunks;
-  const int8_t* codes = x.codes + row * stride;
+  const int64_t starts = kParts * x.chunks;
   alignas(64) int32_t dots[kBlockChunks * kParts * M * 16];
   F sums[M];
   for (int m = 0; m < M; ++m) sums[m] = zero();
   for (int64_t first = 0; first < panel.chunks; first += kBlockChunks) {
     const int64_t chunks = panel.chunks - first < kBlockChunks ? panel.chunks - first : kBlockChunks;
-    kBlockDots<kParts, M>[l.code](p, chunks, table, codes + 64 * first, stride, dots);
+    const int64_t chunk = row * x.chunks + first;
+    kBlockDots<kParts, M>[l.code](p, chunks, table, {x.codes + 64 * chunk, x.low + chunk, x.chunks}, dots);
     p += code_bytes(l, 32 * chunks);
     const int64_t at = row * starts + kParts * first;
-    scale_block<kScales, kSecond, kParts, M>(
-        l, p, chunks, dots, {x.scale + row * x.chunks + first, x.start + at, x.sums + at, x.chunks, starts}, sums);
+    scale_block<kScales, kSecond, kParts, M>(l, p, chunks, dots,
+                                             {x.scale + chunk, x.start + at, x.sums + at, x.chunks, starts}, sums);
     p += scale_bytes(l, 32 * chunks);
   }
   for (int m = 0; m < M; ++m) finish_row(sums[m], finish, row + m);

@@ -32,18 +32,6 @@ inline int32_t split(const F& x, const F& inverse, int8_t* high, int8_t* low) {
   return sum_int(q);
 }
 
-void quantize_fine(const float* x, int64_t k, int8_t* codes, float* scale, int32_t* sums) {
-  for (int64_t c = 0; c * 32 < k; ++c, codes += 64, sums += 2) {
-    F a, b;
-    load_chunk(x, k, c, a, b);
-    const float largest = largest_of(a, b);
-    const F inverse = set(largest > kTiny ? kBoth / largest : 0.0f);
-    scale[c] = largest / kBoth;
-    sums[0] = split(a, inverse, codes, codes + 32);
-    sums[1] = split(b, inverse, codes + 16, codes + 48);
-  }
-}
-
 // Writes the 32 codes of a row where the tile has them: four columns a step, kTileRows rows apart.
 inline void spread(const int8_t* codes, int8_t* out) {
   for (int step = 0; step < 8; ++step) memcpy(out + 4 * kTileRows * step, codes + 4 * step, 4);
@@ -81,6 +69,32 @@ inline void sum_entry(const int8_t* codes, int32_t* sums) {
       total = dot_signed(total, load_signed((const uint8_t*)codes + 64 * line), load_four(kOnes));
     store_int(lanes, total);
     for (int row = 0; row < 8; ++row) sums[8 * half + row] = lanes[row] + lanes[8 + row] - 16 * kSignedBias;
+  }
+}
+
+void quantize_fine(const float* x, int64_t k, bool always_low, int8_t* codes, uint8_t* low, float* scale,
+                   int32_t* sums) {
+  const auto limit = float(always_low ? -1 : kOutlier * largest_of_chunks(x, k, scale));
+  for (int64_t c = 0; c * 32 < k; ++c, codes += 64, sums += 2) {
+    F a, b;
+    load_chunk(x, k, c, a, b);
+    const float largest = largest_of(a, b);
+    const bool tiny = !(largest > kTiny);
+    scale[c] = largest / kBoth;
+    low[c] = largest * largest > limit && !tiny;
+    if (low[c]) {
+      const F inverse = set(kBoth / largest);
+      sums[0] = split(a, inverse, codes, codes + 32);
+      sums[1] = split(b, inverse, codes + 16, codes + 48);
+      continue;
+    }
+    const F inverse = set(tiny ? 0.0f : kHigh / largest);
+    const I qa = round_to_int(mul(a, inverse)), qb = round_to_int(mul(b, inverse));
+    store_i8(codes, qa);
+    store_i8(codes + 16, qb);
+    memset(codes + 32, 0, 32);
+    sums[0] = 128 * sum_int(qa);
+    sums[1] = 128 * sum_int(qb);
   }
 }
 

@@ -26,9 +26,10 @@ inline constexpr int kPanelRows = 16;
 inline constexpr int kChunk = 32;  // columns of a chunk; activations share a scale within it
 inline constexpr int kBlockColumns = 256;
 inline constexpr int kBlockChunks = kBlockColumns / kChunk;
-inline constexpr int kMaxRows = 96;   // activation rows of one call of a float kernel
-inline constexpr int kFineRows = 16;  // up to so many activation rows are quantized to 15 bits, more to 8 bits
-inline constexpr int kTileRows = 8;   // rows of a tile of 8-bit activations; a multiple of every register tile
+inline constexpr int kMaxRows = 96;    // activation rows of one call of a float kernel
+inline constexpr int kFineRows = 16;   // up to so many activation rows are quantized to 15 bits, more to 8 bits
+inline constexpr int kCoarseBits = 2;  // codes of so many bits or fewer see 15 bits in outliers only
+inline constexpr int kTileRows = 8;    // rows of a tile of 8-bit activations; a multiple of every register tile
 
 // How a code becomes an integer. kU1: 0 or 2; kU2 .. kU6: unsigned; kS8: -128..127; kT4: table of 16 int8.
 enum Code { kU1, kU2, kU3, kU4, kU5, kU6, kS8, kT4, kCodes };
@@ -83,9 +84,11 @@ struct IntegerPanel {
   Layout layout;
 };
 
-// Activations of up to kFineRows rows, per 32 columns: x ~ scale * q, q = 128 * high + low in [-16256, 16256].
+// Activations of up to kFineRows rows, per 32 columns: x ~ scale * q, q = 128 * high + low in [-16256, 16256]. Without
+// low codes q is 128 times an 8-bit integer.
 struct FineActivations {
   const int8_t* codes;   // (rows, chunks, 64): 32 high codes, then 32 low ones
+  const uint8_t* low;    // (rows, chunks): whether there are low ones
   const float* scale;    // (rows, chunks), max|x| / 16256
   const int32_t* start;  // (rows, chunks), or (rows, chunks, 2) when groups are of 16: offset * sum q
   const float* sums;     // like start: scale * sum q; for layouts with a minimum
@@ -138,8 +141,10 @@ using TileKernel = void (*)(const OpenPanel& panel, const Tile& x, int n, const 
 using FloatKernel = void (*)(const void* panel, int64_t k, const float* x, int64_t stride, int n, const Finish& finish);
 
 struct Kernels {
-  // Quantizes one row of k values; the padding becomes 0. sums (chunks, 2).
-  void (*quantize_fine)(const float* x, int64_t k, int8_t* codes, float* scale, int32_t* sums);
+  // Quantizes one row of k values; the padding becomes 0. sums (chunks, 2). always_low: all chunks get low codes, not
+  // only those that hold outliers.
+  void (*quantize_fine)(const float* x, int64_t k, bool always_low, int8_t* codes, uint8_t* low, float* scale,
+                        int32_t* sums);
   // Quantizes n <= kTileRows rows of k values, x with `stride` values between rows; the rows that miss become 0.
   // Returns the entries, at most 2 * chunks.
   int64_t (*quantize_tile)(const float* x, int64_t stride, int n, int64_t k, const TileBuffers& to);
