@@ -337,9 +337,8 @@ void attend_block(const Head& head, const Queries& q, const Block& b, int highes
   }
 }
 
-template <Type kType>
-void convert(const void* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += 16) store(to + i, load_stored<kType>(from, i));
+inline void convert(const void* halves, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 16) store(to + i, load_f16((const uint16_t*)halves + i));
 }
 
 // A Hadamard matrix: its rows are orthogonal.
@@ -400,7 +399,7 @@ inline float round_codes(const float* x, int n, Code* codes) {
   return scale;
 }
 
-// Few rows multiply float16 as it is stored; for more, a block is converted to floats once.
+// For few rows, wide tiles also fetch what the next block needs. For many, float16 is converted once.
 template <Type kType>
 void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state, float* scratch) {
   float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
@@ -411,20 +410,19 @@ void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, cons
       b.k = offset(head.keys, at * head.width, kType);
       b.key_scales = head.key_scales + at * key_groups(head.width);
       b.value_scales = head.value_scales + at * value_groups(head.width);
-      attend_block<kInt8>(head, q, b, kTallRows, weights, state);
     } else {
       b.k = offset(head.keys, at * head.head_dim, kType);
-      if (kType == kFloat32) {
-        attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
-      } else if (q.rows <= 2 * kWideRows) {
-        attend_block<kType>(head, q, b, kWideRows, weights, state);
-      } else {
-        float *keys = rest, *values = rest + kKeys * head.head_dim;
-        convert<kType>(b.k, int64_t(count + 15) / 16 * 16 * head.head_dim, keys);
-        convert<kType>(b.v, int64_t(count) * head.width, values);
-        b.k = keys, b.v = values;
-        attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
-      }
+    }
+    if (q.rows <= 2 * kWideRows) {
+      attend_block<kType>(head, q, b, kWideRows, weights, state);
+    } else if constexpr (kType == kFloat16) {
+      float *keys = rest, *values = rest + kKeys * head.head_dim;
+      convert(b.k, int64_t(count + 15) / 16 * 16 * head.head_dim, keys);
+      convert(b.v, int64_t(count) * head.width, values);
+      b.k = keys, b.v = values;
+      attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
+    } else {
+      attend_block<kType>(head, q, b, kTallRows, weights, state);
     }
   }
 }
