@@ -150,10 +150,13 @@ void test_attention(attention::Type type, int head_dim, int rows, int positions,
     const attention::Kernels& kernels = which ? attention::scalar_kernels : attention::avx512vnni_kernels;
     std::vector<float> keys(padded * width), values(padded * width), key_scales(padded * 16), value_scales(padded * 8),
         largest(rows, attention::kLowest), total(rows * 16), out(rows * width), y(rows * head_dim),
-        scratch(attention::scratch_floats(head_dim, width));
+        scratch(attention::scratch_floats(head_dim, width)), queries(rows * attention::query_floats(width));
     const attention::Head head = {keys.data(), values.data(), key_scales.data(), value_scales.data(), head_dim, width};
     for (int i = 0; i < positions; ++i) kernels.append[type](&k[i * head_dim], &v[i * head_dim], i, head);
-    kernels.attend[type](head, {rows, q.data(), first.data(), end.data(), softcap}, 0, positions,
+    for (int r = 0; r < rows; ++r) {
+      kernels.load_query[type](&q[r * head_dim], 1.5f, head_dim, width, &queries[r * attention::query_floats(width)]);
+    }
+    kernels.attend[type](head, {rows, queries.data(), first.data(), end.data(), softcap}, 0, positions,
                          {largest.data(), total.data(), out.data()}, scratch.data());
     for (int r = 0; r < rows; ++r) kernels.finish(&out[r * width], &total[r * 16], head_dim, &y[r * head_dim]);
     kernels.blend(out.data(), 0.5f, out.data() + width * (rows - 1), 0.25f, width);

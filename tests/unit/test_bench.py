@@ -6,7 +6,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tersor import _native
@@ -246,4 +245,3 @@ def test_llama_cpp_itself(tmp_path: Path) -> None:
     prefill, decode = peer.run(64, 4)
     peer.close()
     assert min(prefill, decode) > 0 and peer.resident_bytes > 50e6
-    assert np.isfinite([prefill, decode]).all()

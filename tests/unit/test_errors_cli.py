@@ -214,6 +214,7 @@ def test_full_disk(whole, tmp_path, out, recipe):
         (["run", "MODEL", "-p", "x", "--top-p", "0"], "top_p"),
         (["run", "MODEL", "-p", "x", "-n", "0"], "max_tokens"),
         (["run", "MODEL", "-p", "x", "-t", "0"], "threads"),
+        (["run", "MODEL", "-p", "x", "--kv", "q8"], "unknown kv type 'q8'; known: f16, f32, int8"),
         (["compare", "MODEL", "-o", "out", "-r", "q4_0;rtn:q4_0"], "given twice"),
         (["convert", "MODEL", "a.gguf", "--dequantize", "q4_0"], "q4_0"),
     ],

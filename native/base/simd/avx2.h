@@ -37,10 +37,6 @@ inline __m256 load_bf16_half(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 inline F load_bf16(const uint16_t* p) { return {load_bf16_half(p), load_bf16_half(p + 8)}; }
-inline __m256 load_i8_half(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
-inline F load_i8(const int8_t* p) { return {load_i8_half(p), load_i8_half(p + 8)}; }
 inline void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
@@ -111,6 +107,10 @@ inline void store_i8(int8_t* p, I x) {
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
+inline void store_i16(int16_t* p, I x) {
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));
+}
+
 using Four = __m256i;
 inline Four load_four(const int8_t* p) {
   int32_t x;
@@ -165,6 +165,22 @@ inline __m256i dot_signed_half(__m256i s, __m256i w, __m256i magnitude, __m256i 
 }
 inline I dot_signed(I s, Signed w, Four x) {
   return {dot_signed_half(s.a, w.w.a, w.magnitude.a, x), dot_signed_half(s.b, w.w.b, w.magnitude.b, x)};
+}
+
+struct Pairs {
+  __m256i a, b;
+};
+inline Pairs load_pairs(const int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+inline Pairs set_pair(const int16_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
+inline I dot_pairs(I s, Pairs x, Pairs y) {
+  return {_mm256_add_epi32(s.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(s.b, _mm256_madd_epi16(x.b, y.b))};
 }
 
 inline constexpr int kIntTile = 4;    // 8 registers of sums, 4 of codes, the activations

@@ -32,9 +32,6 @@ inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si25
 inline F load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-inline F load_i8(const int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
-}
 inline void store(float* p, F x) { _mm512_storeu_ps(p, x.a); }
 inline void store_n(float* p, F x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.a); }
 inline void store_f16(uint16_t* p, F x) {
@@ -53,19 +50,19 @@ inline F select_less(F x, F y, F a, F b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ), b.a, a.a)};
 }
 inline bool any_less(F x, F y) { return _mm512_cmp_ps_mask(x.a, y.a, _CMP_LT_OQ) != 0; }
+inline __m256 low_half(F x) { return _mm512_castps512_ps256(x.a); }
+inline __m256 high_half(F x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.a), 1)); }
 inline float sum(F x) {
-  alignas(64) float v[16];
-  _mm512_store_ps(v, x.a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  const __m256 s = _mm256_add_ps(low_half(x), high_half(x));
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
 inline float max_of(F x) {
-  alignas(64) float v[16];
-  _mm512_store_ps(v, x.a);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  return v[0];
+  const __m256 s = _mm256_max_ps(low_half(x), high_half(x));
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
 }
 inline double sum_f64(F x) {
   alignas(64) float v[16];
@@ -80,9 +77,11 @@ inline F to_float(I x) { return {_mm512_cvtepi32_ps(x.a)}; }
 inline F scale_by_power(F x, I n) {
   return mul(x, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.a, _mm512_set1_epi32(127)), 23))});
 }
-inline F round(F x) { return {_mm512_roundscale_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F round(F x) { return {_mm512_roundscale_ps(x.a, _MM_FROUND_TO_NEAREST_INT)}; }
 inline F scale_by_power(F x, F n) { return {_mm512_scalef_ps(x.a, n.a)}; }
 inline void store_i8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(x.a)); }
+
+inline void store_i16(int16_t* p, I x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(x.a)); }
 
 using Four = __m512i;
 inline Four load_four(const int8_t* p) {
@@ -119,6 +118,24 @@ inline Table load_table(const int8_t* p) {
 }
 inline Signed lookup(Table t, Codes c) { return {_mm512_shuffle_epi8(t, c.a)}; }
 inline I dot_signed(I s, Signed w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
+
+struct Pairs {
+  __m512i a;
+};
+inline Pairs load_pairs(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+inline Pairs set_pair(const int16_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm512_set1_epi32(x)};
+}
+inline I dot_pairs(I s, Pairs x, Pairs y) {
+#ifdef TERSOR_EMULATE_AVX512
+  return {_mm512_dpwssd_epi32(s.a, x.a, y.a)};
+#else  // from the intrinsic, GCC 12 copies every sum to another register and back
+  asm("vpdpwssd %2, %1, %0" : "+v"(s.a) : "v"(x.a), "v"(y.a));
+  return s;
+#endif
+}
 
 inline constexpr int kIntTile = 8;
 inline constexpr int kFloatTile = 12;

@@ -55,11 +55,6 @@ inline F load_bf16(const uint16_t* p) {
   TERSOR_EACH r.v[i] = bf16_to_f32(p[i]);
   return r;
 }
-inline F load_i8(const int8_t* p) {
-  F r;
-  TERSOR_EACH r.v[i] = p[i];
-  return r;
-}
 inline void store(float* p, const F& a) { memcpy(p, a.v, 64); }
 inline void store_n(float* p, const F& a, int n) { memcpy(p, a.v, n * 4); }
 inline void store_f16(uint16_t* p, const F& a) { TERSOR_EACH p[i] = f32_to_f16(a.v[i]); }
@@ -153,6 +148,8 @@ inline F scale_by_power(F a, const F& n) {
 }
 // Sixteen integers in [-128, 127] to bytes.
 inline void store_i8(int8_t* p, const I& a) { TERSOR_EACH p[i] = int8_t(a.v[i]); }
+// Sixteen integers in [-32768, 32767] to int16.
+inline void store_i16(int16_t* p, const I& a) { TERSOR_EACH p[i] = int16_t(a.v[i]); }
 
 // ---- Integer dot products of a weight panel: 16 rows by 4 columns at a time ----
 
@@ -217,6 +214,25 @@ inline Signed lookup(const Table& t, Codes c) {
 }
 inline I dot_signed(I sum, const Signed& w, const Four& x) {
   for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(int8_t(w.v[i])) * x.v[i % 4];
+  return sum;
+}
+
+// Sixteen pairs of int16: of int8 in memory, or one pair for all.
+struct Pairs {
+  int16_t v[32];
+};
+inline Pairs load_pairs(const int8_t* p) {
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i] = p[i];
+  return r;
+}
+inline Pairs set_pair(const int16_t* p) {
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i] = p[i % 2];
+  return r;
+}
+inline I dot_pairs(I sum, const Pairs& x, const Pairs& y) {
+  TERSOR_EACH sum.v[i] += int32_t(x.v[2 * i]) * y.v[2 * i] + int32_t(x.v[2 * i + 1]) * y.v[2 * i + 1];
   return sum;
 }
 

@@ -15,9 +15,10 @@ namespace {
 
 // Keys of one softmax. Chunks begin at multiples of it whatever is asked, each is softened by itself, and they are
 // merged in order, so that a row's bits depend neither on the threads nor on the rows beside it.
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunk = 256;
 constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth waking a thread: a few microseconds
 constexpr int kUnitsPerThread = 4;     // enough that the last units do not leave threads idle
+constexpr int kFewRows = 16;           // rows of a tile whose queries one thread loads for all
 constexpr float kLog2e = 1.44269504088896341f;
 
 // Floats at a multiple of 64 bytes, kept from call to call.
@@ -94,7 +95,7 @@ struct Problem {
     }
   }
 
-  // One chunk's softmax of a tile's rows, q (rows, head_dim) scaled.
+  // One chunk's softmax of a tile's rows, whose queries are loaded.
   void run_chunk(const Tile& t, int64_t chunk, const float* q, const State& state, float* scratch) const {
     int64_t first[kMaxRows], end[kMaxRows];
     for (int r = 0; r < t.rows(); ++r) {
@@ -132,23 +133,25 @@ struct Problem {
     }
   }
 
-  void scale_queries(const Tile& t, float* to) const {
-    const int head_dim = t.cache->head_dim;
-    for (int r = 0; r < t.rows(); ++r) {
-      const float* q =
-          queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * head_dim;
-      for (int d = 0; d < head_dim; ++d) to[r * head_dim + d] = q[d] * (scale * kLog2e);
+  static int64_t queries_size(const Tile& t) { return int64_t(t.rows()) * query_floats(t.cache->width); }
+  void load_queries(const Tile& t, float* to) const {
+    const Cache& cache = *t.cache;
+    for (int r = 0; r < t.rows(); ++r, to += query_floats(cache.width)) {
+      kernels.load_query[cache.type](
+          queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * cache.head_dim,
+          scale * kLog2e, cache.head_dim, cache.width, to);
     }
   }
 };
 
-// What a call needs besides its arguments, kept by the calling thread. A tile that is cut into units has a state for
-// every chunk and counts the units left; whoever does the last one merges them.
+// What a call needs besides its arguments, kept by the calling thread. A tile that is cut into units has its queries
+// loaded if they are few, a state for every chunk, and counts the units left; whoever does the last one merges them.
 struct Plan {
   std::vector<Tile> tiles;
   std::vector<Unit> units;
   std::vector<int64_t> state_offset;  // of a tile, in states; -1: one unit does it all
-  Buffer states;
+  std::vector<int64_t> query_offset;  // of a tile, in loaded; -1: every unit loads them
+  Buffer states, loaded;
   std::vector<std::atomic<int64_t>> left;
 
   // Cuts the work; returns its multiply-adds.
@@ -158,8 +161,9 @@ struct Plan {
     for (const Span& span : spans) problem.cut(span, tiles);
     const bool whole = int64_t(tiles.size()) >= int64_t(kUnitsPerThread) * threads();
     state_offset.assign(tiles.size(), -1);
+    query_offset.assign(tiles.size(), -1);
     if (left.size() < tiles.size()) left = std::vector<std::atomic<int64_t>>(2 * tiles.size());
-    int64_t floats = 0, macs = 0;
+    int64_t floats = 0, query_floats = 0, macs = 0;
     for (size_t i = 0; i < tiles.size(); ++i) {
       const Tile& t = tiles[i];
       const int64_t chunks = t.chunks(), count = whole ? chunks : 1;
@@ -168,10 +172,18 @@ struct Plan {
         state_offset[i] = floats;
         floats += Problem::state_size(t) * chunks;
         left[i].store(chunks, std::memory_order_relaxed);
+        if (t.rows() <= kFewRows) {
+          query_offset[i] = query_floats;
+          query_floats += Problem::queries_size(t);
+        }
       }
       macs += t.macs();
     }
     states.at_least(floats);
+    float* queries = loaded.at_least(query_floats);
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      if (query_offset[i] >= 0) problem.load_queries(tiles[i], queries + query_offset[i]);
+    }
     // The longest first, so that threads end together.
     std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.macs > b.macs; });
     return macs;
@@ -179,12 +191,18 @@ struct Plan {
 };
 
 void run_unit(const Problem& problem, Plan& plan, const Unit& unit) {
-  static thread_local Buffer scaled, scratch, own;
+  static thread_local Buffer queries, scratch, own;
   const Tile& t = plan.tiles[unit.tile];
   const int64_t size = Problem::state_size(t);
-  float *q = scaled.at_least(int64_t(t.rows()) * t.cache->head_dim),
-        *work = scratch.at_least(scratch_floats(t.cache->head_dim, t.cache->width));
-  problem.scale_queries(t, q);
+  float* work = scratch.at_least(scratch_floats(t.cache->head_dim, t.cache->width));
+  const float* q = nullptr;
+  if (plan.query_offset[unit.tile] >= 0) {
+    q = plan.loaded.at_least(0) + plan.query_offset[unit.tile];
+  } else {
+    float* to = queries.at_least(Problem::queries_size(t));
+    problem.load_queries(t, to);
+    q = to;
+  }
   if (plan.state_offset[unit.tile] < 0) {
     float* states = own.at_least(2 * size);
     const State sum = Problem::state_at(t, states), next = Problem::state_at(t, states + size);
@@ -216,8 +234,8 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type
   const int64_t positions = (capacity + 15) / 16 * 16;
   codes_bytes_ = positions * width * type_bytes(type);
   codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
-  key_scales_bytes_ = type == kInt8 ? positions * key_groups(head_dim) * 4 : 0;
-  value_scales_bytes_ = type == kInt8 ? positions * value_groups(head_dim) * 4 : 0;
+  key_scales_bytes_ = type == kInt8 ? positions * key_groups(width) * 4 : 0;
+  value_scales_bytes_ = type == kInt8 ? positions * value_groups(width) * 4 : 0;
   // calloc: untouched pages cost no memory, and read as zeros.
   memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
   if (!memory_) throw std::bad_alloc();

@@ -15,17 +15,19 @@ const float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
-// 16 stored values as floats; codes of int8 without their scale.
+// 16 stored floats.
 template <Type kType>
 inline F load_stored(const void* values, int64_t at) {
   if constexpr (kType == kFloat32) return load((const float*)values + at);
-  if constexpr (kType == kFloat16) return load_f16((const uint16_t*)values + at);
-  return load_i8((const int8_t*)values + at);
+  return load_f16((const uint16_t*)values + at);
 }
 
 inline const void* offset(const void* values, int64_t at, Type type) {
   return (const char*)values + at * type_bytes(type);
 }
+
+// Into the second-level cache: a core has more reads of memory in flight there than into the first.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // ---- Products: sums (rows, 16 * vectors) of x (rows, k) times w (k, 16 * vectors) ----
 
@@ -33,73 +35,124 @@ struct Product {
   const void* w;
   int64_t w_step, w_next;  // values from one k to the next, and from one vector to the next
   int k;
-  const float* x;
+  const void* x;
   int64_t x_stride;
   float* sums;
   int64_t sums_stride;
-  const float* scale;  // 16 for each vector, scale_next floats apart
-  int64_t scale_next;
+  int64_t ahead;  // values from here to what will be read later
+  // Of integers: a factor for each row, and if lane_scale one for each lane too, lane_scale_next floats from vector to
+  // vector.
+  const float* row_scale;
+  int64_t row_scale_stride;
+  const float* lane_scale;
+  int64_t lane_scale_next;
 };
 
-// What becomes of a product: it is the sums, it begins with the sums, or times scale it is added to them.
-enum Into { kSet, kAdd, kAddScaled };
+// Floats: the sums are set, or begin with what they are.
+template <Type kType, bool kAdd>
+struct Floats {
+  static constexpr Type kStored = kType;
+  static constexpr bool kTall = kType == kFloat32;
 
-template <Type kType, Into kInto, int M, int N>
-void multiply_tile(const Product& p) {
-  F sums[M][N];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sums[m][j] = kInto == kAdd ? load(p.sums + m * p.sums_stride + 16 * j) : zero();
-  }
-  const float* x = p.x;
-  for (int i = 0; i < p.k; ++i, ++x) {
-    F w[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) w[j] = load_stored<kType>(p.w, i * p.w_step + j * p.w_next);
+  template <int M, int N>
+  static void run(const Product& p) {
+    F sums[M][N];
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const F one = set(x[m * p.x_stride]);
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sums[m][j] = fma(one, w[j], sums[m][j]);
+      for (int j = 0; j < N; ++j) sums[m][j] = kAdd ? load(p.sums + m * p.sums_stride + 16 * j) : zero();
     }
-  }
+    const float* x = (const float*)p.x;
+    for (int i = 0; i < p.k; ++i, ++x) {
+      F w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        w[j] = load_stored<kType>(p.w, i * p.w_step + j * p.w_next);
+        if (N == kWideVectors) prefetch(offset(p.w, i * p.w_step + j * p.w_next + p.ahead, kType));
+      }
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
+      for (int m = 0; m < M; ++m) {
+        const F one = set(x[m * p.x_stride]);
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      float* to = p.sums + m * p.sums_stride + 16 * j;
-      store(to, kInto == kAddScaled ? fma(sums[m][j], load(p.scale + j * p.scale_next), load(to)) : sums[m][j]);
+        for (int j = 0; j < N; ++j) sums[m][j] = fma(one, w[j], sums[m][j]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) store(p.sums + m * p.sums_stride + 16 * j, sums[m][j]);
     }
   }
-}
+};
 
-template <Type kType, Into kInto, int M, int N>
+// int8 times int16, two k at a time: w is (k / 2, 16 * vectors, 2), x (rows, k). Exact in int32 for 64 k; the sums have
+// the product times its scales added.
+template <bool kLanes>
+struct Integers {
+  static constexpr Type kStored = kInt8;
+  static constexpr bool kTall = true;
+
+  template <int M, int N>
+  static void run(const Product& p) {
+    I sums[M][N];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sums[m][j] = int_zero();
+    }
+    const int16_t* x = (const int16_t*)p.x;
+    for (int i = 0; i < p.k / 2; ++i, x += 2) {
+      Pairs w[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        const int8_t* at = (const int8_t*)p.w + i * p.w_step + j * p.w_next;
+        w[j] = load_pairs(at);
+        if (N == kWideVectors) prefetch(at + p.ahead);
+      }
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const Pairs one = set_pair(x + m * p.x_stride);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; ++j) sums[m][j] = dot_pairs(sums[m][j], w[j], one);
+      }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const F row_scale = set(p.row_scale[m * p.row_scale_stride]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) {
+        float* to = p.sums + m * p.sums_stride + 16 * j;
+        const F scale = kLanes ? mul(row_scale, load(p.lane_scale + j * p.lane_scale_next)) : row_scale;
+        store(to, fma(to_float(sums[m][j]), scale, load(to)));
+      }
+    }
+  }
+};
+
+template <typename Kind, int M, int N>
 void multiply_rows(const Product& p, int rows) {
   if constexpr (M > 1) {
-    if (rows < M) return multiply_rows<kType, kInto, M - 1, N>(p, rows);
+    if (rows < M) return multiply_rows<Kind, M - 1, N>(p, rows);
   }
-  multiply_tile<kType, kInto, M, N>(p);
+  Kind::template run<M, N>(p);
 }
 
-// All vectors of up to kTallRows rows (floats) or kWideRows rows.
-template <Type kType, Into kInto>
+// All vectors of up to kTallRows rows, or of kWideRows if a kind has no tall tiles.
+template <typename Kind>
 void multiply(Product p, int rows, int vectors) {
   const auto advance = [&](int n) {
-    p.w = offset(p.w, n * p.w_next, kType);
+    p.w = offset(p.w, n * p.w_next, Kind::kStored);
     p.sums += 16 * n;
-    if (kInto == kAddScaled) p.scale += n * p.scale_next;
+    p.lane_scale += n * p.lane_scale_next;
     vectors -= n;
   };
   if (rows <= kWideRows) {
-    for (; vectors >= kWideVectors; advance(kWideVectors))
-      multiply_rows<kType, kInto, kWideRows, kWideVectors>(p, rows);
-    for (; vectors > 0; advance(1)) multiply_rows<kType, kInto, kWideRows, 1>(p, rows);
+    for (; vectors >= kWideVectors; advance(kWideVectors)) multiply_rows<Kind, kWideRows, kWideVectors>(p, rows);
+    for (; vectors > 0; advance(1)) multiply_rows<Kind, kWideRows, 1>(p, rows);
   }
-  if constexpr (kType == kFloat32) {
-    for (; vectors >= kTallVectors; advance(kTallVectors))
-      multiply_rows<kType, kInto, kTallRows, kTallVectors>(p, rows);
-    for (; vectors > 0; advance(1)) multiply_rows<kType, kInto, kTallRows, 1>(p, rows);
+  if constexpr (Kind::kTall) {
+    for (; vectors >= kTallVectors; advance(kTallVectors)) multiply_rows<Kind, kTallRows, kTallVectors>(p, rows);
+    for (; vectors > 0; advance(1)) multiply_rows<Kind, kTallRows, 1>(p, rows);
   }
 }
 
@@ -165,38 +218,45 @@ void soften(const Queries& q, int row, int64_t at, float* scores, const State& s
 }
 
 // Weights (rows, kKeys) of the keys that rows [row, row + rows) see.
-template <Type kType, bool kScaled>
+template <Type kType>
 void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* weights,
                 const State& state) {
   const Range range = seen(q, row, rows, b);
   if (range.begin >= range.end) return;
-  const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, head_dim = head.head_dim;
+  const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
   float* scores = weights + int64_t(row) * kKeys + 16 * first;
-  Product p = {offset(b.k, int64_t(first) * 16 * head_dim, kType),
-               16,
-               int64_t(16) * head_dim,
-               head_dim,
-               q.values + int64_t(row) * head_dim,
-               head_dim,
-               scores,
-               kKeys,
-               nullptr,
-               0};
-  if constexpr (kScaled) {
-    const int groups = key_groups(head_dim);
+  const float* x = q.values + int64_t(row) * query_floats(head.width);
+  Product p = {};
+  p.sums = scores;
+  p.sums_stride = kKeys;
+  if constexpr (kType == kInt8) {
+    const int width = head.width, groups = key_groups(width);
     for (int m = 0; m < rows; ++m) {
       for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, zero());
     }
-    p.scale_next = 16 * groups;
+    p.w_step = 32;
+    p.w_next = int64_t(16) * width;
+    p.ahead = int64_t(kKeys) * width;
+    p.x_stride = 2 * query_floats(width);
+    p.row_scale_stride = query_floats(width);
+    p.lane_scale_next = 16 * groups;
     for (int g = 0; g < groups; ++g) {
-      p.k = least(kKeyGroup, head_dim - g * kKeyGroup);
-      p.scale = b.key_scales + 16 * (first * groups + g);
-      multiply<kType, kAddScaled>(p, rows, panels);
-      p.w = offset(p.w, 16 * kKeyGroup, kType);
-      p.x += kKeyGroup;
+      p.w = (const int8_t*)b.k + first * p.w_next + g * kKeyGroup * 16;
+      p.k = least(kKeyGroup, width - g * kKeyGroup);
+      p.x = (const int16_t*)x + g * kKeyGroup;
+      p.row_scale = x + width + g;
+      p.lane_scale = b.key_scales + 16 * (first * groups + g);
+      multiply<Integers<true>>(p, rows, panels);
     }
   } else {
-    multiply<kType, kSet>(p, rows, panels);
+    p.w_step = 16;
+    p.w_next = int64_t(16) * head.head_dim;
+    p.ahead = int64_t(kKeys) * head.head_dim;
+    p.w = offset(b.k, first * p.w_next, kType);
+    p.k = head.head_dim;
+    p.x = x;
+    p.x_stride = query_floats(head.width);
+    multiply<Floats<kType, false>>(p, rows, panels);
   }
   const int64_t at = b.at + 16 * first;
   for (int m = 0; m < rows; ++m) {
@@ -209,59 +269,72 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   }
 }
 
-// Adds the values times the weights. spare: (rows, kKeys)
-template <Type kType, bool kScaled>
+// Rounds weights times the values' scales, panels of 16 keys `groups` scales apart, to 16 bits; returns the codes'
+// scale.
+inline float round_weights(const float* weights, const float* scales, int groups, int panels, int16_t* codes) {
+  F products[kKeys / 16], largest = zero();
+  for (int j = 0; j < panels; ++j) {
+    products[j] = mul(load(weights + 16 * j), load(scales + 16 * j * groups));
+    largest = max(largest, products[j]);
+  }
+  const float top = max_of(largest);
+  const F inverse = set(top > 0 ? 32767.0f / top : 0.0f);
+  for (int j = 0; j < panels; ++j) store_i16(codes + 16 * j, round_to_int(mul(products[j], inverse)));
+  return top * (1.0f / 32767.0f);
+}
+
+// Adds the values times the weights.
+template <Type kType>
 void add_values(const Head& head, const Queries& q, const Block& b, int row, int rows, const float* weights,
-                float* spare, const State& state) {
+                const State& state) {
   const Range range = seen(q, row, rows, b);
   if (range.begin >= range.end) return;
   const int width = head.width;
   const float* w = weights + int64_t(row) * kKeys;
-  Product p = {offset(b.v, int64_t(range.begin) * width, kType),
-               width,
-               16,
-               range.end - range.begin,
-               w + range.begin,
-               kKeys,
-               state.out + int64_t(row) * width,
-               width,
-               nullptr,
-               0};
-  if constexpr (kScaled) {
-    const int groups = value_groups(head.head_dim);
-    p.x = spare + range.begin;
+  Product p = {};
+  p.w_next = 16;
+  p.sums = state.out + int64_t(row) * width;
+  p.sums_stride = width;
+  p.x_stride = kKeys;
+  p.ahead = int64_t(kKeys) * width;
+  if constexpr (kType == kInt8) {
+    alignas(64) int16_t codes[kTallRows * kKeys];
+    float scales[kTallRows];
+    const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(width);
+    const int begin = range.begin / 2 * 2, end = (range.end + 1) / 2 * 2;  // weights are 0 beside the range
+    p.x = codes + begin;
+    p.k = end - begin;
+    p.w_step = 2 * width;
+    p.w_next = 32;
+    p.row_scale = scales;
+    p.row_scale_stride = 1;
     for (int g = 0; g < groups; ++g) {
-      for (int panel = range.begin / 16; panel < (range.end + 15) / 16; ++panel) {
-        const F scale = load(b.value_scales + 16 * (panel * groups + g));
-        for (int m = 0; m < rows; ++m) {
-          const int at = m * kKeys + 16 * panel;
-          store(spare + at, mul(load(w + at), scale));
-        }
+      for (int m = 0; m < rows; ++m) {
+        scales[m] = round_weights(w + m * kKeys + 16 * first, b.value_scales + 16 * (first * groups + g), groups,
+                                  panels, codes + m * kKeys + 16 * first);
       }
-      multiply<kType, kAdd>(p, rows, least(kValueGroup, width - g * kValueGroup) / 16);
-      p.w = offset(p.w, kValueGroup, kType);
+      p.w = (const int8_t*)b.v + int64_t(begin) * width + g * kValueGroup * 2;
+      multiply<Integers<false>>(p, rows, least(kValueGroup, width - g * kValueGroup) / 16);
       p.sums += kValueGroup;
     }
   } else {
-    multiply<kType, kAdd>(p, rows, width / 16);
+    p.w = offset(b.v, int64_t(range.begin) * width, kType);
+    p.w_step = width;
+    p.k = range.end - range.begin;
+    p.x = w + range.begin;
+    multiply<Floats<kType, true>>(p, rows, width / 16);
   }
 }
 
-template <Type kType, bool kScaled>
-void attend_block(const Head& head, const Queries& q, const Block& b, int height, float* scratch, const State& state) {
-  float *weights = scratch, *spare = scratch + kMaxRows * kKeys;
+template <Type kType>
+void attend_block(const Head& head, const Queries& q, const Block& b, int highest, float* weights, const State& state) {
+  const int tiles = (q.rows + highest - 1) / highest, height = (q.rows + tiles - 1) / tiles;  // about equally high
   for (int row = 0; row < q.rows; row += height) {
-    weigh_keys<kType, kScaled>(head, q, b, row, least(height, q.rows - row), weights, state);
+    weigh_keys<kType>(head, q, b, row, least(height, q.rows - row), weights, state);
   }
   for (int row = 0; row < q.rows; row += height) {
-    add_values<kType, kScaled>(head, q, b, row, least(height, q.rows - row), weights, spare, state);
+    add_values<kType>(head, q, b, row, least(height, q.rows - row), weights, state);
   }
-}
-
-// Rows of a tile, so that all tiles of `rows` are about equally high.
-inline int even_height(int rows, int highest) {
-  const int tiles = (rows + highest - 1) / highest;
-  return (rows + tiles - 1) / tiles;
 }
 
 template <Type kType>
@@ -269,67 +342,123 @@ void convert(const void* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += 16) store(to + i, load_stored<kType>(from, i));
 }
 
-// Few rows multiply what is stored; for more, a block is converted to floats once.
+// A Hadamard matrix: its rows are orthogonal.
+struct Signs {
+  float rows[16][16];
+};
+constexpr Signs make_signs() {
+  Signs h = {};
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) h.rows[i][j] = __builtin_parity(i & j) ? -1.0f : 1.0f;
+  }
+  return h;
+}
+alignas(64) constexpr Signs kSigns = make_signs();
+
+// y (width) = x (head_dim) and zeros, every 16 values times the Hadamard matrix, and those times a larger one where
+// their number divides by a power of two. Products of two such vectors are the vectors' times rotation_gain(width).
+// Channels of keys that are far larger than the others become noise in all (Ashkboos et al. 2024, arXiv 2404.00456), so
+// that one scale fits them.
+inline void rotate(const float* x, int head_dim, int width, float* y) {
+  for (int at = 0; at < width; at += 16) {
+    const int n = least(16, head_dim - at);
+    F sum = zero();
+    for (int i = 0; i < n; ++i) sum = fma(set(x[at + i]), load(kSigns.rows[i]), sum);
+    store(y + at, sum);
+  }
+  for (int half = 16; width % (2 * half) == 0; half *= 2) {
+    for (int at = 0; at < width; at += at % (2 * half) + 16 == half ? half + 16 : 16) {
+      const F a = load(y + at), b = load(y + at + half);
+      store(y + at, add(a, b));
+      store(y + at + half, sub(a, b));
+    }
+  }
+}
+
+inline float rotation_gain(int width) { return float(width & -width); }
+
+// Codes in [-kLargest, kLargest] of x (n, a multiple of 16), and their scale. NaN and infinities make the scale NaN.
+template <typename Code>
+inline float round_codes(const float* x, int n, Code* codes) {
+  constexpr float kLargest = sizeof(Code) == 1 ? 127 : 32767;
+  F largest = zero(), poison = zero();
+  for (int i = 0; i < n; i += 16) {
+    const F v = load(x + i);
+    largest = max(largest, abs(v));
+    poison = fma(v, zero(), poison);
+  }
+  const float scale = max_of(largest) / kLargest + sum(poison);
+  const F divisor = set(scale == 0 ? 1.0f : scale);
+  for (int i = 0; i < n; i += 16) {
+    const I rounded = round_to_int(div(load(x + i), divisor));
+    if constexpr (sizeof(Code) == 1) {
+      store_i8(codes + i, rounded);
+    } else {
+      store_i16(codes + i, rounded);
+    }
+  }
+  return scale;
+}
+
+// Few rows multiply float16 as it is stored; for more, a block is converted to floats once.
 template <Type kType>
 void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state, float* scratch) {
-  float* keys = scratch + 2 * kMaxRows * kKeys;
-  float* values = keys + kKeys * head.head_dim;
+  float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
   for (int64_t at = begin; at < end; at += kKeys) {
     const int count = least(kKeys, end - at);
-    Block b = {
-        at,      count,  offset(head.keys, at * head.head_dim, kType), offset(head.values, at * head.width, kType),
-        nullptr, nullptr};
+    Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr};
     if constexpr (kType == kInt8) {
-      b.key_scales = head.key_scales + at * key_groups(head.head_dim);
-      b.value_scales = head.value_scales + at * value_groups(head.head_dim);
+      b.k = offset(head.keys, at * head.width, kType);
+      b.key_scales = head.key_scales + at * key_groups(head.width);
+      b.value_scales = head.value_scales + at * value_groups(head.width);
+      attend_block<kInt8>(head, q, b, kTallRows, weights, state);
+    } else {
+      b.k = offset(head.keys, at * head.head_dim, kType);
+      if (kType == kFloat32) {
+        attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
+      } else if (q.rows <= 2 * kWideRows) {
+        attend_block<kType>(head, q, b, kWideRows, weights, state);
+      } else {
+        float *keys = rest, *values = rest + kKeys * head.head_dim;
+        convert<kType>(b.k, int64_t(count + 15) / 16 * 16 * head.head_dim, keys);
+        convert<kType>(b.v, int64_t(count) * head.width, values);
+        b.k = keys, b.v = values;
+        attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
+      }
     }
-    if (q.rows <= kWideRows || (kType != kFloat32 && q.rows <= 2 * kWideRows)) {
-      attend_block<kType, kType == kInt8>(head, q, b, even_height(q.rows, kWideRows), scratch, state);
-      continue;
-    }
-    if constexpr (kType != kFloat32) {
-      convert<kType>(b.k, int64_t(count + 15) / 16 * 16 * head.head_dim, keys);
-      convert<kType>(b.v, int64_t(count) * head.width, values);
-      b.k = keys, b.v = values;
-    }
-    attend_block<kFloat32, kType == kInt8>(head, q, b, even_height(q.rows, kTallRows), scratch, state);
   }
 }
 
 // ---- The cache ----
 
-// Codes (n, at most 64) of int8 and their scale; NaN and infinities make the scale NaN or infinite.
-inline float quantize(const float* x, int n, int8_t* codes) {
-  F largest = zero(), poison = zero();
-  for (int i = 0; i < n; i += 16) {
-    const F v = load_n(x + i, least(16, n - i));
-    largest = max(largest, abs(v));
-    poison = fma(v, zero(), poison);
+// int8 are written two dimensions of a key, and two positions of a value, together.
+inline void append_codes(const float* key, const float* value, int64_t position, const Head& head) {
+  alignas(64) float x[kMaxWidth];
+  alignas(64) int8_t codes[kMaxWidth];
+  const int64_t panel = position / 16, lane = position % 16;
+  const int width = head.width;
+  rotate(key, head.head_dim, width, x);
+  for (int g = 0; g < key_groups(width); ++g) {
+    const int at = g * kKeyGroup;
+    head.key_scales[(panel * key_groups(width) + g) * 16 + lane] =
+        round_codes(x + at, least(kKeyGroup, width - at), codes + at);
   }
-  const float scale = max_of(largest) / 127.0f + sum(poison);
-  const F divisor = set(scale == 0 ? 1.0f : scale);
-  for (int i = 0; i < n; i += 16) store_i8(codes + i, round_to_int(div(load_n(x + i, least(16, n - i)), divisor)));
-  return scale;
+  auto* keys = (int8_t*)head.keys + panel * 16 * width + 2 * lane;
+  for (int i = 0; i < width; ++i) keys[i / 2 * 32 + i % 2] = codes[i];
+  for (int i = 0; i < width; i += 16) store(x + i, load_n(value + i, least(16, head.head_dim - i)));
+  for (int g = 0; g < value_groups(width); ++g) {
+    const int at = g * kValueGroup;
+    head.value_scales[(panel * value_groups(width) + g) * 16 + lane] =
+        round_codes(x + at, least(kValueGroup, width - at), codes + at);
+  }
+  auto* values = (int8_t*)head.values + position / 2 * 2 * width + position % 2;
+  for (int i = 0; i < width; ++i) values[2 * i] = codes[i];
 }
 
 template <Type kType>
 void append(const float* key, const float* value, int64_t position, const Head& head) {
-  const int64_t panel = position / 16, lane = position % 16, keys_at = panel * 16 * head.head_dim + lane;
-  if constexpr (kType == kInt8) {
-    alignas(64) int8_t codes[kMaxWidth];
-    const int groups = key_groups(head.head_dim), value_groups = attention::value_groups(head.head_dim);
-    for (int g = 0; g < groups; ++g) {
-      const int at = g * kKeyGroup, n = least(kKeyGroup, head.head_dim - at);
-      head.key_scales[(panel * groups + g) * 16 + lane] = quantize(key + at, n, codes + at);
-    }
-    for (int i = 0; i < head.head_dim; ++i) ((int8_t*)head.keys)[keys_at + 16 * i] = codes[i];
-    for (int g = 0; g < value_groups; ++g) {
-      const int at = g * kValueGroup, n = least(kValueGroup, head.head_dim - at);
-      head.value_scales[(panel * value_groups + g) * 16 + lane] =
-          quantize(value + at, n, (int8_t*)head.values + position * head.width + at);
-    }
-    return;
-  }
+  if constexpr (kType == kInt8) return append_codes(key, value, position, head);
+  const int64_t keys_at = position / 16 * 16 * head.head_dim + position % 16;
   for (int i = 0; i < head.head_dim; i += 16) {
     const int n = least(16, head.head_dim - i);
     const F v = load_n(value + i, n);
@@ -345,12 +474,28 @@ void append(const float* key, const float* value, int64_t position, const Head& 
   }
 }
 
-void finish(const float* x, const float* total, int n, float* y) {
-  const F factor = set(1.0f / sum(load(total)));
+// y (n) = x * factor
+inline void scale(const float* x, float factor, int n, float* y) {
+  const F f = set(factor);
   int i = 0;
-  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), factor));
-  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), factor), n - i);
+  for (; i + 16 <= n; i += 16) store(y + i, mul(load(x + i), f));
+  if (i < n) store_n(y + i, mul(load_n(x + i, n - i), f), n - i);
 }
+
+void load_floats(const float* x, float factor, int head_dim, int width, float* to) { scale(x, factor, head_dim, to); }
+
+// Rotated as keys are.
+void load_codes(const float* x, float factor, int head_dim, int width, float* to) {
+  alignas(64) float rotated[kMaxWidth];
+  rotate(x, head_dim, width, rotated);
+  for (int g = 0; g < key_groups(width); ++g) {
+    const int at = g * kKeyGroup;
+    to[width + g] =
+        round_codes(rotated + at, least(kKeyGroup, width - at), (int16_t*)to + at) * (factor / rotation_gain(width));
+  }
+}
+
+void finish(const float* x, const float* total, int n, float* y) { scale(x, 1.0f / sum(load(total)), n, y); }
 
 void blend(float* x, float a, const float* y, float b, int n) {
   const F fa = set(a), fb = set(b);
@@ -360,6 +505,7 @@ void blend(float* x, float a, const float* y, float b, int n) {
 #define TERSOR_ATTENTION_KERNELS                        \
   {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>}, \
    {append<kFloat32>, append<kFloat16>, append<kInt8>}, \
+   {load_floats, load_floats, load_codes},              \
    finish,                                              \
    blend}
 

@@ -32,8 +32,7 @@ def load(source: str | Path | Checkpoint, *, threads: int | None = None, activat
     source: a Hugging Face directory, a .gguf file, a hub id, or an open checkpoint (which stays open).
     threads: of all native loops in this process from now on; None = as they are (at first, all CPUs).
     activations: int8 = inputs of quantized products are rounded to 8 bits, where there is a kernel for it (fast);
-        float = they are not (exact). kv: type of cached keys and values: f16, f32, or int8 with a
-        scale for every few of them.
+        float = they are not (exact). kv: type of cached keys and values, f16, f32 or int8 (as ops.KVCache has them).
     Raises ModelError for an architecture or tensors that do not fit, RecipeError for an unknown option,
     ContainerError for a file that cannot be read.
     """
