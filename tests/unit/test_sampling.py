@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tersor import _native
 from tersor.engine.sampling import Sampler, Sampling, distribution, inverse, largest, nucleus, penalized
 from tersor.errors import RecipeError
 
@@ -92,6 +93,37 @@ def test_the_nucleus_is_that_of_sorting(mass: float) -> None:
         np.testing.assert_array_equal(np.sort(weights[chosen])[::-1], ordered[:count])
         assert len(set(chosen.tolist())) == count
     assert len(nucleus(np.array([0.5, 1.0, 0.25]), 9.0)) == 3
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("temperature", [1e-320, 1e-3, 0.7, 1.0, 30.0])
+def test_weights_are_those_of_numpy(isa: str, temperature: float) -> None:
+    _native.force_isa(isa)
+    try:
+        for n in (1, 2, 7, 64, 2047, 2048, 2049, 10_000):
+            x = (np.random.default_rng(n).standard_normal(n) * 20).astype(np.float32)
+            out = np.full(n, np.nan)
+            total = _native.weigh(x, temperature, out)
+            with np.errstate(over="ignore", under="ignore"):
+                want = np.exp((x.astype(np.float64) - x.max()) / temperature)
+            # rounding the exponent, of at most 700, by 2 units of 2^-53 changes the weight by 1.6e-13
+            np.testing.assert_allclose(out, np.where(want < 1e-304, 0, want), rtol=3e-13, atol=1e-303)
+            assert total == pytest.approx(want.sum(), rel=1e-12) and out.max() == 1.0
+    finally:
+        _native.force_isa("")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.empty(0, np.float32), 1.0, np.empty(0)), "weigh: no logits"),
+        ((np.zeros(3, np.float32), 0.0, np.empty(3)), "weigh: temperature must be positive"),
+        ((np.zeros(3, np.float32), 1.0, np.empty(4)), "weigh: values of out: got 4, need 3"),
+    ],
+)
+def test_weights_of_nothing_are_refused(arguments: tuple[np.ndarray, float, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _native.weigh(*arguments)
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])

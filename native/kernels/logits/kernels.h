@@ -16,6 +16,8 @@ struct Kernels {
   // log sum exp of n logits. exp in float32 (relative error 2e-7), sums in float64.
   double (*log_sum_exp)(const float* x, int64_t n);
   Comparison (*compare)(const float* p, const float* q, int64_t n, int64_t target);
+  // out = e^((x - most) * scale) in float64, relative error below 1e-14, for x <= most and scale > 0; 0 below e^-700.
+  void (*weigh)(const float* x, int64_t n, float most, double scale, double* out);
   // The place of the first of the largest values; 0 with NaN among them.
   int64_t (*top)(const float* x, int64_t n);
 };

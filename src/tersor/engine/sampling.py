@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tersor import _native
 from tersor.errors import RecipeError
 from tersor.tensor import Array
 
@@ -101,10 +102,8 @@ def distribution(logits: Array, sampling: Sampling, scratch: Array) -> tuple[Arr
     probabilities, (k,) float64 that sum to 1. sampling.temperature > 0; scratch: (vocab,) float64, may be what is returned."""
     tokens = largest(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else None
     scores = logits if tokens is None else logits[tokens]
-    weights = np.subtract(scores, scores.max(), out=scratch[: len(scores)], dtype=np.float64)
-    weights /= sampling.temperature
-    np.exp(weights, out=weights)  # the largest is 1
-    total = weights.sum()
+    weights = scratch[: len(scores)]
+    total = _native.weigh(scores, sampling.temperature, weights)  # the largest is 1
     # Tokens below 1/n of what top-p leaves out are left out with it. min-p comes first, since it takes away the smallest as well.
     floor = max(sampling.min_p, (1 - sampling.top_p) * total / len(weights))
     if floor > 0:
