@@ -1,6 +1,8 @@
 #include "base/threads.h"
 
 #include <atomic>
+#include <mutex>
+#include <set>
 #include <thread>
 
 #include "kernels/kernel_test.h"
@@ -8,21 +10,24 @@
 namespace tersor::test {
 namespace {
 
-// Every index is visited once, by at most `threads` parts that start at multiples of the grain.
+// Every index is visited once, in parts that start at multiples of the grain, by at most `threads` threads.
 void test_cover(int64_t n, int64_t grain, int threads) {
   const std::string what =
       "parallel_for of " + std::to_string(n) + " by " + std::to_string(grain) + " on " + std::to_string(threads);
   set_threads(threads);
   std::vector<int> visits(n);  // disjoint parts: a race here is a bug that the thread sanitizer finds
-  std::atomic<int> parts{0};
-  std::atomic<bool> aligned{true};
+  std::mutex mutex;
+  std::set<std::thread::id> workers;
+  bool aligned = true;
   parallel_for(n, grain, [&](int64_t begin, int64_t end) {
-    ++parts;
-    if (begin % grain != 0 || begin >= end || (end % grain != 0 && end != n)) aligned = false;
     for (int64_t i = begin; i < end; ++i) ++visits[i];
+    const std::lock_guard lock(mutex);
+    workers.insert(std::this_thread::get_id());
+    aligned &= begin % grain == 0 && begin < end && (end % grain == 0 || end == n);
   });
   check(std::vector<int>(n, 1) == visits, what + ": not every index once");
-  check(aligned && parts <= threads && (parts > 0) == (n > 0), what + ": parts");
+  check(aligned, what + ": borders");
+  check(int(workers.size()) <= threads && workers.empty() == (n == 0), what + ": threads");
 }
 
 int64_t sum_of_squares(int64_t n) {

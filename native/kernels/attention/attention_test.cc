@@ -2,42 +2,83 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
+#include "base/float16.h"
+#include "base/threads.h"
 #include "kernels/kernel_test.h"
 
 namespace tersor::test {
 namespace {
 
-constexpr double kExp = 4, kTanh = 9;  // roundings of e^x and tanh (base/simd/math.h)
+using attention::Type;
+
+constexpr double kExp = 4, kTanh = 9;  // roundings of 2^x and tanh (base/simd/math.h)
 
 struct Shape {
   int heads, kv_heads, head_dim;
-  int64_t before, n;  // positions in the cache, queries
+  std::vector<std::pair<int64_t, int64_t>> sequences;  // positions in the cache, queries
   int64_t window;
   float softcap;
 };
 
-// softmax(scale q k^T) v for one query and head that sees keys [first, end).
+// A sequence's keys and values, (positions, kv_heads, head_dim), and as a cache holds them: `scale` is the step of
+// int8.
+struct Sequence {
+  int64_t before, n;
+  std::vector<float> keys, values, held_keys, held_values, value_scale;
+};
+
+// Rounds x, runs of head_dim, to what the cache holds: int8 codes in [-127, 127] per group of values.
+std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, int group, std::vector<float>* scales) {
+  std::vector<float> y = x;
+  for (size_t run = 0; run < x.size(); run += head_dim) {
+    for (int first = 0; first < head_dim; first += group) {
+      const int end = std::min(head_dim, first + group);
+      float largest = 0;
+      for (int d = first; d < end; ++d) largest = std::max(largest, std::fabs(x[run + d]));
+      const float scale = largest / 127.0f;
+      for (int d = first; d < end; ++d) {
+        if (type == attention::kFloat16) y[run + d] = f16_to_f32(f32_to_f16(x[run + d]));
+        if (type == attention::kInt8) y[run + d] = scale * std::nearbyint(x[run + d] / (scale == 0 ? 1 : scale));
+        if (scales) scales->push_back(scale);
+      }
+    }
+  }
+  return y;
+}
+
+// softmax(scale q k^T) v for one query and head that sees keys [first, end); `at` is where its head's values begin.
 //
-// A score errs by head_dim + 2 roundings of the sum of its terms' magnitudes, with a cap by those of tanh too; a weight
-// e^(score - largest) relatively by what its score and the largest one do, by one rounding of their difference, and by
-// e^x. Each partial sum of 64 keys may be rescaled (6 roundings); 512 keys may be merged. An error e of the weights p
-// moves the mean by sum p e |v - mean|.
-void expect_head(const float* q, const float* keys, const float* values, int64_t stride, int64_t first, int64_t end,
-                 float scale, const Shape& s, Expected& want) {
+// A score errs by head_dim + 4 roundings of the sum of its terms' magnitudes, with a cap by those of tanh too; a weight
+// 2^(score - largest) relatively by what its score and the largest one do, by one rounding of their difference, and by
+// 2^x. The sums may be rescaled for each 64 keys (6 roundings). An error e of the weights p moves the mean by
+// sum p e |v - mean|. With an int8 cache, queries are rounded to 16 bits per group of dimensions, and weights times the
+// values' scales to 16 bits per 64 keys.
+void expect_head(const float* q, const Sequence& sequence, int64_t stride, int64_t at, int64_t first, int64_t end,
+                 float scale, const Shape& s, Type type, Expected& want) {
   std::vector<double> score, error, weight;
   double largest = -1e300, largest_error = 0, total = 0;
   for (int64_t j = first; j < end; ++j) {
-    double sum = 0, magnitude = 0;
+    const float* key = &sequence.held_keys[j * stride + at];
+    double sum = 0, magnitude = 0, rounded = 0;
     for (int d = 0; d < s.head_dim; ++d) {
-      const double term = double(q[d]) * double(scale) * double(keys[j * stride + d]);
+      const double term = double(q[d]) * double(scale) * double(key[d]);
       sum += term;
       magnitude += std::fabs(term);
+      if (type == attention::kInt8 && d % attention::kKeyGroup == 0) {
+        double top = 0, keys = 0;
+        for (int i = d; i < std::min(s.head_dim, d + attention::kKeyGroup); ++i) {
+          top = std::max(top, std::fabs(double(q[i]) * double(scale)));
+          keys += std::fabs(double(key[i]));
+        }
+        rounded += keys * 0.501 * top / 32767;
+      }
     }
-    double e = (s.head_dim + 2) * kRounding * magnitude;
+    double e = (s.head_dim + 4) * kRounding * magnitude + rounded;
     if (s.softcap > 0) {
       sum = double(s.softcap) * std::tanh(sum / double(s.softcap));
-      e += (kTanh + 3) * kRounding * std::fabs(sum);
+      e += (kTanh + 5) * kRounding * std::fabs(sum);
     }
     score.push_back(sum);
     error.push_back(e);
@@ -46,75 +87,112 @@ void expect_head(const float* q, const float* keys, const float* values, int64_t
   }
   for (size_t j = 0; j < score.size(); ++j) {
     weight.push_back(std::exp(score[j] - largest));
-    error[j] += largest_error + kRounding * (kExp + largest - score[j]);
+    error[j] += largest_error + kRounding * (kExp + 2 * (largest - score[j]));
     total += weight[j];
   }
   const double roundings = 2 * double(score.size()) + 32;
   for (int d = 0; d < s.head_dim; ++d) {
-    double mean = 0, magnitude = 0, moved = 0;
-    for (size_t j = 0; j < score.size(); ++j)
-      mean += weight[j] / total * double(values[(first + int64_t(j)) * stride + d]);
+    double mean = 0, magnitude = 0, moved = 0, rounded = 0;
+    const auto value = [&](size_t j) { return double(sequence.held_values[(first + int64_t(j)) * stride + at + d]); };
+    for (size_t j = 0; j < score.size(); ++j) mean += weight[j] / total * value(j);
     for (size_t j = 0; j < score.size(); ++j) {
-      const double v = double(values[(first + int64_t(j)) * stride + d]);
-      magnitude += weight[j] / total * std::fabs(v);
-      moved += weight[j] / total * error[j] * std::fabs(v - mean);
+      magnitude += weight[j] / total * std::fabs(value(j));
+      moved += weight[j] / total * error[j] * std::fabs(value(j) - mean);
     }
-    want.add(mean, moved + roundings * kRounding * magnitude);
+    if (type == attention::kInt8) {
+      // The block of a key begins at a multiple of 64 positions.
+      std::vector<double> top(end / 64 + 1), codes(end / 64 + 1);
+      for (size_t j = 0; j < score.size(); ++j) {
+        const int64_t position = first + int64_t(j), block = position / 64;
+        const auto step = double(sequence.value_scale[position * stride + at + d]);
+        top[block] = std::max(top[block], weight[j] / total * step);
+        codes[block] += step > 0 ? std::fabs(value(j)) / step : 0;
+      }
+      for (size_t b = 0; b < top.size(); ++b) rounded += 0.501 * top[b] / 32767 * codes[b];
+    }
+    want.add(mean, 1.01 * moved + rounded + roundings * kRounding * magnitude);
   }
 }
 
-void test_shape(const Shape& s, Float type) {
-  Random random{uint32_t(s.head_dim * 1000 + s.before * 10 + s.n)};
-  const int64_t positions = s.before + s.n, stride = int64_t(s.kv_heads) * s.head_dim,
-                query_stride = int64_t(s.heads) * s.head_dim + 3;
-  std::vector<float> keys = random.bells(positions * stride), values = random.bells(positions * stride);
-  const std::vector<float> queries = random.bells(s.n * query_stride);
-  if (type == kF16) {
-    for (float& x : keys) x = f16_to_f32(f32_to_f16(x));
-    for (float& x : values) x = f16_to_f32(f32_to_f16(x));
+std::unique_ptr<attention::Cache> filled(const Sequence& sequence, const Shape& s, Type type) {
+  const int64_t positions = sequence.before + sequence.n, stride = int64_t(s.kv_heads) * s.head_dim;
+  auto cache = std::make_unique<attention::Cache>(2, s.kv_heads, s.head_dim, positions, type);
+  // One by one at first, then the rest at once: positions within a panel and across panels.
+  const int64_t single = std::min<int64_t>(sequence.before, 3);
+  for (int64_t i = 0; i < single; ++i, ++cache->length) {
+    const attention::Span one[] = {{cache.get(), 0, 1}};
+    attention::append(one, 1, {&sequence.keys[i * stride], 1, stride}, {&sequence.values[i * stride], 1, stride});
   }
+  const attention::Span rest[] = {{cache.get(), 0, positions - single}};
+  attention::append(rest, 1, {sequence.keys.data() + single * stride, positions - single, stride},
+                    {sequence.values.data() + single * stride, positions - single, stride});
+  cache->length = sequence.before;
+  return cache;
+}
+
+void test_shape(const Shape& s, Type type) {
+  const int64_t stride = int64_t(s.kv_heads) * s.head_dim, query_stride = int64_t(s.heads) * s.head_dim + 3;
+  Random random{uint32_t(s.head_dim * 1000 + s.sequences[0].first * 10 + s.sequences[0].second)};
   const float scale = 1.5f / std::sqrt(float(s.head_dim));
+  int64_t rows = 0;
+  for (const auto& [before, n] : s.sequences) rows += n;
+  const std::vector<float> queries = random.bells(rows * query_stride);
+  std::vector<Sequence> sequences;
   Expected want;
-  for (int64_t i = 0; i < s.n; ++i) {
-    const int64_t end = s.before + i + 1, first = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
-    for (int h = 0; h < s.heads; ++h) {
-      const int64_t at = int64_t(h / (s.heads / s.kv_heads)) * s.head_dim;
-      expect_head(&queries[i * query_stride + int64_t(h) * s.head_dim], &keys[at], &values[at], stride, first, end,
-                  scale, s, want);
+  int64_t row = 0;
+  for (const auto& [before, n] : s.sequences) {
+    const int64_t count = (before + n) * stride;
+    Sequence sequence{before, n, random.bells(count), random.bells(count), {}, {}, {}};
+    sequence.held_keys = held(sequence.keys, type, s.head_dim, attention::kKeyGroup, nullptr);
+    sequence.held_values = held(sequence.values, type, s.head_dim, attention::kValueGroup, &sequence.value_scale);
+    for (int64_t i = 0; i < n; ++i, ++row) {
+      const int64_t end = before + i + 1, first = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
+      for (int h = 0; h < s.heads; ++h) {
+        expect_head(&queries[row * query_stride + int64_t(h) * s.head_dim], sequence, stride,
+                    int64_t(h / (s.heads / s.kv_heads)) * s.head_dim, first, end, scale, s, type, want);
+      }
     }
+    sequences.push_back(std::move(sequence));
   }
-  expect_everywhere(
-      "attention, head_dim " + std::to_string(s.head_dim) + ", " + std::to_string(positions) + " keys",
-      [&] {
-        attention::Cache cache(2, s.kv_heads, s.head_dim, positions, type);
-        // One by one at first, then the rest at once: positions within a panel and across panels.
-        const int64_t single = std::min<int64_t>(s.before, 3);
-        for (int64_t i = 0; i < single; ++i, ++cache.length)
-          attention::append(cache, 1, {&keys[i * stride], 1, stride}, {&values[i * stride], 1, stride});
-        attention::append(cache, 1, {keys.data() + single * stride, positions - single, stride},
-                          {values.data() + single * stride, positions - single, stride});
-        cache.length = s.before;
-        Result out(s.n * s.heads * s.head_dim);
-        attention::attend(cache, 1, {queries.data(), s.n, query_stride}, s.heads, scale, s.softcap, s.window,
-                          out.data());
-        return out;
-      },
-      want);
+  const auto attend = [&](bool together) {
+    std::vector<std::unique_ptr<attention::Cache>> caches;
+    std::vector<attention::Span> spans;
+    Result out(rows * s.heads * s.head_dim);
+    for (const Sequence& sequence : sequences) {
+      const int64_t first = spans.empty() ? 0 : spans.back().row + spans.back().n;
+      caches.push_back(filled(sequence, s, type));
+      spans.push_back({caches.back().get(), first, sequence.n});
+    }
+    const attention::Rows q = {queries.data(), rows, query_stride};
+    if (together) {
+      attention::attend(spans, 1, q, s.heads, scale, s.softcap, s.window, out.data());
+    } else {
+      for (const attention::Span& span : spans)
+        attention::attend({&span, 1}, 1, q, s.heads, scale, s.softcap, s.window, out.data());
+    }
+    return out;
+  };
+  const std::string what = "attention, head_dim " + std::to_string(s.head_dim) + ", type " + std::to_string(type);
+  const std::vector<Result> results = expect_everywhere(what, [&] { return attend(true); }, want);
+  if (sequences.size() == 1) return;
+  const Result alone = attend(false);  // the last instruction set of expect_everywhere is still in use
+  check(!memcmp(alone.data(), results.back().data(), 4 * alone.size()), what + ": other bits beside other sequences");
 }
 
 }  // namespace
 
 void test_attention() {
-  for (Float type : {kF32, kF16}) {
-    for (int head_dim : {1, 8, 15, 16, 17, 24, 64, 80}) test_shape({2, 1, head_dim, 5, 3, 0, 0}, type);
+  for (Type type : {attention::kFloat32, attention::kFloat16, attention::kInt8}) {
+    for (int head_dim : {1, 8, 15, 16, 17, 24, 33, 64, 80, 130}) test_shape({2, 1, head_dim, {{5, 3}}, 0, 0}, type);
     for (int64_t before : {0, 1, 14, 15, 16, 17, 63, 64, 65}) {
-      test_shape({3, 3, 32, before, 1, 0, 0}, type);
-      test_shape({6, 2, 32, before, 5, 0, 0}, type);
-      test_shape({4, 1, 32, before, 18, 7, 2}, type);
+      test_shape({3, 3, 32, {{before, 1}}, 0, 0}, type);
+      test_shape({6, 2, 32, {{before, 5}}, 0, 0}, type);
+      test_shape({4, 1, 32, {{before, 18}}, 7, 2}, type);
     }
-    test_shape({9, 3, 64, 0, 100, 0, 0}, type);
-    test_shape({9, 3, 64, 1300, 1, 0, 0}, type);    // cut along the keys
-    test_shape({40, 1, 16, 600, 2, 550, 5}, type);  // more heads of one key than a tile has rows
+    test_shape({9, 3, 64, {{0, 100}}, 0, 0}, type);
+    test_shape({9, 3, 64, {{1300, 1}}, 0, 0}, type);     // cut along the keys
+    test_shape({100, 1, 16, {{600, 2}}, 550, 5}, type);  // more heads of one key than a tile has rows
+    test_shape({4, 2, 64, {{30, 1}, {0, 7}, {700, 1}, {65, 2}}, 0, 0}, type);
   }
 }
 
