@@ -93,8 +93,8 @@ def _demands(decided: Sequence[Demand]) -> list[str]:
 def _where(result: dict[str, Any]) -> str:
     machine = f"{result['cpu']}, {result['cpus']} CPUs, {result['memory_gib']} GiB, {result['isa']}"
     versions = {r["about"]["version"]: None for r in result["rows"] if "about" in r and not r["about"]["version"].startswith("tersor")}
-    rounds = f"medians of {result['rounds']} rounds; " if "rounds" in result else ""
-    return f"{machine}; commit {result['commit']}, {result['date']}; {rounds}{'; '.join((*versions, *_limits(result)))}\n"
+    rounds = [f"medians of {result['rounds']} rounds"] if "rounds" in result else []
+    return "; ".join((machine, f"commit {result['commit']}, {result['date']}", *rounds, *versions, *_limits(result))) + "\n"
 
 
 def _wheres(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -154,51 +154,63 @@ def _matrix(results: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _table(name: str, result: dict[str, Any]) -> Iterator[str]:
-    rows = result["rows"]
-    if name == "load":
-        yield from _head("runtime", "threads", "to the first token s", "resident MiB", "peak MiB", "KV cache MiB", "file MiB")
-        for r in rows:
-            kv, file = r["about"].get("kv_mib"), result["files"][0]["bytes"] / 2**20
-            memory = f"{r['resident_mib']:.0f} | {r['peak_mib']:.0f} | {'' if kv is None else f'{kv:.0f}'} | {file:.0f}"
-            yield f"| {r['runtime']} | {r['threads']} | {median(r['first_token_seconds']):.2f} | {memory} |"
-    elif name == "product":
-        yield from _head("threads", "int8 peak GOP/s", "q4_0 GOP/s", "q8_0 GOP/s")
-        for r in rows:
-            peak = _speed(r["peak"]) if all(r["peak"]) else ""
-            yield f"| {r['threads']} | {peak} | {_speed(r['q4_0'])} | {_speed(r['q8_0'])} |"
-    elif name == "context":
-        yield from _head("runtime", "cache", "ms a token at context 0", "at 4,096", "grows by")
-        for r in rows:
-            times = " | ".join(f"{1e3 * median(r[what]):.2f}" for what in ("short_seconds", "long_seconds"))
-            yield f"| {r['runtime']} | {r['kv']} | {times} | {ratio(r['long_seconds'], r['short_seconds']):.2f}x |"
-    elif name.startswith("activations-"):
-        yield f"{result['file']}, {result['protocol']}"
-        yield ""
-        yield from _head("runtime", "how", "KL divergence, nats", "same top-1")
-        for r in rows:
-            yield f"| {r['runtime']} | {r['how']} | {r['kl_mean']:.6f} ± {r['kl_error']:.6f} | {100 * r['top1']:.2f} % |"
-    else:
-        yield from _rows(result)
+    tables = {"load": _load, "product": _product, "context": _context, "ladder": _ladder, "activations": _activations}
+    return tables.get(name.split("-")[0], _rows)(result)
+
+
+def _load(result: dict[str, Any]) -> Iterator[str]:
+    yield from _head("runtime", "threads", "to the first token s", "resident MiB", "peak MiB", "KV cache MiB", "file MiB")
+    for r in result["rows"]:
+        kv, file = r["about"].get("kv_mib"), result["files"][0]["bytes"] / 2**20
+        memory = f"{r['resident_mib']:.0f} | {r['peak_mib']:.0f} | {'' if kv is None else f'{kv:.0f}'} | {file:.0f}"
+        yield f"| {r['runtime']} | {r['threads']} | {median(r['first_token_seconds']):.2f} | {memory} |"
+
+
+def _product(result: dict[str, Any]) -> Iterator[str]:
+    yield from _head("threads", "int8 peak GOP/s", "q4_0 GOP/s", "q8_0 GOP/s")
+    for r in result["rows"]:
+        peak = _speed(r["peak"]) if all(r["peak"]) else ""
+        yield f"| {r['threads']} | {peak} | {_speed(r['q4_0'])} | {_speed(r['q8_0'])} |"
+
+
+def _context(result: dict[str, Any]) -> Iterator[str]:
+    yield from _head("runtime", "cache", "ms a token at context 0", f"at {result['length']:,}", "grows by")
+    for r in result["rows"]:
+        times = " | ".join(f"{1e3 * median(r[what]):.2f}" for what in ("short_seconds", "long_seconds"))
+        yield f"| {r['runtime']} | {r['kv']} | {times} | {ratio(r['long_seconds'], r['short_seconds']):.2f}x |"
+
+
+def _activations(result: dict[str, Any]) -> Iterator[str]:
+    yield from (f"{result['file']}, {result['protocol']}", "")
+    yield from _head("runtime", "how", "KL divergence, nats", "same top-1")
+    for r in result["rows"]:
+        yield f"| {r['runtime']} | {r['how']} | {r['kl_mean']:.6f} ± {r['kl_error']:.6f} | {100 * r['top1']:.2f} % |"
+
+
+def _ladder(result: dict[str, Any]) -> Iterator[str]:
+    """Yields every type beside the first, the widest."""
+    files = {f["type"]: f for f in result["files"]}
+    first = result["rows"][0]
+    yield from _head(
+        "type", "read a token MB", "decode t/s", f"over {first['type']}", f"reads less than {first['type']} by", "of bandwidth"
+    )
+    for r in result["rows"]:
+        read, widest = files[r["type"]]["token_bytes"], files[first["type"]]["token_bytes"]
+        times = f"{ratio(r['decode'], first['decode']):.2f}x | {widest / read:.2f}x"
+        limit = _percent(share(result, r, "decode", "bandwidth", "token_bytes"))
+        yield f"| {r['type']} | {read / 1e6:.0f} | {_speed(r['decode'])} | {times} | {limit} |"
 
 
 def _rows(result: dict[str, Any]) -> Iterator[str]:
-    """Yields every lane of a result, and how much faster the first lane with the same threads is."""
-    yield from _head(
-        "runtime",
-        "type",
-        "threads",
-        "prefill t/s",
-        "decode t/s",
-        "the first is faster: prefill",
-        "decode",
-        "of int8 peak",
-        "of bandwidth",
-        "resident / peak MiB",
-    )
+    """Yields every lane of a result, and how much faster ours is: in the same type and threads, or else the first lane."""
+    columns = ("runtime", "type", "threads", "prefill t/s", "decode t/s", "ours is faster: prefill", "decode")
+    yield from _head(*columns, "of int8 peak", "of bandwidth", "resident / peak MiB")
+    ours = [r for r in result["rows"] if r["runtime"].startswith("tersor")]
     for r in result["rows"]:
-        first = next(f for f in result["rows"] if f["threads"] == r["threads"])
         kind = "int4" if r["runtime"] in ("OpenVINO", "onnxruntime-genai") else "" if r["runtime"].startswith("transformers") else r["type"]
-        times = " | ".join(f"{ratio(first[what], r[what]):.2f}x" for what in ("prefill", "decode"))
+        beside = [o for o in ours if o["threads"] == r["threads"]] if r not in ours else []
+        best = next((o for o in beside if o["type"] == r["type"]), beside[0] if beside else None)
+        times = " | ".join(f"{ratio(best[what], r[what]):.2f}x" if best else "" for what in ("prefill", "decode"))
         shares = (("prefill", "peak", "operations"), ("decode", "bandwidth", "token_bytes"))
         limits = " | ".join(_percent(share(result, r, *s)) if kind not in ("", "int4") else "" for s in shares)
         memory = f"{r['resident_mib']:.0f} / {r['peak_mib']:.0f}"

@@ -19,6 +19,7 @@ from tersor.formats import get_format
 BUFFER_BYTES = 1 << 30
 SHAPES = ((2 * FFN, WIDTH), (WIDTH, FFN), (WIDTH, WIDTH))  # (rows, columns): gate and up joined, down, output
 ROWS = 512
+PEAK_ROUNDS = 1 << 20  # some tens of milliseconds
 
 a = arguments()
 _native.set_threads(a.threads)
@@ -41,8 +42,11 @@ def bandwidth() -> float:
 
 
 def peak() -> float | None:
-    measure = getattr(_native, "int8_peak", None)  # tersor before this function has no such measure
-    return None if measure is None else float(measure())
+    multiply = getattr(_native, "multiply_bytes", None)  # a tersor without it has no such measure
+    if multiply is None:
+        return None
+    operations = multiply(PEAK_ROUNDS)
+    return operations / best(lambda: multiply(PEAK_ROUNDS), 3) / 1e9
 
 
 def product(format: str) -> float:

@@ -16,9 +16,9 @@ namespace {
 // How long a thread polls before it sleeps: some 100 us, more than what lies between two tokens of a decoding model.
 constexpr int kSpins = 6000;
 
-// A loop is cut into so many parts per thread, claimed one by one: a thread that the system stops holds up no more than
-// the part that it is at.
-constexpr int kPartsPerThread = 4;
+// A loop is cut into at most so many parts per thread, claimed one by one: a thread that the system stops holds up no
+// more than the part that it is at.
+constexpr int kPartsPerThread = 16;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -46,7 +46,9 @@ struct Job {
   internal::RangeFunction run;
   void* context;
 
-  void run_part(int part) const {
+  // Claims one after the other are far apart: threads that write next to each other would share cache lines.
+  void run_claim(int claim) const {
+    const int64_t part = int64_t(claim % threads) * (parts / threads) + claim / threads;
     const int64_t units = (n + grain - 1) / grain;
     const int64_t begin = units * part / parts * grain;
     const int64_t end = std::min(n, units * (part + 1) / parts * grain);
@@ -92,7 +94,7 @@ class Pool {
     while (uint32_t(claim >> 32) == number && int(uint32_t(claim)) < job.parts) {
       if (!claims_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
-      job.run_part(int(uint32_t(claim)));
+      job.run_claim(int(uint32_t(claim)));
       if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) remaining_.notify_one();
       claim = claims_.load(std::memory_order_acquire);
     }
@@ -175,7 +177,7 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction run, void* context) {
   if (workers > 1 && !inside) {
     Pool& p = the_pool();
     if (std::unique_lock lock(p.mutex, std::try_to_lock); lock) {
-      const int parts = int(std::min<int64_t>(int64_t(workers) * kPartsPerThread, units));
+      const int parts = workers * int(std::min<int64_t>(kPartsPerThread, units / workers));
       return p.run({n, grain, workers, parts, run, context});
     }
   }

@@ -9,6 +9,7 @@
 #include "base/bandwidth.h"
 #include "base/cpu.h"
 #include "base/threads.h"
+#include "kernels/peak/peak.h"
 
 namespace nb = nanobind;
 
@@ -53,4 +54,15 @@ void bind_base(nb::module_& m) {
       },
       nb::arg("words"),
       "Reads all words with all threads and returns their sum modulo 2^64: for measuring the memory's bandwidth.");
+  m.def(
+      "multiply_bytes",
+      [](int64_t rounds) {
+        if (rounds < 1) throw nb::value_error("multiply_bytes: rounds must be positive");
+        nb::gil_scoped_release release;
+        return tersor::peak::multiply_bytes(rounds);
+      },
+      nb::arg("rounds"),
+      "Lets all threads do nothing but products of bytes in registers and returns the operations done, a "
+      "multiplication "
+      "and an addition being two: for measuring the peak of integer kernels.");
 }

@@ -27,6 +27,7 @@ from tersor.recipe import KEEP, Recipe
 from tersor.report.page import comparison_page, comparison_plot
 from tersor.report.plot import Point
 from tersor.report.table import format_error, format_number, text_table
+from tersor.threads import set_threads
 
 HEADER = ("recipe", "bits/weight", "file MB", "perplexity", "KLD", "top-1", "prefill t/s", "decode t/s")
 
@@ -145,6 +146,7 @@ def compare(
     parsed = [Recipe.parse(recipe) for recipe in recipes]
     targets = [directory / output_name(recipe) for recipe in parsed]
     _check_outputs(parsed, targets, force)
+    set_threads(threads)
     tell: Progress = progress or (lambda what, done, total: None)
     with open_checkpoint(model) as checkpoint:
         source, container, own_note = checkpoint.path, checkpoint.container, source_note(checkpoint.tensors)

@@ -23,6 +23,7 @@ from tersor.formats import Format, get_format
 from tersor.methods import METHODS
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
+from tersor.threads import set_threads
 
 SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
 FLOAT16_MAX = 65504.0
@@ -117,8 +118,7 @@ def quantize(
     target = Path(out)
     as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
     parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
-    if threads is not None:
-        set_threads(threads)
+    set_threads(threads)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     try:
         _check_not_source(target, checkpoint.path)
@@ -183,16 +183,6 @@ def source_note(tensors: Mapping[str, TensorInfo]) -> str:
 def file_bytes(path: Path) -> int:
     """Returns the bytes of a file, or of all files of a directory."""
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-
-
-def set_threads(threads: int) -> None:
-    """Sets how many threads the native loops use. Raises RecipeError for a number that is none."""
-    from tersor import _native
-
-    try:
-        _native.set_threads(threads)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
 
 
 def _write(

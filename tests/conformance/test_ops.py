@@ -239,6 +239,19 @@ def test_rope_batch(isa: str) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=4 * EPS * 1.5 * np.abs(x).max())
 
 
+def test_an_int8_cache_bears_keys_with_a_large_channel(isa: str) -> None:
+    """One channel of 40 among others of 1: rounded as they are, keys would be off by 0.039 here; rotated, by 0.010."""
+    k, v, q = normal(1, 199, 1, 64), normal(2, 199, 1, 64), normal(3, 7, 1, 64)
+    k[..., 5] += 40
+    outputs = []
+    for dtype in ("int8", "f32"):
+        cache = ops.KVCache(1, 1, 64, 199, dtype)
+        cache.append(0, k, v)
+        cache.advance(192)
+        outputs.append(ops.attention(q, cache, 0, 0.3))
+    assert np.sqrt(np.mean((outputs[0] - outputs[1]) ** 2)) < 0.02
+
+
 def test_attention_extreme_scores(isa: str) -> None:
     """One key takes all the weight, whichever block it is in; scores of +-1e4 do not overflow."""
     cache = ops.KVCache(1, 1, 16, 300, "f32")

@@ -105,6 +105,17 @@ def test_eval(small, model, text, capsys):
     assert "same top-1" in out
 
 
+def test_the_cache_may_be_int8(small, text, capsys):
+    ratios = {}
+    for kv in ("f16", "f32", "int8"):
+        assert run("eval", small, "--text", text, "--window", 32, "-n", 4, "--kv", kv, "--json") == 0
+        ratios[kv] = json.loads(capsys.readouterr().out)["perplexity"]
+    assert ratios["int8"] != ratios["f16"] != ratios["f32"]
+    assert abs(ratios["int8"] / ratios["f32"] - 1) < 0.01
+    assert run("run", small, "-p", "the", "-n", 2, "--raw", "--kv", "int8") == 0
+    assert run("bench", small, "--prefill", 4, "--decode", 2, "--repeats", 1, "--kv", "int8", "--json") == 0
+
+
 def test_compare_writes_models_results_and_page(model, small, text, tmp_path, capsys):
     arguments = ["--text", text, "--window", 64, "-n", 2, "--prefill", 16, "--decode", 4, "--repeats", 1, "--also", small]
     assert run("compare", model, "-o", tmp_path / "out", "-r", "q8_0; q4_0, lm_head=q5_0", "--recipe", "clip:int4_g32", *arguments) == 0
@@ -144,10 +155,10 @@ def test_plan_needs_no_weights(model, tmp_path, capsys):
 def test_bench(small, capsys):
     assert run("bench", small, "--prefill", 16, "--decode", 4, "--repeats", 1) == 0
     out = capsys.readouterr().out
-    assert "prefill t/s" in out
-    assert "memory reads" in out
+    assert "prefill 16, tokens/s" in out
+    assert "what memory gives" in out
     assert run("bench", small, "--prefill", 16, "--decode", 4, "--repeats", 1, "--json") == 0
-    speed = json.loads(capsys.readouterr().out)[str(small)]
+    speed = json.loads(capsys.readouterr().out)["speeds"][str(small)]
     assert speed["decode"] > 0
     assert speed["isa"] == _native.isa()
 

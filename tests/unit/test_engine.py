@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tersor.containers.container import Checkpoint
 from tersor.engine import Model, Request, load
-from tersor.engine.prefill import PREFILL_CHUNK, chunks
+from tersor.engine.prefill import PREFILL_CHUNK
 from tersor.errors import ModelError, RecipeError
 from tersor.formats import get_format
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
@@ -231,7 +231,7 @@ def test_a_cache_beyond_the_context_is_refused(model: Model, capacity: int) -> N
     ("options", "message"),
     [
         ({"activations": "int4"}, "unknown activations 'int4'; known: float, int8"),
-        ({"kv": "q8_0"}, "unknown kv type 'q8_0'; known: f16, f32"),
+        ({"kv": "q8_0"}, "unknown kv type 'q8_0'; known: f16, f32, int8"),
         ({"threads": 0}, "threads"),
         ({"threads": 100_000}, "threads"),
     ],

@@ -59,6 +59,19 @@ class Table:
     def head(self, hidden: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(hidden * 2)
 
+    def token_bytes(self, position: int) -> int:
+        return 1000 + position
+
+    def product_operations(self, n: int) -> int:
+        return 10 * n
+
+    def steps(self) -> Table:
+        return self
+
+    def run(self, tokens: np.ndarray, caches: list[Cache]) -> tuple[np.ndarray, list[int]]:
+        logits = self.head(self.forward(tokens, caches[0]))
+        return logits, logits.argmax(axis=1).tolist()
+
 
 def softmax(logits: np.ndarray) -> list[float]:
     exps = [math.exp(float(x)) for x in logits]
@@ -216,17 +229,18 @@ def test_speed_counts_tokens_and_takes_turns():
     a, b = Timed(0), Timed(1)
     done = []
     speeds = measure(
-        {"a": lambda: a, "b": lambda: b}, prefill=32, decode=5, repeats=3, bandwidth=False, progress=lambda *call: done.append(call)
+        {"a": lambda: a, "b": lambda: b}, prefill=32, decode=5, repeats=3, limits=False, progress=lambda *call: done.append(call)
     )
-    turns = [x == order[0] for x in order[2:]]  # after one warming run each
+    turns = [x == order[0] for x in order[4:]]  # after two warming runs each
     assert turns == [True, False] * 3
     assert done[-1] == (6, 6)
     s = speeds["a"]
     assert (s.prefill_tokens, s.decode_tokens, s.repeats, s.weight_bytes) == (32, 5, 3, 1000)
     assert s.prefill > 0
-    assert s.decode_gbps == pytest.approx(1000 * s.decode / 1e9)
-    assert [len(x) for x in a.seen].count(32) == 3
-    assert [len(x) for x in a.seen].count(1) == 2 + 3 * 5
+    assert s.decode_gbps == pytest.approx((1000 + 32 + 2) * s.decode / 1e9)
+    assert s.prefill_gops == pytest.approx(10 * s.prefill / 1e9)
+    assert [len(x) for x in a.seen].count(32) == 1 + 3
+    assert [len(x) for x in a.seen].count(1) == 1 + 2 + 3 * 5
 
 
 def test_speed_refuses_nothing_to_measure():

@@ -106,7 +106,14 @@ inline Codes bits_of(Codes c, int mask) {
   return {_mm512_and_si512(shifted, _mm512_set1_epi8(char(mask)))};
 }
 inline Codes join(Codes a, Codes b) { return {_mm512_or_si512(a.a, b.a)}; }
-inline Dot dot(Dot s, Codes w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
+inline Dot dot(Dot s, Codes w, Four x) {
+#ifdef TERSOR_EMULATE_AVX512
+  return {_mm512_dpbusd_epi32(s.a, w.a, x)};
+#else  // from the intrinsic, GCC 12 copies every sum to another register and back
+  asm("vpdpbusd %2, %1, %0" : "+v"(s.a) : "v"(w.a), "v"(x));
+  return s;
+#endif
+}
 inline I widen(Dot d) { return d; }
 inline I add(I x, I y) { return {_mm512_add_epi32(x.a, y.a)}; }
 inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -144,7 +151,7 @@ inline Table load_table(const int8_t* p) {
   return _mm512_broadcast_i32x4(t);
 }
 inline Signed lookup(Table t, Codes c) { return {_mm512_shuffle_epi8(t, c.a)}; }
-inline I dot_signed(I s, Signed w, Four x) { return {_mm512_dpbusd_epi32(s.a, w.a, x)}; }
+inline I dot_signed(I s, Signed w, Four x) { return dot(s, w, x); }
 
 struct Pairs {
   __m512i a;

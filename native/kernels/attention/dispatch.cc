@@ -216,8 +216,8 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type
   const int64_t positions = (capacity + 15) / 16 * 16;
   codes_bytes_ = positions * width * type_bytes(type);
   codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
-  key_scales_bytes_ = type == kInt8 ? positions * key_groups(head_dim) * 4 : 0;
-  value_scales_bytes_ = type == kInt8 ? positions * value_groups(head_dim) * 4 : 0;
+  key_scales_bytes_ = type == kInt8 ? positions * key_groups(width) * 4 : 0;
+  value_scales_bytes_ = type == kInt8 ? positions * value_groups(width) * 4 : 0;
   // calloc: untouched pages cost no memory, and read as zeros.
   memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
   if (!memory_) throw std::bad_alloc();

@@ -229,7 +229,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   p.sums = scores;
   p.sums_stride = kKeys;
   if constexpr (kType == kInt8) {
-    const int groups = key_groups(head.head_dim), width = head.width;
+    const int width = head.width, groups = key_groups(width);
     for (int m = 0; m < rows; ++m) {
       for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, zero());
     }
@@ -299,7 +299,7 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
   if constexpr (kType == kInt8) {
     alignas(64) int16_t codes[kTallRows * kKeys];
     float scales[kTallRows];
-    const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(head.head_dim);
+    const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(width);
     const int begin = range.begin / 2 * 2, end = (range.end + 1) / 2 * 2;  // weights are 0 beside the range
     p.x = codes + begin;
     p.k = end - begin;
@@ -341,27 +341,77 @@ void convert(const void* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += 16) store(to + i, load_stored<kType>(from, i));
 }
 
-// Queries as int16, (rows, width), zero beyond head_dim, with a scale for each row and key group.
+// A Hadamard matrix: its rows are orthogonal.
+struct Signs {
+  float rows[16][16];
+};
+constexpr Signs make_signs() {
+  Signs h = {};
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) h.rows[i][j] = __builtin_parity(i & j) ? -1.0f : 1.0f;
+  }
+  return h;
+}
+alignas(64) constexpr Signs kSigns = make_signs();
+
+// y (width) = x (head_dim) and zeros, every 16 values times the Hadamard matrix, and those times a larger one where
+// their number divides by a power of two. Products of two such vectors are the vectors' times rotation_gain(width).
+// Channels of keys that are far larger than the others become noise in all (Ashkboos et al. 2024, arXiv 2404.00456), so
+// that one scale fits them.
+inline void rotate(const float* x, int head_dim, int width, float* y) {
+  for (int at = 0; at < width; at += 16) {
+    const int n = least(16, head_dim - at);
+    F sum = zero();
+    for (int i = 0; i < n; ++i) sum = fma(set(x[at + i]), load(kSigns.rows[i]), sum);
+    store(y + at, sum);
+  }
+  for (int half = 16; width % (2 * half) == 0; half *= 2) {
+    for (int at = 0; at < width; at += at % (2 * half) + 16 == half ? half + 16 : 16) {
+      const F a = load(y + at), b = load(y + at + half);
+      store(y + at, add(a, b));
+      store(y + at + half, sub(a, b));
+    }
+  }
+}
+
+inline float rotation_gain(int width) { return float(width & -width); }
+
+// Codes in [-kLargest, kLargest] of x (n, a multiple of 16), and their scale. NaN and infinities make the scale NaN.
+template <typename Code>
+inline float round_codes(const float* x, int n, Code* codes) {
+  constexpr float kLargest = sizeof(Code) == 1 ? 127 : 32767;
+  F largest = zero(), poison = zero();
+  for (int i = 0; i < n; i += 16) {
+    const F v = load(x + i);
+    largest = max(largest, abs(v));
+    poison = fma(v, zero(), poison);
+  }
+  const float scale = max_of(largest) / kLargest + sum(poison);
+  const F divisor = set(scale == 0 ? 1.0f : scale);
+  for (int i = 0; i < n; i += 16) {
+    const I rounded = round_to_int(div(load(x + i), divisor));
+    if constexpr (sizeof(Code) == 1) {
+      store_i8(codes + i, rounded);
+    } else {
+      store_i16(codes + i, rounded);
+    }
+  }
+  return scale;
+}
+
+// Queries rotated as keys are, as int16, (rows, width), with a scale for each row and key group.
 inline Queries round_queries(const Head& head, Queries q, float* scratch) {
-  const int groups = key_groups(head.head_dim);
-  float* scales = scratch + (int64_t(q.rows) * head.width + 1) / 2;
+  const int width = head.width, groups = key_groups(width);
+  float* scales = scratch + int64_t(q.rows) * width / 2;
   auto* codes = (int16_t*)scratch;
+  alignas(64) float rotated[kMaxWidth];
   for (int row = 0; row < q.rows; ++row) {
-    const float* x = q.values + int64_t(row) * head.head_dim;
+    rotate(q.values + int64_t(row) * head.head_dim, head.head_dim, width, rotated);
     for (int g = 0; g < groups; ++g) {
-      const int begin = g * kKeyGroup, end = least(head.head_dim, begin + kKeyGroup);
-      F largest = zero(), poison = zero();
-      for (int i = begin; i < end; i += 16) {
-        const F v = load_n(x + i, least(16, end - i));
-        largest = max(largest, abs(v));
-        poison = fma(v, zero(), poison);
-      }
-      const float top = max_of(largest);
-      const F inverse = set(top > 0 ? 32767.0f / top : 0.0f);
-      for (int i = begin; i < end; i += 16) {
-        store_i16(codes + int64_t(row) * head.width + i, round_to_int(mul(load_n(x + i, least(16, end - i)), inverse)));
-      }
-      scales[row * groups + g] = top * (1.0f / 32767.0f) + sum(poison);
+      const int at = g * kKeyGroup;
+      scales[row * groups + g] =
+          round_codes(rotated + at, least(kKeyGroup, width - at), codes + int64_t(row) * width + at) /
+          rotation_gain(width);
     }
   }
   q.codes = codes;
@@ -380,8 +430,8 @@ void attend(const Head& head, const Queries& queries, int64_t begin, int64_t end
     Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr};
     if constexpr (kType == kInt8) {
       b.k = offset(head.keys, at * head.width, kType);
-      b.key_scales = head.key_scales + at * key_groups(head.head_dim);
-      b.value_scales = head.value_scales + at * value_groups(head.head_dim);
+      b.key_scales = head.key_scales + at * key_groups(head.width);
+      b.value_scales = head.value_scales + at * value_groups(head.width);
       attend_block<kInt8>(head, q, b, kTallRows, weights, state);
     } else {
       b.k = offset(head.keys, at * head.head_dim, kType);
@@ -402,37 +452,28 @@ void attend(const Head& head, const Queries& queries, int64_t begin, int64_t end
 
 // ---- The cache ----
 
-// Codes (n, at most 64) of int8 and their scale; NaN and infinities make the scale NaN or infinite.
-inline float quantize(const float* x, int n, int8_t* codes) {
-  F largest = zero(), poison = zero();
-  for (int i = 0; i < n; i += 16) {
-    const F v = load_n(x + i, least(16, n - i));
-    largest = max(largest, abs(v));
-    poison = fma(v, zero(), poison);
-  }
-  const float scale = max_of(largest) / 127.0f + sum(poison);
-  const F divisor = set(scale == 0 ? 1.0f : scale);
-  for (int i = 0; i < n; i += 16) store_i8(codes + i, round_to_int(div(load_n(x + i, least(16, n - i)), divisor)));
-  return scale;
-}
-
 // int8 are written two dimensions of a key, and two positions of a value, together.
 inline void append_codes(const float* key, const float* value, int64_t position, const Head& head) {
+  alignas(64) float x[kMaxWidth];
   alignas(64) int8_t codes[kMaxWidth];
   const int64_t panel = position / 16, lane = position % 16;
-  const int groups = key_groups(head.head_dim), value_groups = attention::value_groups(head.head_dim);
-  for (int g = 0; g < groups; ++g) {
-    const int at = g * kKeyGroup, n = least(kKeyGroup, head.head_dim - at);
-    head.key_scales[(panel * groups + g) * 16 + lane] = quantize(key + at, n, codes + at);
+  const int width = head.width;
+  rotate(key, head.head_dim, width, x);
+  for (int g = 0; g < key_groups(width); ++g) {
+    const int at = g * kKeyGroup;
+    head.key_scales[(panel * key_groups(width) + g) * 16 + lane] =
+        round_codes(x + at, least(kKeyGroup, width - at), codes + at);
   }
-  auto* keys = (int8_t*)head.keys + panel * 16 * head.width + 2 * lane;
-  for (int i = 0; i < head.head_dim; ++i) keys[i / 2 * 32 + i % 2] = codes[i];
-  for (int g = 0; g < value_groups; ++g) {
-    const int at = g * kValueGroup, n = least(kValueGroup, head.head_dim - at);
-    head.value_scales[(panel * value_groups + g) * 16 + lane] = quantize(value + at, n, codes + at);
+  auto* keys = (int8_t*)head.keys + panel * 16 * width + 2 * lane;
+  for (int i = 0; i < width; ++i) keys[i / 2 * 32 + i % 2] = codes[i];
+  for (int i = 0; i < width; i += 16) store(x + i, load_n(value + i, least(16, head.head_dim - i)));
+  for (int g = 0; g < value_groups(width); ++g) {
+    const int at = g * kValueGroup;
+    head.value_scales[(panel * value_groups(width) + g) * 16 + lane] =
+        round_codes(x + at, least(kValueGroup, width - at), codes + at);
   }
-  auto* values = (int8_t*)head.values + position / 2 * 2 * head.width + position % 2;
-  for (int i = 0; i < head.head_dim; ++i) values[2 * i] = codes[i];
+  auto* values = (int8_t*)head.values + position / 2 * 2 * width + position % 2;
+  for (int i = 0; i < width; ++i) values[2 * i] = codes[i];
 }
 
 template <Type kType>

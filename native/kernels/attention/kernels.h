@@ -24,8 +24,8 @@ inline constexpr int kMaxWidth = 512;   // largest head dimension
 inline constexpr int kKeyGroup = 32;    // few, since keys have channels far larger than the others
 inline constexpr int kValueGroup = 64;  // what a register tile of values is wide
 
-constexpr int key_groups(int head_dim) { return (head_dim + kKeyGroup - 1) / kKeyGroup; }
-constexpr int value_groups(int head_dim) { return (head_dim + kValueGroup - 1) / kValueGroup; }
+constexpr int key_groups(int width) { return (width + kKeyGroup - 1) / kKeyGroup; }
+constexpr int value_groups(int width) { return (width + kValueGroup - 1) / kValueGroup; }
 
 struct Head {
   void* keys;
@@ -60,7 +60,7 @@ inline constexpr float kMasked = -2e30f;  // a score that is not seen; 2^(kMaske
 
 // Floats of working memory, which begins at a multiple of 64 bytes, as caches and states do.
 constexpr int64_t scratch_floats(int head_dim, int width) {
-  return int64_t(kKeys) * (kMaxRows + head_dim + width) + int64_t(kMaxRows) * (width / 2 + key_groups(head_dim));
+  return int64_t(kKeys) * (kMaxRows + head_dim + width) + int64_t(kMaxRows) * (width / 2 + key_groups(width));
 }
 
 struct Kernels {

@@ -15,7 +15,7 @@ namespace tersor::linear {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kMinMacs = 1 << 16;          // multiply-adds worth a thread: some microseconds
+constexpr int64_t kMinMacs = 1 << 17;          // multiply-adds worth a thread: about two microseconds
 constexpr int64_t kActivationBytes = 4 << 20;  // activations at a time, so that they stay in the outer cache
 
 // Everything that grows as needed and is kept from call to call.

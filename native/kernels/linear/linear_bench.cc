@@ -85,9 +85,10 @@ void run(const Case& c, int64_t rows, int64_t columns) {
   weight.parts.push_back(make_part(c, rows, columns));
   std::printf("%-12s", c.name);
   for (int64_t n : {1, 2, 4, 16, 32, 512}) {
-    std::vector<float> x(n * columns), y(n * rows);
+    std::vector<float> x(n * columns);
+    const Bytes y(n * rows * 4);
     for (size_t i = 0; i < x.size(); ++i) x[i] = float(int(i * 2654435761u >> 20) % 200 - 100) / 100;
-    const double t = seconds([&] { multiply(x.data(), n, weight, nullptr, y.data()); });
+    const double t = seconds([&] { multiply(x.data(), n, weight, nullptr, reinterpret_cast<float*>(y.data())); });
     if (n == 1) std::printf(" %6.1f GB/s |", double(weight.nbytes()) / t * 1e-9);
     std::printf(" %6.1f", double(n) * double(rows) * double(columns) / t * 1e-9);
   }

@@ -23,12 +23,13 @@ def command(
     windows: Annotated[int, typer.Option("--windows", "-n", metavar="N", help="Windows to judge; 0 = the whole text.")] = 16,
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS; by default as the tokenizer does.")] = None,
     threads: options.Threads = None,
+    kv: options.Kv = "f16",
     json: options.Json = False,
 ) -> None:
     """Judge a model on a text.
 
     Prints its perplexity with standard error and, with --against, its KL divergence from BASE. BASE is run on its dequantized
-    weights with float activations. No logits are stored. The first token of a window never counts.
+    weights with float activations and a float16 cache. No logits are stored. The first token of a window never counts.
     """
     from tersor.cli.printing import print_json, progress
     from tersor.evaluation import evaluate
@@ -43,6 +44,7 @@ def command(
             windows=windows or None,
             bos=bos,
             threads=threads,
+            kv=kv,
             progress=lambda done, total: report("judge", done, total),
         )
     if json:

@@ -11,6 +11,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face direct
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", metavar="N", help="CPU threads; by default all CPUs this process may use.")]
+Kv = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Cached keys and values: f16, f32, or int8 in 0.55 of f16's memory.")]
 To = Annotated[
     str | None,
     typer.Option("--to", metavar="CONTAINER", help="gguf, compressed-tensors or huggingface; by default what OUT and the recipe imply."),

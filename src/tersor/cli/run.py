@@ -34,7 +34,13 @@ def command(
     repeat_penalty: Annotated[float, typer.Option("--repeat-penalty", metavar="X", help="Above 1 makes seen tokens less likely.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="String that ends the answer; may be repeated.")] = None,
+    lookup: Annotated[
+        int,
+        typer.Option("--lookup", metavar="N", help="Draft up to N tokens, at most 15, from earlier text; the same answer, often sooner."),
+    ] = 0,
+    kv: options.Kv = "f16",
     threads: options.Threads = None,
+    kv: options.Kv = "f16",
     json: options.Json = False,
 ) -> None:
     """Answer a prompt, or chat.
@@ -55,12 +61,13 @@ def command(
         seed=seed,
         repeat_penalty=repeat_penalty,
         stop=tuple(stop or ()),
+        lookup=lookup,
     )
     if prompt is None and (raw or json):
         raise RecipeError(f"run {'--raw' if raw else '--json'} needs a prompt; give -p")
     if raw and system is not None:
         raise RecipeError("run --raw uses no chat template, so --system has no place; drop one of them")
-    model = load(path, threads=threads)
+    model = load(path, threads=threads, kv=kv)
     templated = model.tokenizer.chat_template is not None and not raw
     if (prompt is None or system is not None) and not templated:
         raise RecipeError(f"run: {path} has no chat template; give a plain prompt with -p and no --system")
@@ -106,5 +113,6 @@ def _show(stream: Generator[str, None, Generation], quiet: bool = False) -> Gene
     if not quiet:
         print(flush=True)
     prefill = f"prefill {result.prompt_tokens - result.cached_tokens} tokens at {result.prefill_rate:.0f} t/s"
-    print(f"{prefill}, decode {len(result.tokens)} at {result.decode_rate:.0f} t/s, ended by {result.finish}", file=sys.stderr)
+    drafts = f", {result.accepted} of {result.drafted} drafted were right" if result.drafted else ""
+    print(f"{prefill}, decode {len(result.tokens)} at {result.decode_rate:.0f} t/s{drafts}, ended by {result.finish}", file=sys.stderr)
     return result

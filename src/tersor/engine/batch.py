@@ -47,7 +47,7 @@ class Part:
 
 @dataclass
 class _Sequence:
-    """A request on its way. read: tokens of the prompt in cache; shared: those that were there already."""
+    """A request on its way. shared: tokens of the prompt whose keys and values were there already."""
 
     id: int
     tokens: Array

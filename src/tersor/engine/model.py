@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tersor import _native, ops
+from tersor import ops
 from tersor.containers import open_checkpoint
 from tersor.containers.container import Checkpoint
 from tersor.engine.batch import Batch
@@ -20,6 +20,7 @@ from tersor.errors import ModelError, RecipeError, unknown
 from tersor.models import Decoder, check_tensors, spec_of
 from tersor.models.decoder import STEP_ROWS, Steps
 from tersor.tensor import Array, ModelDescription
+from tersor.threads import set_threads
 
 ACTIVATIONS = ("int8", "float")
 CACHE_TYPES = ("f16", "f32", "int8")
@@ -39,11 +40,7 @@ def load(source: str | Path | Checkpoint, *, threads: int | None = None, activat
         raise RecipeError(unknown("activations", activations, ACTIVATIONS))
     if kv not in CACHE_TYPES:
         raise RecipeError(unknown("kv type", kv, CACHE_TYPES))
-    if threads is not None:
-        try:
-            _native.set_threads(threads)
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+    set_threads(threads)
     if isinstance(source, Checkpoint):
         return _from_checkpoint(source, activations, kv)
     with open_checkpoint(source) as checkpoint:
@@ -60,7 +57,7 @@ def _from_checkpoint(checkpoint: Checkpoint, activations: str, kv: str) -> Model
 
 
 class Model:
-    """A decoder with its tokenizer. One generation at a time: products use all threads, and caches are not shared."""
+    """A decoder with its tokenizer. One caller at a time: products use all threads; a batch answers several requests together."""
 
     def __init__(self, description: ModelDescription, decoder: Decoder, kv: str) -> None:
         self.description = description
@@ -86,6 +83,18 @@ class Model:
     def weight_bytes(self) -> int:
         """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""
         return self._decoder.weight_bytes
+
+    def token_bytes(self, position: int) -> int:
+        """Returns the bytes read to decode the token at this position: every matrix, and the keys and values that it attends to."""
+        s = self._decoder.spec
+        each = ops.KVCache(1, s.kv_heads, s.head_dim, 64, self._kv).nbytes // 64
+        seen = sum(min(position + 1, layer.window or position + 1) for layer in s.layers)
+        return self._decoder.product_bytes + each * seen
+
+    def product_operations(self, n: int) -> int:
+        """Returns the operations, a multiplication and an addition being two, of the matrix products for a prompt of n tokens
+        and the logits of its last."""
+        return 2 * (n * self._decoder.layer_values + self._decoder.head_values)
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ class Detokenizer:
     """Turns tokens into text one by one; the pieces joined are the text of all tokens.
 
     A character may span tokens, and a token's text may depend on the one before (SentencePiece's leading space). So the
-    tokens of the last piece stay in a window that is decoded with the new ones, and nothing is given out while the
-    window ends in an incomplete character.
+    tokens of the last piece stay in a window that is decoded with the new ones, unless tokens are just joined, and nothing
+    is given out while the window ends in an incomplete character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -35,10 +35,10 @@ class Detokenizer:
 
     def _give(self, text: str) -> str:
         """Returns what is new in the window's text; the tokens that it came from alone stay in the window."""
-        before = self._tokenizer.decode(self._window[: self._given])
+        before = self._tokenizer.decode(self._window[: self._given]) if self._given else ""
         if len(text) <= len(before):
             return ""  # tokens without text, special ones for instance
-        self._window = self._window[self._given :]
+        self._window = [] if self._tokenizer.joins else self._window[self._given :]
         self._given = len(self._window)
         return text[len(before) :]
 

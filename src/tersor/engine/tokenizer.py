@@ -19,6 +19,7 @@ class Tokenizer:
     bos_id: the token that starts a text, or None. adds_bos: whether `encode` puts it there by itself.
     eos_ids: the tokens that end a generation: those of generation_config (else of config), and the tokenizer's eos_token.
     special_tokens: bos_token, eos_token, ... as text, where the model names them. chat_template: Jinja source or None.
+    joins: whether the bytes of a text are those of its tokens joined, as in byte-level BPE.
     """
 
     def __init__(self, description: ModelDescription) -> None:
@@ -33,6 +34,7 @@ class Tokenizer:
             raise ModelError(f"tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.joins = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         settings = _json(description, "tokenizer_config.json")
         generation = _json(description, "generation_config.json")
         self.special_tokens = _special_tokens(settings)

@@ -11,7 +11,7 @@ What is in brackets, and which norms, biases and scales there are, is the Decode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,8 @@ from tersor.tensor import Array, QuantizedTensor
 
 Read = Callable[[str], QuantizedTensor]
 
-STEP_ROWS = 16  # tokens up to which a product treats each row as if it were alone (ops.linear), and which are worth recording
+STEP_ROWS = 16  # tokens up to which a product treats each row as if it were alone (ops.linear)
+MOST_ROWS = 512  # tokens of one call: enough for full speed, and bounded memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Decoder:
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight", spec.norm_offset)
-        self._idle: list[_Recording] = []  # those of forward; one caller at a time uses one of them
+        self._idle: dict[int, list[_Recording]] = {STEP_ROWS: [], MOST_ROWS: []}  # by rows; one caller at a time uses one
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
@@ -95,15 +96,13 @@ class Decoder:
     def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
 
-        tokens: (n,) int32 in [0, vocab_size), at positions cache.length and on; the cache has room for them.
+        tokens: (n,) int32 in [0, vocab_size), 1 <= n <= MOST_ROWS, at positions cache.length and on; the cache has room.
         """
-        if len(tokens) > STEP_ROWS:
-            hidden = self._run(ops, ops.embed(self._embedding, tokens, self.spec.embedding_scale), cache)
-            cache.advance(len(tokens))
-            return hidden
-        few = self._idle.pop() if self._idle else _Recording(self, head=False)
-        hidden = few.run(tokens, [cache]).copy()  # the next caller's overwrites it
-        self._idle.append(few)
+        rows = STEP_ROWS if len(tokens) <= STEP_ROWS else MOST_ROWS
+        idle = self._idle[rows]
+        recording = idle.pop() if idle else _Recording(self, rows, head=False)
+        hidden = np.array(recording.run(tokens, [cache]))  # the next caller's overwrites it
+        idle.append(recording)
         return hidden
 
     def steps(self) -> Steps:
@@ -159,13 +158,28 @@ class Decoder:
         return x
 
     def _packed(self) -> list[ops.Weight]:
-        """Returns every matrix that tokens are multiplied by."""
+        """Returns every matrix that tokens are multiplied by, the head first."""
         return [self._head] + [w for layer in self._layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of the matrices that every token is multiplied by, the head among them."""
+        return sum(w.nbytes for w in self._packed())
+
+    @property
+    def layer_values(self) -> int:
+        """Values of the layers' matrices."""
+        return sum(w.rows * w.columns for w in self._packed()[1:])
+
+    @property
+    def head_values(self) -> int:
+        """Values of the head."""
+        return self._head.rows * self._head.columns
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""
-        return sum(w.nbytes for w in self._packed()) + (0 if self.spec.tied else self._embedding.nbytes)
+        return self.product_bytes + (0 if self.spec.tied else self._embedding.nbytes)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -174,12 +188,12 @@ class Decoder:
 
 
 class _Recording:
-    """What a decoder does to at most STEP_ROWS tokens, from embedding to hidden states or logits. One caller at a time."""
+    """What a decoder does to at most `rows` tokens, from embedding to hidden states or logits. One caller at a time."""
 
-    def __init__(self, decoder: Decoder, head: bool) -> None:
+    def __init__(self, decoder: Decoder, rows: int, head: bool) -> None:
         s, self._decoder = decoder.spec, decoder
-        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, STEP_ROWS)
-        self._x = np.empty((STEP_ROWS, decoder._embedding.columns), np.float32)
+        recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, rows)
+        self._x = np.empty((rows, decoder._embedding.columns), np.float32)
         self._embeds = recorder.embed(decoder._embedding, s.embedding_scale, self._x)
         self._out = decoder._run(recorder, self._x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
         if head:
@@ -187,7 +201,7 @@ class _Recording:
             self.tops = recorder.top(self._out)
         self._program = recorder.program
 
-    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> Array:
+    def run(self, tokens: Array, caches: list[ops.KVCache]) -> Array:
         """Returns hidden states, or logits, (n, width); the next call overwrites them."""
         n = len(tokens)
         if not self._embeds:
@@ -205,9 +219,9 @@ class Steps:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        self._recording = _Recording(decoder, head=True)
+        self._recording = _Recording(decoder, STEP_ROWS, head=True)
 
-    def run(self, tokens: Array, caches: Sequence[ops.KVCache]) -> tuple[Array, list[int]]:
+    def run(self, tokens: Array, caches: list[ops.KVCache]) -> tuple[Array, list[int]]:
         """Returns the logits after each token, (n, vocab_size) float32, and the likeliest next tokens; appends to the caches.
 
         tokens: (n,) int32 in [0, vocab_size), 1 <= n <= STEP_ROWS; caches: one, which all of them follow each other in, or n

@@ -153,7 +153,10 @@ class KVCache:
     """Keys and values of every layer for positions [0, length). `append` writes at length; `advance` moves it."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
-        """capacity: positions; dtype: f16 | f32 | int8, the type that keys and values are rounded to; int8 holds them dequantized."""
+        """capacity: positions; dtype: f16 | f32 | int8, the type that keys and values are rounded to.
+
+        int8: integers times one float32 scale per position and KEY_GROUP or VALUE_GROUP values; here they are held dequantized.
+        """
         stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32}[dtype]
         self.keys = np.zeros((layers, capacity, kv_heads, head_dim), stored)
         self.values = np.zeros((layers, capacity, kv_heads, head_dim), stored)
@@ -174,7 +177,7 @@ class KVCache:
         """Writes k and v, (n, kv_heads, head_dim), at positions length .. length + n."""
         assert self.length + len(k) <= self.capacity
         if self.dtype == "int8":
-            k, v = _rounded_heads(k, KEY_GROUP), _rounded_heads(v, VALUE_GROUP)
+            k, v = _rounded_keys(k), _rounded_heads(v, VALUE_GROUP)
         self.keys[layer, self.length : self.length + len(k)] = k
         self.values[layer, self.length : self.length + len(v)] = v
 
@@ -188,9 +191,34 @@ class KVCache:
         self.length = n
 
 
+def _rounded_keys(k: Array) -> Array:
+    """Returns k, (n, heads, head_dim), rounded as _rounded_heads does while rotated (Ashkboos et al. 2024, arXiv 2404.00456)."""
+    head_dim = k.shape[-1]
+    width = -(-head_dim // 16) * 16
+    padded = np.zeros((*k.shape[:-1], width), np.float32)
+    padded[..., :head_dim] = k
+    rounded = _rounded_heads(_rotated(padded), KEY_GROUP)
+    return np.asarray(_rotated(rounded)[..., :head_dim] / np.float32(width & -width))  # the matrix is its own inverse but for this
+
+
+def _rotated(x: Array) -> Array:
+    """Returns x, (..., width), times the Hadamard matrix of the largest power of two that divides width, in float32, 16 columns a step."""
+    signs = np.array([[(-1) ** (i & j).bit_count() for j in range(16)] for i in range(16)], np.float32)
+    y = np.zeros_like(x)
+    blocks, sums = x.reshape(*x.shape[:-1], -1, 16), y.reshape(*x.shape[:-1], -1, 16)
+    for i in range(16):
+        sums += blocks[..., i : i + 1] * signs[i]
+    half = 16
+    while x.shape[-1] % (2 * half) == 0:
+        low, high = np.split(y.reshape(*x.shape[:-1], -1, 2 * half), 2, axis=-1)
+        y = np.concatenate([low + high, low - high], axis=-1).reshape(x.shape)
+        half *= 2
+    return y
+
+
 def _rounded_heads(x: Array, group: int) -> Array:
     """Returns x, (n, heads, head_dim), rounded to 8-bit integers times one scale per row, head and group."""
-    return round_activations(x.reshape(-1, x.shape[-1]), group).reshape(x.shape)
+    return np.asarray(round_activations(x.reshape(-1, x.shape[-1]), group).reshape(x.shape))
 
 
 def append(cache: KVCache, layer: int, k: Array, v: Array) -> None:
