@@ -22,28 +22,56 @@ struct Shape {
   float softcap;
 };
 
-// A sequence's keys and values, (positions, kv_heads, head_dim), and as a cache holds them: `scale` is the step of
-// int8.
+// A sequence's keys and values, (positions, kv_heads, head_dim), and as a cache holds them, (positions, kv_heads,
+// width). An int8 cache rotates keys, and has a step for each value. `doubt`: how far off a key may be, a step where it
+// lies so near the middle between two codes that the roundings of the rotation decide.
 struct Sequence {
   int64_t before, n;
-  std::vector<float> keys, values, held_keys, held_values, value_scale;
+  std::vector<float> keys, values, held_keys, held_values, key_doubt, value_step;
 };
 
-// Rounds x, runs of head_dim, to what the cache holds: int8 codes in [-127, 127] per group of values.
-std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, int group, std::vector<float>* scales) {
-  std::vector<float> y = x;
+int width_of(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// The first head_dim of x, zeros up to width, times the Hadamard matrix of the largest power of two that divides width,
+// block by block; divided by that power. x y = power * rotated(x) rotated(y).
+std::vector<double> rotated(const float* x, int head_dim, double scale) {
+  const int width = width_of(head_dim), power = width & -width;
+  std::vector<double> y(width);
+  for (int i = 0; i < width; ++i) {
+    for (int j = i / power * power; j < std::min(head_dim, (i / power + 1) * power); ++j)
+      y[i] += double(x[j]) * scale * (__builtin_parity(i % power & j % power) ? -1 : 1) / power;
+  }
+  return y;
+}
+
+// x, runs of head_dim, as the cache holds it: runs of width. Int8 has codes in [-127, 127] per group of values.
+std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, bool keys, std::vector<float>& steps,
+                        std::vector<float>& doubt) {
+  const int width = width_of(head_dim), group = keys ? attention::kKeyGroup : attention::kValueGroup;
+  std::vector<float> y;
   for (size_t run = 0; run < x.size(); run += head_dim) {
-    for (int first = 0; first < head_dim; first += group) {
-      const int end = std::min(head_dim, first + group);
+    std::vector<float> row(x.begin() + run, x.begin() + run + head_dim);
+    row.resize(width);
+    if (type == attention::kFloat16) {
+      for (float& v : row) v = f16_to_f32(f32_to_f16(v));
+    }
+    if (type == attention::kInt8 && keys) {
+      const std::vector<double> turned = rotated(&x[run], head_dim, width & -width);
+      for (int d = 0; d < width; ++d) row[d] = float(turned[d]);
+    }
+    for (int first = 0; first < width; first += group) {
+      const int end = std::min(width, first + group);
       float largest = 0;
-      for (int d = first; d < end; ++d) largest = std::max(largest, std::fabs(x[run + d]));
-      const float scale = largest / 127.0f;
+      for (int d = first; d < end; ++d) largest = std::max(largest, std::fabs(row[d]));
+      const float step = largest / 127.0f;
       for (int d = first; d < end; ++d) {
-        if (type == attention::kFloat16) y[run + d] = f16_to_f32(f32_to_f16(x[run + d]));
-        if (type == attention::kInt8) y[run + d] = scale * std::nearbyint(x[run + d] / (scale == 0 ? 1 : scale));
-        if (scales) scales->push_back(scale);
+        const float code = row[d] / (step == 0 ? 1 : step), whole = std::nearbyint(code);
+        if (type == attention::kInt8) row[d] = step * whole;
+        steps.push_back(step);
+        doubt.push_back(type == attention::kInt8 && std::fabs(code - whole) > 0.4995f ? step : 0);
       }
     }
+    y.insert(y.end(), row.begin(), row.end());
   }
   return y;
 }
@@ -53,29 +81,35 @@ std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, in
 // A score errs by head_dim + 4 roundings of the sum of its terms' magnitudes, with a cap by those of tanh too; a weight
 // 2^(score - largest) relatively by what its score and the largest one do, by one rounding of their difference, and by
 // 2^x. The sums may be rescaled for each 64 keys (6 roundings). An error e of the weights p moves the mean by
-// sum p e |v - mean|. With an int8 cache, queries are rounded to 16 bits per group of dimensions, and weights times the
-// values' scales to 16 bits per 64 keys.
-void expect_head(const float* q, const Sequence& sequence, int64_t stride, int64_t at, int64_t first, int64_t end,
+// sum p e |v - mean|. With an int8 cache, queries are rotated (16 additions, then one for each doubling) and rounded to
+// 16 bits per group of dimensions, and weights times the values' scales to 16 bits per 64 keys.
+void expect_head(const float* query, const Sequence& sequence, int64_t stride, int64_t at, int64_t first, int64_t end,
                  float scale, const Shape& s, Type type, Expected& want) {
-  std::vector<double> score, error, weight;
+  const bool integer = type == attention::kInt8;
+  std::vector<double> q, score, error, weight;
+  for (int d = 0; d < s.head_dim; ++d) q.push_back(double(query[d]) * double(scale));
+  double rotation = 0;  // the largest error of a rotated query's value, in roundings
+  if (integer) {
+    q = rotated(query, s.head_dim, double(scale));
+    for (int d = 0; d < s.head_dim; ++d) rotation += std::fabs(double(query[d]) * double(scale));
+    rotation *= 24.0 / (int(q.size()) & -int(q.size()));
+  }
   double largest = -1e300, largest_error = 0, total = 0;
   for (int64_t j = first; j < end; ++j) {
-    const float* key = &sequence.held_keys[j * stride + at];
-    double sum = 0, magnitude = 0, rounded = 0;
-    for (int d = 0; d < s.head_dim; ++d) {
-      const double term = double(q[d]) * double(scale) * double(key[d]);
+    const float *key = &sequence.held_keys[j * stride + at], *doubt = &sequence.key_doubt[j * stride + at];
+    double sum = 0, e = 0;
+    for (size_t d = 0; d < q.size(); ++d) {
+      const double term = q[d] * double(key[d]);
       sum += term;
-      magnitude += std::fabs(term);
-      if (type == attention::kInt8 && d % attention::kKeyGroup == 0) {
-        double top = 0, keys = 0;
-        for (int i = d; i < std::min(s.head_dim, d + attention::kKeyGroup); ++i) {
-          top = std::max(top, std::fabs(double(q[i]) * double(scale)));
-          keys += std::fabs(double(key[i]));
-        }
-        rounded += keys * 0.501 * top / 32767;
-      }
+      e += kRounding * ((s.head_dim + (integer ? 30 : 4)) * std::fabs(term));
+      if (!integer) continue;
+      double top = 0;  // of the query's group, rounded to 32767 steps
+      for (size_t i = d / attention::kKeyGroup * attention::kKeyGroup;
+           i < std::min(q.size(), (d / attention::kKeyGroup + 1) * attention::kKeyGroup); ++i)
+        top = std::max(top, std::fabs(q[i]));
+      e +=
+          std::fabs(double(key[d])) * (0.501 * top / 32767 + kRounding * rotation) + std::fabs(q[d]) * double(doubt[d]);
     }
-    double e = (s.head_dim + 4) * kRounding * magnitude + rounded;
     if (s.softcap > 0) {
       sum = double(s.softcap) * std::tanh(sum / double(s.softcap));
       e += (kTanh + 5) * kRounding * std::fabs(sum);
@@ -99,12 +133,12 @@ void expect_head(const float* q, const Sequence& sequence, int64_t stride, int64
       magnitude += weight[j] / total * std::fabs(value(j));
       moved += weight[j] / total * error[j] * std::fabs(value(j) - mean);
     }
-    if (type == attention::kInt8) {
+    if (integer) {
       // The block of a key begins at a multiple of 64 positions.
       std::vector<double> top(end / 64 + 1), codes(end / 64 + 1);
       for (size_t j = 0; j < score.size(); ++j) {
         const int64_t position = first + int64_t(j), block = position / 64;
-        const auto step = double(sequence.value_scale[position * stride + at + d]);
+        const auto step = double(sequence.value_step[position * stride + at + d]);
         top[block] = std::max(top[block], weight[j] / total * step);
         codes[block] += step > 0 ? std::fabs(value(j)) / step : 0;
       }
@@ -131,7 +165,8 @@ std::unique_ptr<attention::Cache> filled(const Sequence& sequence, const Shape& 
 }
 
 void test_shape(const Shape& s, Type type) {
-  const int64_t stride = int64_t(s.kv_heads) * s.head_dim, query_stride = int64_t(s.heads) * s.head_dim + 3;
+  const int64_t stride = int64_t(s.kv_heads) * s.head_dim, query_stride = int64_t(s.heads) * s.head_dim + 3,
+                held_stride = int64_t(s.kv_heads) * width_of(s.head_dim);
   Random random{uint32_t(s.head_dim * 1000 + s.sequences[0].first * 10 + s.sequences[0].second)};
   const float scale = 1.5f / std::sqrt(float(s.head_dim));
   int64_t rows = 0;
@@ -142,14 +177,15 @@ void test_shape(const Shape& s, Type type) {
   int64_t row = 0;
   for (const auto& [before, n] : s.sequences) {
     const int64_t count = (before + n) * stride;
-    Sequence sequence{before, n, random.bells(count), random.bells(count), {}, {}, {}};
-    sequence.held_keys = held(sequence.keys, type, s.head_dim, attention::kKeyGroup, nullptr);
-    sequence.held_values = held(sequence.values, type, s.head_dim, attention::kValueGroup, &sequence.value_scale);
+    Sequence sequence{before, n, random.bells(count), random.bells(count), {}, {}, {}, {}};
+    std::vector<float> unused;
+    sequence.held_keys = held(sequence.keys, type, s.head_dim, true, unused, sequence.key_doubt);
+    sequence.held_values = held(sequence.values, type, s.head_dim, false, sequence.value_step, unused);
     for (int64_t i = 0; i < n; ++i, ++row) {
       const int64_t end = before + i + 1, first = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
       for (int h = 0; h < s.heads; ++h) {
-        expect_head(&queries[row * query_stride + int64_t(h) * s.head_dim], sequence, stride,
-                    int64_t(h / (s.heads / s.kv_heads)) * s.head_dim, first, end, scale, s, type, want);
+        expect_head(&queries[row * query_stride + int64_t(h) * s.head_dim], sequence, held_stride,
+                    int64_t(h / (s.heads / s.kv_heads)) * width_of(s.head_dim), first, end, scale, s, type, want);
       }
     }
     sequences.push_back(std::move(sequence));
