@@ -64,6 +64,21 @@ void test_nested() {
   for (int64_t i = 0; i < 20; ++i) check(sums[i] == (i - 1) * i * (2 * i - 1) / 6, "nested parallel_for");
 }
 
+// Short and long loops in turn on more threads than CPUs: workers wake late, when the next loop begins.
+void test_turns() {
+  set_threads(8);
+  std::vector<int> few(8), many(4096);
+  for (int turn = 1; turn <= 10000; ++turn) {
+    for (std::vector<int>* visits : {&few, &many}) {
+      parallel_for(int64_t(visits->size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) ++(*visits)[i];
+      });
+    }
+    if (few[7] != turn || many[4095] != turn) return check(false, "a loop returned before its end");
+  }
+  check(few == std::vector<int>(8, 10000) && many == std::vector<int>(4096, 10000), "loops in turn: not once each");
+}
+
 }  // namespace
 
 void test_threads() {
@@ -73,6 +88,7 @@ void test_threads() {
     }
   }
   test_callers();
+  test_turns();
   test_nested();
 }
 
