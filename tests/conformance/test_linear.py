@@ -63,6 +63,7 @@ KERNELS = {
     "bf16": ("bf16", (1, 7, 33, 300)),
 }
 
+
 @pytest.fixture(params=_native.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this CPU in turn."""
@@ -190,7 +191,10 @@ def test_every_kernel(kernel: str, isa: str) -> None:
             # to 8 times larger.
             bound = 8 * (columns / 16 + 8) * EPS * (np.abs(inputs).sum(axis=1, keepdims=True) * np.abs(w).max(axis=1))
             largest = ops.linear(x[: counts[-1]], weight)
-            assert (np.abs(largest - want[: counts[-1]]) <= bound[: counts[-1]]).all(), (columns, np.abs(largest - want[: counts[-1]]).max())
+            assert (np.abs(largest - want[: counts[-1]]) <= bound[: counts[-1]]).all(), (
+                columns,
+                np.abs(largest - want[: counts[-1]]).max(),
+            )
             for n in counts:
                 for threads in (1, 2, 3):
                     _native.set_threads(threads)

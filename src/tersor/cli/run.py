@@ -40,7 +40,6 @@ def command(
     ] = 0,
     kv: options.Kv = "f16",
     threads: options.Threads = None,
-    kv: options.Kv = "f16",
     json: options.Json = False,
 ) -> None:
     """Answer a prompt, or chat.
