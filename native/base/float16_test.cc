@@ -39,7 +39,7 @@ void test_loads(Float type, int exponent_bits, int fraction_bits) {
         linear::Weight weight;
         weight.rows = kAll;
         weight.columns = 1;
-        weight.parts.push_back(linear::pack_floats(type, all.data(), kAll, 1));
+        weight.parts.push_back(linear::pack_floats(type, {{{reinterpret_cast<const uint8_t*>(all.data())}, kAll}}, 1));
         const float one = 1;
         Result y(kAll);
         linear::multiply(&one, 1, weight, nullptr, y.data());
@@ -91,10 +91,11 @@ void test_stores() {
   expect_everywhere(
       "float16 stores",
       [&] {
-        attention::Cache cache(1, heads, head_dim, 1, kF16);
-        attention::append(cache, 0, {nothing.data(), 1, 0}, {values.data(), 1, 0});
+        attention::Cache cache(1, heads, head_dim, 1, attention::kFloat16);
+        const attention::Span span = {&cache, 0, 1};
+        attention::append({&span, 1}, 0, {nothing.data(), 1, 0}, {values.data(), 1, 0});
         Result out(values.size());
-        attention::attend(cache, 0, {nothing.data(), 1, 0}, heads, 1, 0, 0, out.data());
+        attention::attend({&span, 1}, 0, {nothing.data(), 1, 0}, heads, 1, 0, 0, out.data());
         return out;
       },
       want);

@@ -1,6 +1,8 @@
 #include "base/threads.h"
 
 #include <atomic>
+#include <mutex>
+#include <set>
 #include <thread>
 
 #include "kernels/kernel_test.h"
@@ -8,21 +10,24 @@
 namespace tersor::test {
 namespace {
 
-// Every index is visited once, by at most `threads` parts that start at multiples of the grain.
+// Every index is visited once, in parts that start at multiples of the grain, by at most `threads` threads.
 void test_cover(int64_t n, int64_t grain, int threads) {
   const std::string what =
       "parallel_for of " + std::to_string(n) + " by " + std::to_string(grain) + " on " + std::to_string(threads);
   set_threads(threads);
   std::vector<int> visits(n);  // disjoint parts: a race here is a bug that the thread sanitizer finds
-  std::atomic<int> parts{0};
-  std::atomic<bool> aligned{true};
+  std::mutex mutex;
+  std::set<std::thread::id> workers;
+  bool aligned = true;
   parallel_for(n, grain, [&](int64_t begin, int64_t end) {
-    ++parts;
-    if (begin % grain != 0 || begin >= end || (end % grain != 0 && end != n)) aligned = false;
     for (int64_t i = begin; i < end; ++i) ++visits[i];
+    const std::lock_guard lock(mutex);
+    workers.insert(std::this_thread::get_id());
+    aligned &= begin % grain == 0 && begin < end && (end % grain == 0 || end == n);
   });
   check(std::vector<int>(n, 1) == visits, what + ": not every index once");
-  check(aligned && parts <= threads && (parts > 0) == (n > 0), what + ": parts");
+  check(aligned, what + ": borders");
+  check(int(workers.size()) <= threads && workers.empty() == (n == 0), what + ": threads");
 }
 
 int64_t sum_of_squares(int64_t n) {
@@ -59,6 +64,21 @@ void test_nested() {
   for (int64_t i = 0; i < 20; ++i) check(sums[i] == (i - 1) * i * (2 * i - 1) / 6, "nested parallel_for");
 }
 
+// Short and long loops in turn on more threads than CPUs: workers wake late, when the next loop begins.
+void test_turns() {
+  set_threads(8);
+  std::vector<int> few(8), many(4096);
+  for (int turn = 1; turn <= 10000; ++turn) {
+    for (std::vector<int>* visits : {&few, &many}) {
+      parallel_for(int64_t(visits->size()), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) ++(*visits)[i];
+      });
+    }
+    if (few[7] != turn || many[4095] != turn) return check(false, "a loop returned before its end");
+  }
+  check(few == std::vector<int>(8, 10000) && many == std::vector<int>(4096, 10000), "loops in turn: not once each");
+}
+
 }  // namespace
 
 void test_threads() {
@@ -68,6 +88,7 @@ void test_threads() {
     }
   }
   test_callers();
+  test_turns();
   test_nested();
 }
 

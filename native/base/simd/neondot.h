@@ -143,16 +143,6 @@ inline Codes bits_of(Codes x, int mask) {
   return {shift_and_mask<N>(x.a, m), shift_and_mask<N>(x.b, m), shift_and_mask<N>(x.c, m), shift_and_mask<N>(x.d, m)};
 }
 inline Codes join(Codes x, Codes y) { return TERSOR_QUARTERS2(vorrq_u8, x, y); }
-inline uint8x16_t low_nibbles(uint8x16_t x) { return vandq_u8(x, vdupq_n_u8(15)); }
-inline uint8x16_t high_nibbles(uint8x16_t x) { return vshrq_n_u8(x, 4); }
-inline Codes load_low(const uint8_t* p) {
-  const Codes c = load_codes(p);
-  return TERSOR_QUARTERS1(low_nibbles, c);
-}
-inline Codes load_high(const uint8_t* p) {
-  const Codes c = load_codes(p);
-  return TERSOR_QUARTERS1(high_nibbles, c);
-}
 struct Signed {
   int8x16_t a, b, c, d;
 };
@@ -175,18 +165,18 @@ inline void store_int(int32_t* p, I x) {
   vst1q_s32(p + 12, x.d);
 }
 inline int32_t sum_int(I x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.a, x.b), vaddq_s32(x.c, x.d))); }
-inline F from_i16(int16x8_t low, int16x8_t high) {
-  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
-          vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+inline I mul(I x, I y) { return TERSOR_QUARTERS2(vmulq_s32, x, y); }
+inline I from_i16(int16x8_t low, int16x8_t high) {
+  return {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
 }
-inline F from_i8(int8x16_t x) { return from_i16(vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x)); }
-inline F from_u8(uint8x16_t x) {
+inline I from_i8(int8x16_t x) { return from_i16(vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x)); }
+inline I from_u8(uint8x16_t x) {
   return from_i16(vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(x))), vreinterpretq_s16_u16(vmovl_high_u8(x)));
 }
-inline F load_i8(const int8_t* p) { return from_i8(vld1q_s8(p)); }
-inline F load_u8(const uint8_t* p) { return from_u8(vld1q_u8(p)); }
-inline F load_low_nibbles(const uint8_t* p) { return from_u8(low_nibbles(vld1q_u8(p))); }
-inline F load_high_nibbles(const uint8_t* p) { return from_u8(high_nibbles(vld1q_u8(p))); }
+inline I widen_i8(const int8_t* p) { return from_i8(vld1q_s8(p)); }
+inline I widen_u8(const uint8_t* p) { return from_u8(vld1q_u8(p)); }
+inline I widen_low(const uint8_t* p) { return from_u8(vandq_u8(vld1q_u8(p), vdupq_n_u8(15))); }
+inline I widen_high(const uint8_t* p) { return from_u8(vshrq_n_u8(vld1q_u8(p), 4)); }
 
 inline constexpr int kSignedBias = 0;
 inline I int_zero() { return dot_zero(); }

@@ -116,7 +116,7 @@ void test_rope(int64_t n, int64_t heads, int64_t half, int64_t start) {
       "rope",
       [&] {
         Result y(x);
-        elementwise::rope(y.data(), n, stride, heads, half, start, inv_freq.data(), scale);
+        elementwise::rope_from(y.data(), n, stride, heads, half, start, inv_freq.data(), scale);
         return y;
       },
       want);

@@ -23,10 +23,10 @@ struct Matrix {
   std::vector<float> w, magnitude;
   bool integer;
 
-  std::vector<const uint8_t*> pointers() const {
-    std::vector<const uint8_t*> p;
-    for (const auto& f : fields) p.push_back(f.data());
-    return p;
+  linear::Source source() const {
+    linear::Source s{{}, rows};
+    for (const auto& f : fields) s.fields.push_back(f.data());
+    return s;
   }
 };
 
@@ -141,8 +141,9 @@ Matrix float_matrix(Float type, int64_t rows, int64_t columns) {
 
 // Reads the rows as the kernels will, compares them with the independent decoding, and takes the magnitudes.
 void read_scheme(Matrix& m, const linear::Scheme& s) {
-  std::vector<uint8_t> codes(m.columns + 64), scratch;
-  std::vector<float> scale(m.columns / s.group + 2), second(scale.size()), row(m.columns);
+  const linear::Layout& l = s.layout;
+  linear::RowBuffer buffer;
+  std::vector<float> decoded(m.columns);
   Expected want;
   Result got;
   m.magnitude.resize(m.w.size());
@@ -150,19 +151,27 @@ void read_scheme(Matrix& m, const linear::Scheme& s) {
     std::vector<const uint8_t*> at;
     for (size_t f = 0; f < s.fields.size(); ++f)
       at.push_back(m.fields[f].data() + (s.fields[f].shared ? 0 : r * s.fields[f].row_bytes));
-    linear::decode_row(s, at.data(), m.columns, scratch, row.data());
-    got.insert(got.end(), row.begin(), row.end());
-    s.extract(s, at.data(), m.columns, {codes.data(), scale.data(), second.data()});
+    linear::decode_row(s, at.data(), m.columns, buffer, decoded.data());
+    got.insert(got.end(), decoded.begin(), decoded.end());
+    const linear::RowCodes row = buffer.row(s, m.columns);
+    s.extract(s, at.data(), m.columns, row);
     for (int64_t k = 0; k < m.columns; ++k) {
-      const int64_t g = k / s.group;
-      const float code = s.code == linear::kT4   ? s.table[codes[k]]
-                         : s.code == linear::kS8 ? int8_t(codes[k])
-                                                 : codes[k];
-      const float terms = std::fabs(scale[g]) * (std::fabs(code) + std::fabs(s.offset));
-      m.magnitude[r * m.columns + k] =
-          terms + (s.second == linear::kNone ? 0 : std::fabs(second[g]) * (s.second == linear::kZero ? scale[g] : 1));
+      const int64_t g = k / l.group, block = k / linear::kBlockColumns;
+      const bool halves = l.scales == linear::kHalves;
+      const float code = l.code == linear::kT4   ? float(l.table[row.codes[k]])
+                         : l.code == linear::kS8 ? float(int8_t(row.codes[k]))
+                                                 : float(row.codes[k]);
+      const float scale = std::fabs(halves ? row.scale[g] : row.scale[block] * float(row.sub[g]));
+      const float second = l.second == linear::kNone   ? 0
+                           : l.second == linear::kZero ? row.second[g] * scale
+                           : halves                    ? row.second[g]
+                                                       : row.second[block] * float(row.submin[g]);
+      // kernels may add 128 to signed codes
+      const float shift = std::fabs(float(l.offset)) + (l.code == linear::kS8 || l.code == linear::kT4 ? 128 : 0);
+      float& magnitude = m.magnitude[r * m.columns + k];
+      magnitude = scale * (std::fabs(code) + shift) + std::fabs(second);
       // A few roundings of the terms: ggml multiplies in another order.
-      want.add(m.w[r * m.columns + k], 4 * kRounding * m.magnitude[r * m.columns + k]);
+      want.add(m.w[r * m.columns + k], 4 * kRounding * magnitude);
     }
   }
   expect_near(m.format + ": decode_row", got, want);
@@ -171,12 +180,10 @@ void read_scheme(Matrix& m, const linear::Scheme& s) {
 // ---- Products ----
 
 linear::Part pack(const Matrix& m, const std::vector<float>& bias) {
-  linear::Part part = m.integer ? linear::pack_integers(*linear::find_scheme(m.format, m.columns), m.pointers().data(),
-                                                        m.rows, m.columns)
-                                : linear::pack_floats(m.format == "f32"   ? kF32
-                                                      : m.format == "f16" ? kF16
-                                                                          : kBF16,
-                                                      m.fields[0].data(), m.rows, m.columns);
+  const Float type = m.format == "f32" ? kF32 : m.format == "f16" ? kF16 : kBF16;
+  linear::Part part = m.integer
+                          ? linear::pack_integers(*linear::find_scheme(m.format, m.columns), {m.source()}, m.columns)
+                          : linear::pack_floats(type, {m.source()}, m.columns);
   if (!bias.empty()) {
     part.bias.assign(part.panel_count() * linear::kPanelRows, 0.0f);
     std::copy(bias.begin(), bias.end(), part.bias.begin());
@@ -185,8 +192,9 @@ linear::Part pack(const Matrix& m, const std::vector<float>& bias) {
 }
 
 // What n rows of activations times the matrices, one below the other, should be. Two kinds of bound:
-//   `oracle`: from the exact product. Integer kernels quantize 32 activations at a time to 127 steps a side, each off
-//     by half a step, and keep scales in float16, off by 2^-11 where the stored scale is a product.
+//   `oracle`: from the exact product. Integer kernels round 32 activations at a time to 16256 steps a side when the
+//   rows
+//     are few, else to 127: each is off by half a step. Stored scales are kept exactly.
 //   `isas`: between two instruction sets, which quantize alike, sum the same integers and round differently: per group
 //     of at least 16 columns four roundings, some more for each row; for floats two for each column.
 struct Problem {
@@ -207,7 +215,8 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
     for (int64_t k = 0; k < columns; k += 32) {
       double largest = 0;
       for (int64_t j = k; j < std::min(columns, k + 32); ++j) largest = std::max(largest, std::fabs(double(x[j])));
-      for (int64_t j = k; j < std::min(columns, k + 32); ++j) step[j] = largest / 127;
+      for (int64_t j = k; j < std::min(columns, k + 32); ++j)
+        step[j] = largest / (n <= linear::kFineRows ? 16256 : 127);
     }
     int64_t row = 0;
     for (const Matrix& m : parts) {
@@ -223,7 +232,7 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
         const double around = 4 * kRounding * (std::fabs(y) + std::fabs(added) + 1);
         const double rounding =
             (m.integer ? 4 * double(columns) / 16 + 16 : 2 * double(columns) + 4) * kRounding * size + around;
-        p.oracle.add(y + added, rounding + (m.integer ? 0.501 * steps + 0x1p-11 * size : 0));
+        p.oracle.add(y + added, rounding + (m.integer ? 0.501 * steps : 0));
         p.isas.add(0, 2 * rounding);
       }
     }
@@ -264,7 +273,7 @@ void test_matrix(Matrix m) {
     if (!scheme) return;
     read_scheme(m, *scheme);
   }
-  for (int64_t n : {1, 2, 3, 4, 5, 7, 8, 13}) test_product(m.format, {m}, n, n % 2 == 0);
+  for (int64_t n : {1, 2, 3, 4, 5, 7, 16, 17, 24}) test_product(m.format, {m}, n, n % 2 == 0);
   if (m.rows == 33) test_product(m.format, {m}, 101, true);
 }
 
