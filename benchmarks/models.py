@@ -158,7 +158,7 @@ def _export_openvino(source: Path, out: Path, python: str) -> list[str]:
 def _export_onnxruntime(source: Path, out: Path, python: str) -> list[str]:
     """4 bits in blocks of 64, products with 8-bit activations (accuracy level 4, its fastest), logits of the last token only."""
     command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out), "-p", "int4", "-e", "cpu"]
-    return [*command, "--extra_options", "int4_block_size=64", "int4_accuracy_level=4", "prune_lm_head=1"]
+    return [*command, "--extra_options", "block_size=64", "accuracy_level=4", "prune_lm_head=true"]
 
 
 EXPORTS: dict[str, Callable[[Path, Path, str], list[str]]] = {"openvino": _export_openvino, "onnxruntime": _export_onnxruntime}
