@@ -12,13 +12,13 @@ from operator import ge, le, lt
 from statistics import median
 from typing import Any
 
+from benchmarks.models import TYPES
 from benchmarks.speed import ratio
 
 Results = Mapping[str, dict[str, Any]]
 Row = dict[str, Any]
 
 SIGNS: dict[str, Callable[[float, float], bool]] = {">=": ge, "<=": le, "<": lt}
-TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q6_k", "q2_k", "iq4_xs", "int4_g64")
 CACHE_GROWTH = ("f16", "int8")
 
 

@@ -32,7 +32,6 @@ from benchmarks.machine import describe
 from benchmarks.runtimes import RUNTIMES, NotHere, Worker
 from benchmarks.speed import measure
 
-TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q6_k", "q2_k", "iq4_xs", "int4_g64")
 PIECES = ("matrix", "peers", "ladder", "avx2", "load", "product")
 FIRST_PROMPT = 16  # tokens of the prompt whose answer's first token `load` waits for
 
@@ -166,7 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--report", action="store_true", help="check all demands and write the tables into benchmarks/README.md")
-    for option, default in (("--pieces", PIECES), ("--models", models.MODELS), ("--types", TYPES), ("--threads", ("1", "2"))):
+    for option, default in (("--pieces", PIECES), ("--models", models.MODELS), ("--types", models.TYPES), ("--threads", ("1", "2"))):
         parser.add_argument(option, default=",".join(default), help="default: %(default)s")
     for option, number in (("--rounds", 5), ("--prefill", 512), ("--decode", 128)):
         parser.add_argument(option, type=int, default=number, help="default: %(default)s")

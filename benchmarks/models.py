@@ -29,7 +29,8 @@ from typing import Any
 from benchmarks.memory import make as make_checkpoint
 from benchmarks.runtimes import NotHere, python_of
 
-MODELS = ("smollm2", "synth", "qwen")
+TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q6_k", "q2_k", "iq4_xs", "int4_g64")
+MODELS = {"smollm2": (*TYPES, "iq4_nl"), "synth": (*TYPES, "int8_all", "int4_all", "int2_all"), "qwen": ("q4_k_m",)}  # in which types
 LLAMA_TYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q4_k_m": 15, "q6_k": 18, "q2_k": 10, "iq4_xs": 30, "iq4_nl": 25}  # llama_ftype
 RECIPES = {  # compressed-tensors directories, which only we run. A head that no rule names stays in 16 bits, a tied one must
     "int4_g64": "rtn:int4_g64",
@@ -157,7 +158,7 @@ def _export_openvino(source: Path, out: Path, python: str) -> list[str]:
 def _export_onnxruntime(source: Path, out: Path, python: str) -> list[str]:
     """4 bits in blocks of 64, products with 8-bit activations (accuracy level 4, its fastest), logits of the last token only."""
     command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(out), "-p", "int4", "-e", "cpu"]
-    return [*command, "--extra_options", "int4_block_size=64", "int4_accuracy_level=4", "prune_lm_head=1"]
+    return [*command, "--extra_options", "block_size=64", "accuracy_level=4", "prune_lm_head=true"]
 
 
 EXPORTS: dict[str, Callable[[Path, Path, str], list[str]]] = {"openvino": _export_openvino, "onnxruntime": _export_onnxruntime}
@@ -189,10 +190,7 @@ def main() -> int:
     a = parser.parse_args()
     missing = 0
     for name in a.models.split(","):
-        kinds = (
-            ("q4_k_m",) if name == "qwen" else ("f16", *LLAMA_TYPES, "int4_g64") if name == "smollm2" else ("f16", *LLAMA_TYPES, *RECIPES)
-        )
-        makers = [partial(get, a.folder, name, kind) for kind in kinds]
+        makers = [partial(get, a.folder, name, kind) for kind in MODELS[name]]
         makers += [partial(exported, a.folder, name, environment) for environment in EXPORTS if name == "smollm2"]
         for make in makers:
             try:
