@@ -143,16 +143,6 @@ struct OpenScratch {
   }
 };
 
-// What a panel of a part does at the end, for rows from y on.
-Finish finish_of(const Part& part, int64_t panel, const float* residual, float* y, int64_t stride) {
-  return {part.scale.data() + panel * kPanelRows,
-          part.bias.empty() ? nullptr : part.bias.data() + panel * kPanelRows,
-          residual,
-          y,
-          stride,
-          int(std::min<int64_t>(kPanelRows, part.rows - panel * kPanelRows))};
-}
-
 IntegerPanel panel_of(const Part& part, int64_t panel) {
   return {part.panels.data() + panel * part.panel_bytes, chunks_of(part.columns), part.layout};
 }
@@ -165,9 +155,28 @@ struct Output {
 
   Finish finish(const Part& part, int64_t panel, int64_t row) const {
     const int64_t at = row * stride + panel * kPanelRows;
-    return finish_of(part, panel, residual ? residual + at : nullptr, y + at, stride);
+    return {part.scale.data() + panel * kPanelRows,
+            part.bias.empty() ? nullptr : part.bias.data() + panel * kPanelRows,
+            residual ? residual + at : nullptr,
+            y + at,
+            stride,
+            int(std::min<int64_t>(kPanelRows, part.rows - panel * kPanelRows))};
+  }
+  // Of the second pass over a table finer than 8 bits, which adds to what the first has written.
+  Finish low_finish(const Part& part, int64_t panel, int64_t row) const {
+    Finish f = finish(part, panel, row);
+    f.scale = part.low_scale.data() + panel * kPanelRows;
+    f.bias = nullptr;
+    f.residual = f.y;
+    return f;
   }
 };
+
+IntegerPanel low_panel_of(const Part& part, int64_t panel) {
+  IntegerPanel low = panel_of(part, panel);
+  low.layout.table = part.low_table;
+  return low;
+}
 
 void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, int64_t n, const Output& out) {
   const Layout& l = part.layout;
@@ -177,12 +186,15 @@ void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, in
   parallel_for(part.panel_count(), 1, [&](int64_t begin, int64_t end) {
     static thread_local OpenScratch scratch;
     for (int64_t panel = begin; panel < end; ++panel) {
-      const IntegerPanel closed = panel_of(part, panel);
-      const OpenPanel open = scratch.room(l, closed.chunks);
-      kernels.open(closed, open);
-      for (int64_t t = 0; t < x.tiles; ++t) {
-        const int64_t row = t * kTileRows;
-        kernel(open, x.tile(t), int(std::min<int64_t>(kTileRows, n - row)), out.finish(part, panel, row));
+      const OpenPanel open = scratch.room(l, chunks_of(part.columns));
+      for (const bool low : {false, true}) {
+        if (low && !part.low_table) break;
+        kernels.open(low ? low_panel_of(part, panel) : panel_of(part, panel), open);
+        for (int64_t t = 0; t < x.tiles; ++t) {
+          const int64_t row = t * kTileRows;
+          kernel(open, x.tile(t), int(std::min<int64_t>(kTileRows, n - row)),
+                 low ? out.low_finish(part, panel, row) : out.finish(part, panel, row));
+        }
       }
     }
   });
@@ -237,6 +249,7 @@ std::string Weight::kernel() const {
     text.push_back(i == 0 ? ' ' : '+');
     if (p.integer)
       text.append(kCodeNames[l.code])
+          .append(p.low_table ? "fine" : "")
           .append("x" + std::to_string(l.group))
           .append(kScaleNames[l.scales])
           .append(kSecondNames[l.second]);
@@ -271,8 +284,10 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
       const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
       const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));
       parallel_for(part.panel_count(), grain, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel)
+        for (int64_t panel = begin; panel < end; ++panel) {
           kernels.fine(panel_of(part, panel), fine, int(n), out.finish(part, panel, 0));
+          if (part.low_table) kernels.fine(low_panel_of(part, panel), fine, int(n), out.low_finish(part, panel, 0));
+        }
       });
     }
     return;

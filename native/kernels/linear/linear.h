@@ -29,12 +29,14 @@ class Bytes {
 struct Part {
   int64_t rows, columns;
   bool integer;
-  Layout layout;   // if integer
-  Float floating;  // if not
+  Layout layout;            // if integer
+  const int8_t* low_table;  // of tables finer than 8 bits: added 128 times smaller; else null
+  Float floating;           // if not
   int64_t panel_bytes;
   Bytes panels;
-  std::vector<float> scale;  // (panels * 16) per row
-  std::vector<float> bias;   // the same, or empty
+  std::vector<float> scale;           // (panels * 16) per row
+  std::vector<float> bias = {};       // the same, or empty
+  std::vector<float> low_scale = {};  // scale / 128 when there is a low_table, else empty
 
   int64_t panel_count() const { return (rows + kPanelRows - 1) / kPanelRows; }
 };

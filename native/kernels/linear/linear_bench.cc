@@ -72,7 +72,7 @@ const Case kCases[] = {
 Part make_part(const Case& c, int64_t rows, int64_t columns) {
   const int64_t size = c.integer ? panel_bytes(c.layout, columns) : columns * 16 * float_bytes(c.floating);
   const int64_t panels = (rows + 15) / 16;
-  Part part{rows, columns, c.integer, c.layout, c.floating, size, Bytes(panels * size), {}, {}};
+  Part part{rows, columns, c.integer, c.layout, nullptr, c.floating, size, Bytes(panels * size), {}};
   for (int64_t i = 0; i < panels * size; ++i) part.panels.data()[i] = uint8_t(i * 2654435761u >> 13) & 0x3f;
   part.scale.assign(panels * 16, 1.0f);
   return part;

@@ -175,7 +175,7 @@ Part pack_integers(const Scheme& s, const std::vector<Source>& sources, int64_t 
   const RowWalk walk(sources);
   const int64_t rows = walk.rows(), panels = (rows + kPanelRows - 1) / kPanelRows,
                 size = panel_bytes(s.layout, (columns + kChunk - 1) / kChunk * kChunk);
-  Part part{rows, columns, true, s.layout, kF32, size, Bytes(panels * size), {}, {}};
+  Part part{rows, columns, true, s.layout, s.low_table, kF32, size, Bytes(panels * size), {}};
   part.scale.resize(panels * kPanelRows);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     PanelCodes codes(s, columns);
@@ -189,11 +189,15 @@ Part pack_integers(const Scheme& s, const std::vector<Source>& sources, int64_t 
         for (size_t f = 0; f < at.size(); ++f)
           at[f] = source.fields[f] + (s.fields[f].shared ? 0 : source_row * s.fields[f].row_bytes);
         s.extract(s, at.data(), columns, codes.row(i));
-        part.scale[row] = normalize(s.layout, codes.row(i), s.scales(columns));
+        part.scale[row] = normalize(s.layout, codes.row(i), s.scales(columns)) * s.unit;
       }
       interleave(codes, part.panels.data() + panel * size);
     }
   });
+  if (part.low_table) {
+    part.low_scale = part.scale;
+    for (float& scale : part.low_scale) scale /= 128;
+  }
   return part;
 }
 
@@ -201,7 +205,7 @@ Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns
   const RowWalk walk(sources);
   const int64_t rows = walk.rows(), panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type),
                 panel_size = columns * kPanelRows * size;
-  Part part{rows, columns, false, {}, type, panel_size, Bytes(panels * panel_size), {}, {}};
+  Part part{rows, columns, false, {}, nullptr, type, panel_size, Bytes(panels * panel_size), {}};
   part.scale.assign(panels * kPanelRows, 1.0f);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {

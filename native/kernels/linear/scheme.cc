@@ -12,7 +12,9 @@ RowCodes RowBuffer::row(const Scheme& scheme, int64_t columns) {
 }
 
 std::optional<Scheme> find_scheme(const std::string& format, int64_t columns) {
-  if (auto scheme = find_ggml_scheme(format, columns)) return scheme;
+  for (const auto find : {find_ggml_scheme, find_grid_scheme, find_lookup_scheme}) {
+    if (auto scheme = find(format, columns)) return scheme;
+  }
   return find_stream_scheme(format, columns);
 }
 
@@ -28,13 +30,17 @@ void decode_row(const Scheme& s, const uint8_t* const* fields, int64_t columns, 
                          : l.scales == kHalves ? row.second[g]
                                                : -(row.second[super] * float(row.submin[g]));
     for (int64_t i = first; i < columns && i < first + l.group; ++i) {
+      if (s.values) {
+        out[i] = s.values[row.codes[i]] * scale;
+        continue;
+      }
       const float code = l.code == kT4 ? l.table[row.codes[i]] : l.code == kS8 ? int8_t(row.codes[i]) : row.codes[i];
       if (l.second == kZero)
         out[i] = (code + offset - second) * scale;
       else if (l.second == kMin)
         out[i] = (code + offset) * scale + second;
       else
-        out[i] = (code + offset) * scale;
+        out[i] = (code + offset) * scale * s.unit;
     }
   }
 }

@@ -31,6 +31,12 @@ struct RowCodes {
 // A format whose weights are small integers times a scale: w as in kernels.h (Second).
 struct Scheme {
   Layout layout;
+  // What all scales are multiplied by when packed.
+  float unit = 1;
+  // Of tables finer than 8 bits: entry i is (128 * table[i] + low_table[i]) * unit / 128, and values[i] before
+  // rounding.
+  const int8_t* low_table = nullptr;
+  const float* values = nullptr;
   std::vector<Field> fields;
 
   // Reads one row; fields[i] points to the row's bytes of field i.
@@ -66,6 +72,8 @@ class RowBuffer {
 // floats).
 std::optional<Scheme> find_scheme(const std::string& format, int64_t columns);
 std::optional<Scheme> find_ggml_scheme(const std::string& format, int64_t columns);    // scheme_ggml.cc
+std::optional<Scheme> find_grid_scheme(const std::string& format, int64_t columns);    // scheme_grid.cc
+std::optional<Scheme> find_lookup_scheme(const std::string& format, int64_t columns);  // scheme_lookup.cc
 std::optional<Scheme> find_stream_scheme(const std::string& format, int64_t columns);  // scheme_stream.cc
 
 // Decodes one row to float32, in the order of operations of kernels.h.

@@ -231,7 +231,10 @@ void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, con
 std::optional<Scheme> find_ggml_scheme(const std::string& format, int64_t columns) {
   for (const Type& t : kTypes) {
     if (format != t.name || columns % t.values != 0) continue;
-    Scheme s{t.layout, {{"blocks", columns / t.values * t.bytes}}, extract};
+    Scheme s;
+    s.layout = t.layout;
+    s.fields = {{"blocks", columns / t.values * t.bytes}};
+    s.extract = extract;
     s.block_values = t.values;
     s.block_bytes = t.bytes;
     s.block = t.block;

@@ -248,6 +248,11 @@ class DoubleLookupFormat(LookupFormat):
         absmax: Array = dynamic_map()[codes] * scale + params["nested_offset"]
         return absmax
 
+    def single(self, tensor: QuantizedTensor) -> QuantizedTensor:
+        """Returns the same weights with float32 absmax: nf4 or fp4."""
+        fields = {"codes": tensor.fields["codes"], "absmax": self.unnest(tensor.fields)}
+        return QuantizedTensor(self.name.removesuffix("_dq"), tensor.shape, fields)
+
     def encode(self, w: Array, params: Params) -> Array:
         """Returns the codes nearest to w on the table scaled by the absmax as it is stored."""
         return self.nearest_codes(w, self.unnest(params))

@@ -13,6 +13,7 @@ import numpy as np
 from tersor import _native
 from tersor.errors import FormatError
 from tersor.formats import get_format
+from tersor.formats.lookup import DoubleLookupFormat
 from tersor.tensor import Array, QuantizedTensor
 
 KVCache = _native.KVCache
@@ -24,10 +25,11 @@ _CHUNK_VALUES = 1 << 24  # values decoded at a time, 64 MiB of float32
 def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8") -> Weight:
     """Returns the tensors joined along rows and repacked for this CPU's kernels. bias: (rows of all,) float32 or None.
 
-    activations "int8": weights stay integers where the format is integers times a scale (all affine, sign and ggml types but
-    iq1 .. iq3), and `linear` rounds its input to 8 bits, absmax / 127 per 32 values. k-quants' scales times sub-scales are
-    rounded to float16's 11 bits. Lookup formats (nf4, fp4, iq1 .. iq3) are decoded once to float16 (float32 when that
-    overflows), and they and float formats take the input as it is.
+    activations "int8": weights stay integers where the format is integers, or a table of 16, times a scale (all but float
+    formats), in the bits that the format has (nf4's and fp4's table in 15 bits, iq1 .. iq3 in 4-bit codes). `linear` rounds
+    its input per 32 values to 15 bits (absmax / 16256) when it has at most 16 rows; to 8 bits (absmax / 127) when it has more, or
+    the codes have 1 or 2 bits, except that 32 values whose absmax^2 is above 8 times the row's mean keep 15 bits. Float
+    formats take the input as it is.
     activations "float": everything is decoded once to float32, exactly. Raises FormatError for another word.
     """
     if activations not in ("int8", "float"):
@@ -147,11 +149,14 @@ def _stored(tensor: QuantizedTensor) -> tuple[str, int, int, dict[str, Array]]:
 
 
 def _packable(tensor: QuantizedTensor, activations: str) -> QuantizedTensor:
-    """Returns the tensor in a format that the kernels read: itself, or decoded to floats."""
+    """Returns the tensor in a format that the kernels read: itself, nf4 or fp4 without double quantization, or floats."""
     if tensor.format in ("f32", "f16", "bf16"):
         return tensor
     if activations == "float":
         return _decoded(tensor, np.float32)
+    fmt = get_format(tensor.format)
+    if isinstance(fmt, DoubleLookupFormat):
+        tensor = fmt.single(tensor)
     if _native.has_scheme(tensor.format, tensor.columns):
         return tensor
     halves = _decoded(tensor, np.float16)
