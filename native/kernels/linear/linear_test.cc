@@ -22,6 +22,7 @@ struct Matrix {
   std::vector<std::vector<uint8_t>> fields;
   std::vector<float> w, magnitude;
   bool integer;
+  bool coarse = false;  // codes of so few bits that few activations get 15
 
   linear::Source source() const {
     linear::Source s{{}, rows};
@@ -142,6 +143,7 @@ Matrix float_matrix(Float type, int64_t rows, int64_t columns) {
 // Reads the rows as the kernels will, compares them with the independent decoding, and takes the magnitudes.
 void read_scheme(Matrix& m, const linear::Scheme& s) {
   const linear::Layout& l = s.layout;
+  m.coarse = linear::code_bits(l.code) <= linear::kCoarseBits;
   linear::RowBuffer buffer;
   std::vector<float> decoded(m.columns);
   Expected want;
@@ -192,9 +194,8 @@ linear::Part pack(const Matrix& m, const std::vector<float>& bias) {
 }
 
 // What n rows of activations times the matrices, one below the other, should be. Two kinds of bound:
-//   `oracle`: from the exact product. Integer kernels round 32 activations at a time to 16256 steps a side when the
-//   rows
-//     are few, else to 127: each is off by half a step. Stored scales are kept exactly.
+//   `oracle`: from the exact product. Integer kernels round 32 activations at a time to 16256 steps a side when rows
+//     are few and codes of many bits, else to 127: each is off by half a step. Stored scales are kept exactly.
 //   `isas`: between two instruction sets, which quantize alike, sum the same integers and round differently: per group
 //     of at least 16 columns four roundings, some more for each row; for floats two for each column.
 struct Problem {
@@ -215,8 +216,7 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
     for (int64_t k = 0; k < columns; k += 32) {
       double largest = 0;
       for (int64_t j = k; j < std::min(columns, k + 32); ++j) largest = std::max(largest, std::fabs(double(x[j])));
-      for (int64_t j = k; j < std::min(columns, k + 32); ++j)
-        step[j] = largest / (n <= linear::kFineRows ? 16256 : 127);
+      for (int64_t j = k; j < std::min(columns, k + 32); ++j) step[j] = largest / 127;
     }
     int64_t row = 0;
     for (const Matrix& m : parts) {
@@ -225,14 +225,15 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
         for (int64_t k = 0; k < columns; ++k) {
           const double magnitude = std::fabs(double(m.magnitude[r * columns + k]));
           y += double(m.w[r * columns + k]) * double(x[k]);
+          const double off = step[k] * (n > linear::kFineRows || m.coarse ? 0.501 : 0.501 * 127 / 16256);
           size += magnitude * (std::fabs(double(x[k])) + (m.integer ? step[k] : 0));
-          steps += std::fabs(double(m.w[r * columns + k])) * step[k];
+          steps += std::fabs(double(m.w[r * columns + k])) * off;
         }
         const double added = extras ? double(p.bias[row]) + double(p.residual[i * rows + row]) : 0;
         const double around = 4 * kRounding * (std::fabs(y) + std::fabs(added) + 1);
         const double rounding =
             (m.integer ? 4 * double(columns) / 16 + 16 : 2 * double(columns) + 4) * kRounding * size + around;
-        p.oracle.add(y + added, rounding + (m.integer ? 0.501 * steps : 0));
+        p.oracle.add(y + added, rounding + (m.integer ? steps : 0));
         p.isas.add(0, 2 * rounding);
       }
     }
