@@ -102,7 +102,8 @@ def make(name: str, rows: int, columns: int, seed: int = 1) -> QuantizedTensor:
 
 
 def fine(x: np.ndarray) -> np.ndarray:
-    """x as up to 16 rows see it, codes of 1 and 2 bits excepted: per row and 32 values q = rint(x * (16256 / absmax)), times absmax / 16256, in float32."""
+    """x as up to 16 rows see it (codes of 1 and 2 bits excepted): per row and 32 values q = rint(x * (16256 / absmax)), times
+    absmax / 16256, in float32."""
     return _rounded(x, np.float32(127 * 128))
 
 

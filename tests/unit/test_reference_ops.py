@@ -42,13 +42,26 @@ def test_int8_activations_by_hand() -> None:
     np.testing.assert_array_equal(reference.round_activations(np.zeros((2, 33), np.float32)), np.zeros((2, 33)))
 
 
-def test_int8_activations_round_the_input_only() -> None:
-    w, x = normal(4, 64), normal(3, 64)
+@pytest.mark.parametrize(("rows", "steps"), [(3, 16256), (16, 16256), (17, 127)])
+def test_integer_activations_round_the_input_only(rows: int, steps: int) -> None:
+    w, x = normal(4, 64), normal(rows, 64)
     got = reference.linear(x, reference.pack([stored(w)]))
-    exact = x @ w.T
-    step = np.abs(x.reshape(3, 2, 32)).max(axis=2).repeat(32, axis=1) / 127
-    assert np.abs(got - exact).max() > 0
-    assert (np.abs(got - exact) <= step / 2 @ np.abs(w).T + 1e-5).all()
+    exact = x.astype(np.float64) @ w.T
+    step = np.abs(x.reshape(rows, 2, 32)).max(axis=2).repeat(32, axis=1) / steps
+    bound = step / 2 @ np.abs(w).T
+    assert (np.abs(got - exact) <= bound + 1e-5).all()
+    assert (np.abs(got - exact) > bound / 100).any()
+
+
+def test_outliers_among_many_rows_keep_15_bits() -> None:
+    x = np.full((17, 512), 0.3, np.float32)
+    x[:, 40] = 10.0  # its group's square is 100, the mean of the 16 groups 6.3
+    got = reference.linear(x, reference.pack([stored(np.eye(512, dtype=np.float32))]))
+    assert 0 < np.abs(got - x)[:, 32:64].max() <= 10 / 16256
+    plain = x.copy()
+    plain[:, 40] = 0.3
+    near = reference.linear(plain, reference.pack([stored(np.eye(512, dtype=np.float32))]))
+    assert np.abs(near - plain).max() < 1e-6  # 127 steps of 0.3 / 127
 
 
 @pytest.mark.parametrize("name", ["f16", "q4_0", "int4_g32", "int8_t", "nf4_dq"])

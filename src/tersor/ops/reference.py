@@ -15,7 +15,9 @@ import numpy as np
 from tersor.formats import get_format
 from tersor.tensor import Array, QuantizedTensor
 
-ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in 8 bits
+ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in integers
+FINE_ROWS = 16  # up to so many rows they have 15 bits, more rows 8
+OUTLIER = 8  # a group whose absmax^2 is above so many times the row's mean has 15 bits among any number of rows
 KEY_GROUP, VALUE_GROUP = 32, 64  # the same of a head in an int8 cache
 
 
@@ -58,11 +60,12 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
     """Returns x @ W^T (+ bias) (+ residual). x: (n, columns) -> (n, rows).
 
-    With 8-bit activations x is first rounded to a grid per row and group of ACTIVATION_GROUP values (a short last group
-    included): scale = max|x| / 127, q = round-half-even(x / scale) in [-127, 127], x ~ q * scale. Here that holds for every
-    format; native kernels do it for those that are integers times a scale, and take x as it is for the others.
+    With integer activations x is first rounded per row and group of ACTIVATION_GROUP values (a short last group included):
+    scale = max|x| / 16256 for up to FINE_ROWS rows, max|x| / 127 for more but in outliers, q = round-half-even(x / scale),
+    x ~ q * scale. Here that holds for every format; native kernels round no input of float formats, and treat few rows like
+    many where codes have 1 or 2 bits.
     """
-    inputs = round_activations(x) if weight.activations == "int8" else x
+    inputs = _integer_activations(x) if weight.activations == "int8" else x
     out = inputs.astype(np.float64) @ weight.values.T
     if weight.bias is not None:
         out += weight.bias
@@ -71,12 +74,23 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
     return np.asarray(out, np.float32)
 
 
-def round_activations(x: Array, group: int = ACTIVATION_GROUP) -> Array:
-    """Returns x, (n, columns) float32, rounded to 8-bit integers times one scale per row and group."""
+def _integer_activations(x: Array) -> Array:
+    """Returns x, (n, columns) float32, as `linear` rounds it."""
+    fine = round_activations(x, steps=127 * 128)
+    if len(x) <= FINE_ROWS:
+        return fine
+    starts = range(0, x.shape[1], ACTIVATION_GROUP)
+    squares = np.stack([np.square(np.abs(x[:, i : i + ACTIVATION_GROUP]).max(axis=1)) for i in starts], axis=1)
+    outlier = squares > OUTLIER * squares.mean(axis=1, keepdims=True)
+    return np.where(outlier.repeat(ACTIVATION_GROUP, axis=1)[:, : x.shape[1]], fine, round_activations(x))
+
+
+def round_activations(x: Array, group: int = ACTIVATION_GROUP, steps: int = 127) -> Array:
+    """Returns x, (n, columns) float32, rounded to integers in [-steps, steps] times one scale per row and group."""
     out = np.empty_like(x)
     for start in range(0, x.shape[1], group):
         part = x[:, start : start + group]
-        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+        scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(steps)
         codes = np.rint(part / np.where(scale == 0, np.float32(1), scale))
         out[:, start : start + group] = codes * scale
     return out
