@@ -200,7 +200,7 @@ def test_attention_threads_and_views(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [0, 130])
+@pytest.mark.parametrize("window", [0, 130, 400])
 def test_a_row_of_attention_is_the_same_in_any_company(window: int, dtype: str, isa: str) -> None:
     """Queries one by one, all together, and each with its own cache in a batch give the same bits."""
     h, kv, d, n, start = 6, 2, 24, 45, 1010
