@@ -19,7 +19,7 @@ from tersor.formats import get_format
 BUFFER_BYTES = 1 << 30
 SHAPES = ((2 * FFN, WIDTH), (WIDTH, FFN), (WIDTH, WIDTH))  # (rows, columns): gate and up joined, down, output
 ROWS = 512
-PEAK_ROUNDS = 1 << 20  # some tens of milliseconds
+PEAK_ROUNDS = 1 << 22  # some tens of milliseconds
 
 a = arguments()
 _native.set_threads(a.threads)
