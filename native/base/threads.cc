@@ -61,20 +61,20 @@ thread_local bool inside = false;  // this thread is running a body
 // Workers 1..size-1; the caller is number 0. Never destroyed: the workers sleep until the process ends, and after a
 // fork the child forgets the parent's pool, whose threads it does not have.
 //
-// Parts are claimed from claims_ = job number << 32 | next part. The fields of a job are written before its number is
-// published and stay until all its parts are done; a worker that reads them late fails to claim, since the number has
-// changed by then.
+// Parts are claimed from claims_ = job number << 32 | next part. Before the fields of a job are written, claims_ gets
+// its number with no part to claim; the parts open when all fields are there. So a worker of an earlier job that reads
+// a new field (they are released and acquired) sees a number in claims_ that is not its own, and claims nothing.
 class Pool {
  public:
   void run(const Job& job) {
     while (size_ < job.threads) std::thread(&Pool::work, this, size_++, ticket_.load()).detach();
-    n_.store(job.n, std::memory_order_relaxed);
-    grain_.store(job.grain, std::memory_order_relaxed);
-    parts_.store(job.parts, std::memory_order_relaxed);
-    run_.store(job.run, std::memory_order_relaxed);
-    context_.store(job.context, std::memory_order_relaxed);
+    claims_.store(uint64_t(++number_) << 32 | kNoPart, std::memory_order_relaxed);
+    n_.store(job.n, std::memory_order_release);
+    grain_.store(job.grain, std::memory_order_release);
+    parts_.store(job.parts, std::memory_order_release);
+    run_.store(job.run, std::memory_order_release);
+    context_.store(job.context, std::memory_order_release);
     remaining_.store(job.parts, std::memory_order_relaxed);
-    ++number_;
     claims_.store(uint64_t(number_) << 32, std::memory_order_release);
     ticket_.store(uint64_t(number_) << kThreadBits | uint64_t(job.threads), std::memory_order_release);
     ticket_.notify_all();
@@ -85,7 +85,8 @@ class Pool {
   std::mutex mutex;  // held by the caller whose job runs
 
  private:
-  static constexpr int kThreadBits = 16;  // a ticket is job number << 16 | threads
+  static constexpr uint32_t kNoPart = 0x7fffffff;  // more than any job has
+  static constexpr int kThreadBits = 16;           // a ticket is job number << 16 | threads
 
   // Claims and runs parts of a job until there are none left.
   void work_on(uint32_t number, const Job& job) {
@@ -106,12 +107,12 @@ class Pool {
       ticket = wait_change(ticket_, ticket);
       const int threads = int(ticket & ((1u << kThreadBits) - 1));
       if (worker >= threads) continue;
-      const Job job = {n_.load(std::memory_order_relaxed),
-                       grain_.load(std::memory_order_relaxed),
+      const Job job = {n_.load(std::memory_order_acquire),
+                       grain_.load(std::memory_order_acquire),
                        threads,
-                       parts_.load(std::memory_order_relaxed),
-                       run_.load(std::memory_order_relaxed),
-                       context_.load(std::memory_order_relaxed)};
+                       parts_.load(std::memory_order_acquire),
+                       run_.load(std::memory_order_acquire),
+                       context_.load(std::memory_order_acquire)};
       work_on(uint32_t(ticket >> kThreadBits), job);
     }
   }
