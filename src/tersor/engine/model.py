@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from tersor.engine.tokenizer import Tokenizer
 from tersor.errors import ModelError, RecipeError, unknown
 from tersor.models import Decoder, check_tensors, spec_of
 from tersor.models.decoder import STEP_ROWS, Steps
-from tersor.tensor import Array, ModelDescription
+from tersor.tensor import Array, ModelDescription, QuantizedTensor
 from tersor.threads import set_threads
 
 ACTIVATIONS = ("int8", "float")
+RELEASE_BYTES = 32 << 20  # of a file, read before its pages are given back
 CACHE_TYPES = ("f16", "f32", "int8")
 
 
@@ -51,9 +52,25 @@ def _from_checkpoint(checkpoint: Checkpoint, activations: str, kv: str) -> Model
     """Returns the model of an open checkpoint."""
     spec = spec_of(checkpoint.description.config)
     check_tensors(spec, checkpoint.tensors, str(checkpoint.path))
-    decoder = Decoder(spec, checkpoint.read, activations)
+    decoder = Decoder(spec, _releasing(checkpoint), activations)
     checkpoint.release()
     return Model(checkpoint.description, decoder, kv)
+
+
+def _releasing(checkpoint: Checkpoint) -> Callable[[str], QuantizedTensor]:
+    """Returns checkpoint.read that gives pages back as it goes on, so that the file and its packed copy are never resident together."""
+    unreleased = 0
+
+    def read(name: str) -> QuantizedTensor:
+        nonlocal unreleased
+        if unreleased > RELEASE_BYTES:
+            checkpoint.release()  # what was handed out stays valid: its pages are read again when they are touched
+            unreleased = 0
+        tensor = checkpoint.read(name)
+        unreleased += tensor.nbytes
+        return tensor
+
+    return read
 
 
 class Model:
