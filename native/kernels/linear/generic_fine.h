@@ -129,6 +129,10 @@ inline void scale_block(const Layout& l, const uint8_t* p, int64_t chunks, const
   for (int64_t c = 0; c < chunks; ++c) {
     F t[M];
     I products[M];
+    for (int m = 0; m < M; ++m) {
+      t[m] = zero();
+      products[m] = int_zero();
+    }
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       const int64_t g = kParts == 2 ? 2 * c + part : c * 32 / l.group;
@@ -141,7 +145,7 @@ inline void scale_block(const Layout& l, const uint8_t* p, int64_t chunks, const
         for (int m = 0; m < M; ++m, dots += 16) {
           const int64_t at = m * x.starts + kParts * c + part;
           const F value = to_float(add(load_int(dots), set_int(x.start[at])));
-          t[m] = part == 0 ? mul(value, s) : fma(value, s, t[m]);
+          t[m] = fma(value, s, t[m]);
           if constexpr (kSecond != kNone) sums[m] = fma(set(x.sums[at]), second, sums[m]);
         }
       } else {  // |dots * sub| < 2^31 for every type, both parts together
@@ -153,7 +157,7 @@ inline void scale_block(const Layout& l, const uint8_t* p, int64_t chunks, const
         for (int m = 0; m < M; ++m, dots += 16) {
           const int64_t at = m * x.starts + kParts * c + part;
           const I product = mul(add(load_int(dots), set_int(x.start[at])), scale);
-          products[m] = part == 0 ? product : add(products[m], product);
+          products[m] = add(products[m], product);
           if constexpr (kSecond == kMin) minima[m] = fma(set(x.sums[at]), second, minima[m]);
         }
       }
