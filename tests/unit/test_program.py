@@ -166,7 +166,7 @@ def test_tokens_are_embedded(format: str) -> None:
 
 
 def test_formats_without_a_native_reader_are_left_to_the_caller() -> None:
-    assert not Recorder(1, KV_HEADS, DIM, 4).embed(table("nf4", 50, 256), 1.0, normal(4, 256))
+    assert not Recorder(1, KV_HEADS, DIM, 4).embed(table("nf4_dq", 50, 256), 1.0, normal(4, 256))
 
 
 @pytest.mark.parametrize("width", [1, 5, 16, 1023, 1024, 1025, 5000])
