@@ -23,7 +23,7 @@ from tersor.tensor import Array, ModelDescription, QuantizedTensor
 from tersor.threads import set_threads
 
 ACTIVATIONS = ("int8", "float")
-RELEASE_BYTES = 32 << 20  # of a file, read before its pages are given back
+RELEASE_BYTES = 8 << 20  # of a file, read before its pages are given back
 CACHE_TYPES = ("f16", "f32", "int8")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tersor.models.decoder import STEP_ROWS
+from tersor.models.decoder import MOST_ROWS, STEP_ROWS
 
-PREFILL_CHUNK = 512  # tokens of a part: enough for full speed, and bounded memory
+PREFILL_CHUNK = MOST_ROWS  # tokens of a part
 
 
 def chunks(n: int, size: int) -> list[slice]:

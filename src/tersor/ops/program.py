@@ -40,8 +40,8 @@ class LayerOps(Protocol):
 class Recorder:
     """Records ops into `program`. Positions and caches are those of the replay, whatever is given here.
 
-    Two arrays serve all results of the same op and shape in turns, so that they stay in the CPU's cache: what an op returned
-    is overwritten by the second op of its name and shape after it.
+    Results of the same op and shape share memory, so that they stay in the CPU's cache: what linear without residual, gated or
+    attention returned is overwritten by the next op of its name and shape, other results by the one after that.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int) -> None:
@@ -58,7 +58,7 @@ class Recorder:
 
     def linear(self, x: Array, weight: ops.Weight, residual: Array | None = None) -> Array:
         """Records ops.linear."""
-        y = self._result("linear", len(x), weight.rows)
+        y = self._result("linear", len(x), weight.rows, turns=1) if residual is None else self._result("sum", len(x), weight.rows)
         self.program.linear(x, weight, y, residual)
         return y
 
@@ -70,7 +70,7 @@ class Recorder:
 
     def gated(self, x: Array, activation: str) -> Array:
         """Records ops.gated."""
-        y = self._result("gated", len(x), x.shape[1] // 2)
+        y = self._result("gated", len(x), x.shape[1] // 2, turns=1)
         self.program.gated(x, activation, y)
         return y
 
@@ -88,7 +88,7 @@ class Recorder:
 
     def attention(self, q: Array, cache: ops.KVCache, layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
         """Records ops.attention."""
-        out = self._result("attention", len(q), q.shape[1] * q.shape[2])
+        out = self._result("attention", len(q), q.shape[1] * q.shape[2], turns=1)
         self.program.attention(q, layer, scale, softcap, window, out)
         return out
 
@@ -102,14 +102,14 @@ class Recorder:
         self.program.top(x, out)
         return out
 
-    def _result(self, op: str, *shape: int) -> Array:
+    def _result(self, op: str, *shape: int, turns: int = 2) -> Array:
         """Returns the array of this op and shape whose turn it is."""
-        pair = self._results.setdefault((op, *shape), [])
-        if len(pair) < 2:
-            pair.append(_aligned(shape))
-            return pair[-1]
-        pair.reverse()
-        return pair[1]
+        arrays = self._results.setdefault((op, *shape), [])
+        if len(arrays) < turns:
+            arrays.append(_aligned(shape))
+        else:
+            arrays.append(arrays.pop(0))
+        return arrays[-1]
 
 
 def _aligned(shape: tuple[int, ...]) -> Array:
