@@ -1,8 +1,9 @@
 """`python -m benchmarks NAME ...` runs one benchmark.
 
-all             every one in its first form but `logits`: all FOLDER, the folder where the models of `engine` lie or are made
+all             every one in its first form but `logits` and `floor`: all FOLDER, the folder where the models of `engine` lie or are made
 engine          prefill and decode beside llama.cpp, OpenVINO, onnxruntime-genai, transformers and this machine's limits
 context         time per token behind 4,096 tokens
+floor           decoding beside only reading the same weights
 activations     what 8-bit activations cost, judged by transformers
 models          makes the model files of the three above
 speed           prefill and decode tokens/s of one file beside transformers and llama.cpp
@@ -21,7 +22,7 @@ from pathlib import Path
 from benchmarks.models import get
 from tersor.demo import cache_directory, fetch
 
-NAMES = ("engine", "context", "activations", "models", "speed", "memory", "agreement", "logits", "ggml_encoders")
+NAMES = ("engine", "context", "activations", "models", "speed", "memory", "agreement", "logits", "ggml_encoders", "floor")
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def main() -> int:
 
 
 def run_all(folder: Path, model: str) -> int:
-    """Runs every benchmark but `logits`. model: the demo's. Returns the worst exit code."""
+    """Runs every benchmark but `logits` and `floor`. model: the demo's. Returns the worst exit code."""
     files = {kind: get(folder, "smollm2", kind).path for kind in ("q4_0", "q4_1", "q8_0")}
     worst = 0
     for name, *arguments in (

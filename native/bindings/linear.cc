@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/bandwidth.h"
 #include "base/float16.h"
 #include "base/threads.h"
 #include "bindings/embedding.h"
@@ -169,11 +170,25 @@ ops_bindings::Embed ops_bindings::embedding(const std::string& format, int64_t r
   };
 }
 
+namespace {
+
+uint64_t read_words_of(const Weight& weight) {
+  nb::gil_scoped_release release;
+  uint64_t sum = 0;
+  for (const linear::Part& part : weight.parts)
+    sum += read_words(reinterpret_cast<const uint64_t*>(part.panels.data()), part.panels.size() / 8);
+  return sum;
+}
+
+}  // namespace
+
 void bind_linear(nb::module_& m) {
   nb::class_<Weight>(m, "Weight", "Matrices joined along rows, repacked for this CPU. Made by pack.")
       .def_ro("rows", &Weight::rows, "Outputs of linear.")
       .def_ro("columns", &Weight::columns, "Inputs of linear.")
       .def_prop_ro("nbytes", &Weight::nbytes, "Bytes held.")
+      .def("read_words", &read_words_of,
+           "Reads the packed panels once, in whole 8-byte words, and does nothing else: the floor of linear.")
       .def_prop_ro("kernel", &Weight::kernel,
                    "What multiplies: ISA, then code x group and second parameter of every different part.");
   m.def(

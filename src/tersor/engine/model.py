@@ -96,6 +96,10 @@ class Model:
         """Positions that the model was made for."""
         return self._decoder.spec.context
 
+    def read_weights(self) -> int:
+        """Reads every matrix once and does nothing else; returns the bytes. Its time is the floor of a decoded token's."""
+        return self._decoder.read_weights()
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""

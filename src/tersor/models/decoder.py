@@ -176,6 +176,12 @@ class Decoder:
         """Values of the head."""
         return self._head.rows * self._head.columns
 
+    def read_weights(self) -> int:
+        """Reads every matrix once, by all threads, and does nothing else; returns the bytes: what a decoded token cannot do without."""
+        for weight in self._packed():
+            weight.read_words()
+        return sum(weight.nbytes for weight in self._packed())
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices as repacked for this CPU, and of the embedding where it is not the head too."""
