@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    # An outer make (`make test`) leaves its level and flags behind, which make the inner one talk.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(command, cwd=ROOT, env={**outside, **environment}, capture_output=True, text=True)
 
 
 def output_of(*command: str, **environment: str) -> str:
