@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -236,8 +235,7 @@ def test_llama_cpp_is_asked_over_a_pipe(tmp_path: Path, monkeypatch: pytest.Monk
     peer.close()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python: pip install 'tersor[bench]'")
+@pytest.mark.slow  # `make test-all` installs llama-cpp-python
 def test_llama_cpp_itself(tmp_path: Path) -> None:
     from tersor.demo import cache_directory, fetch
 

@@ -6,12 +6,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
-#include <functional>
 #include <vector>
 
 #include "base/bandwidth.h"
 #include "base/cpu.h"
+#include "base/cpu_seconds.h"
 #include "base/threads.h"
 #include "kernels/attention/attention.h"
 
@@ -28,29 +27,6 @@ struct Shape {
 constexpr Shape kShapes[] = {{"smollm2", 30, 9, 3, 64}, {"32 heads", 22, 32, 4, 64}, {"qwen 1.5b", 28, 12, 2, 128}};
 // A 512-bit fused multiply-add each cycle at 3.44 GHz: a core of Zen 4. Of 16-bit integers twice as many.
 constexpr double flops_per_core(Type type) { return type == kInt8 ? 220e9 : 110e9; }
-
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-double seconds(const std::function<void()>& f) {
-  f();
-  double best = 1e9;
-  for (int round = 0; round < 5; ++round) {
-    int calls = 0;
-    const double start = now();
-    double end;
-    do {
-      f();
-      ++calls;
-      end = now();
-    } while (end - start < 0.03);
-    best = std::min(best, (end - start) / calls);
-  }
-  return best / threads();
-}
 
 std::vector<float> values(int64_t n) {
   std::vector<float> x(n);
@@ -72,7 +48,7 @@ void time_prefill(const Shape& s, Type type, int64_t n) {
   std::vector<float> out(q.size());
   const Rows rows{q.data(), n, int64_t(s.heads) * s.head_dim};
   const Span span{&cache, 0, rows.n};
-  const double t = seconds([&] {
+  const double t = cpu_seconds([&] {
     for (int layer = 0; layer < s.layers; ++layer) attend({&span, 1}, layer, rows, s.heads, 0.125f, 0, 0, out.data());
   });
   const double flops = 4.0 * s.layers * s.heads * s.head_dim * double(n * (n + 1) / 2), peak = flops_per_core(type);
@@ -89,7 +65,7 @@ void time_decode(const Shape& s, Type type, int64_t context, double bandwidth) {
   std::vector<float> out(q.size());
   const Rows rows{q.data(), 1, int64_t(s.heads) * s.head_dim};
   const Span span{&cache, 0, rows.n};
-  const double t = seconds([&] {
+  const double t = cpu_seconds([&] {
     for (int layer = 0; layer < s.layers; ++layer) attend({&span, 1}, layer, rows, s.heads, 0.125f, 0, 0, out.data());
   });
   const double bytes = double(cache.nbytes()), flops = 4.0 * s.layers * s.heads * s.head_dim * double(context + 1);
@@ -104,7 +80,7 @@ int main(int argc, char** argv) {
   set_threads(argc > 1 ? std::atoi(argv[1]) : 1);
   const std::vector<uint64_t> words(256 << 17, 1);
   uint64_t sink = 0;
-  const double read = seconds([&] { sink += read_words(words.data(), int64_t(words.size())); });
+  const double read = cpu_seconds([&] { sink += read_words(words.data(), int64_t(words.size())); });
   const double bandwidth = double(sink ? 256 << 20 : 0) / read;
   std::printf("%d threads; memory reads %.1f GB/s\n", threads(), bandwidth * 1e-9);
   for (Isa isa : supported_isas()) {

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "base/kernel_tables.h"
+
 namespace tersor::attention {
 
 enum Type { kFloat32, kFloat16, kInt8, kTypes };
@@ -76,12 +78,6 @@ struct Kernels {
   void (*blend)(float* x, float a, const float* y, float b, int n);
 };
 
-extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512vnni_kernels;
-#elif defined(__aarch64__)
-extern const Kernels neondot_kernels;
-#endif
+TERSOR_KERNEL_TABLES
 
 }  // namespace tersor::attention

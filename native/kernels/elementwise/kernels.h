@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "base/kernel_tables.h"
+
 namespace tersor::elementwise {
 
 enum Activation { kSilu, kGeluTanh };
@@ -20,12 +22,6 @@ struct Kernels {
   void (*rotate)(float* x, int64_t half, const float* cosines, const float* sines);
 };
 
-extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512vnni_kernels;
-#elif defined(__aarch64__)
-extern const Kernels neondot_kernels;
-#endif
+TERSOR_KERNEL_TABLES
 
 }  // namespace tersor::elementwise

@@ -27,20 +27,26 @@ T* grown(std::vector<T>& v, int64_t size) {
 
 int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
 
-// ---- Few rows ----
-
-// Of every sum of q (over the halves of a chunk, `inner` values each): start = offset * sum, scaled = scale * sum, for
-// both halves, or for the whole chunk when groups are wider.
-void scale_sums(const int32_t* sums, const float* scale, int64_t entries, int inner, bool halves, int32_t offset,
+// Of every sum of q (over the halves of a chunk, `inner` values each): start = offset * sum and, where the layout has a
+// second number, scaled = scale * sum; for both halves, or for the whole chunk when groups are wider.
+void scale_sums(const Layout& l, const int32_t* sums, const float* scale, int64_t entries, int inner, int32_t offset,
                 int32_t* start, float* scaled) {
+  const bool halves = l.group == 16, second = has_second(l);
   for (int64_t e = 0; e < entries; ++e, sums += 2 * inner, scale += inner) {
     for (int i = 0; i < (halves ? 2 : 1) * inner; ++i) {
       const int32_t sum = halves ? sums[i] : sums[i] + sums[inner + i];
       *start++ = offset * sum;
-      *scaled++ = scale[i % inner] * float(sum);
+      if (second) *scaled++ = scale[i % inner] * float(sum);
     }
   }
 }
+
+// What dots begin with for every unit of sum q.
+int32_t start_factor(const Kernels& kernels, const Layout& l) {
+  return (l.second == kZero ? 0 : l.offset) - (code_class(l.code) == 2 ? kernels.signed_bias : 0);
+}
+
+// ---- Few rows ----
 
 struct FineScratch {
   std::vector<int8_t> codes;
@@ -67,15 +73,10 @@ struct FineScratch {
   FineActivations prepare(const Layout& l, int32_t offset) {
     int32_t* to = grown(start, rows * chunks * 2);
     float* scaled = grown(scaled_sums, rows * chunks * 2);
-    scale_sums(sums.data(), scale.data(), rows * chunks, 1, l.group == 16, offset, to, scaled);
+    scale_sums(l, sums.data(), scale.data(), rows * chunks, 1, offset, to, scaled);
     return {codes.data(), low.data(), scale.data(), to, scaled, chunks};
   }
 };
-
-// What dots begin with for every unit of sum q.
-int32_t start_factor(const Kernels& kernels, const Layout& l) {
-  return (l.second == kZero ? 0 : l.offset) - (code_class(l.code) == 2 ? kernels.signed_bias : 0);
-}
 
 // ---- Many rows ----
 
@@ -113,7 +114,7 @@ struct TileScratch {
     parallel_for(tiles, std::max<int64_t>(1, kMinMacs / 8 / (room * kTileRows)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * room * kTileRows;
-        scale_sums(&sums[2 * first], &scale[first], entries[t], kTileRows, l.group == 16, offset, to + 2 * first,
+        scale_sums(l, &sums[2 * first], &scale[first], entries[t], kTileRows, offset, to + 2 * first,
                    scaled + 2 * first);
       }
     });
@@ -233,7 +234,8 @@ void Bytes::Free::operator()(uint8_t* p) const { std::free(p); }
 
 int64_t Weight::nbytes() const {
   int64_t total = 0;
-  for (const Part& p : parts) total += p.panels.size() + 4 * int64_t(p.scale.size() + p.bias.size());
+  for (const Part& p : parts)
+    total += p.panels.size() + 4 * int64_t(p.scale.size() + p.bias.size() + p.low_scale.size());
   return total;
 }
 

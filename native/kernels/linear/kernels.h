@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "base/float16.h"
+#include "base/kernel_tables.h"
 
 namespace tersor::linear {
 
@@ -161,12 +162,6 @@ static constexpr int code_class(Code code) { return code <= kU4 ? 0 : code <= kU
 // A minimum or a zero point makes the kernels add second * sum of the activations.
 static constexpr bool has_second(const Layout& layout) { return layout.second != kNone; }
 
-extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512vnni_kernels;
-#elif defined(__aarch64__)
-extern const Kernels neondot_kernels;
-#endif
+TERSOR_KERNEL_TABLES
 
 }  // namespace tersor::linear

@@ -5,13 +5,12 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "base/bandwidth.h"
 #include "base/cpu.h"
+#include "base/cpu_seconds.h"
 #include "base/threads.h"
 #include "kernels/linear/linear.h"
 
@@ -19,29 +18,6 @@ using namespace tersor;
 using namespace tersor::linear;
 
 namespace {
-
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-}
-
-double seconds(const std::function<void()>& f) {
-  f();
-  double best = 1e9;
-  for (int round = 0; round < 7; ++round) {
-    int calls = 0;
-    const double start = now();
-    double end;
-    do {
-      f();
-      ++calls;
-      end = now();
-    } while (end - start < 0.02);
-    best = std::min(best, (end - start) / calls);
-  }
-  return best / threads();
-}
 
 constexpr int8_t kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -88,7 +64,7 @@ void run(const Case& c, int64_t rows, int64_t columns) {
     std::vector<float> x(n * columns);
     const Bytes y(n * rows * 4);
     for (size_t i = 0; i < x.size(); ++i) x[i] = float(int(i * 2654435761u >> 20) % 200 - 100) / 100;
-    const double t = seconds([&] { multiply(x.data(), n, weight, nullptr, reinterpret_cast<float*>(y.data())); });
+    const double t = cpu_seconds([&] { multiply(x.data(), n, weight, nullptr, reinterpret_cast<float*>(y.data())); });
     if (n == 1) std::printf(" %6.1f GB/s |", double(weight.nbytes()) / t * 1e-9);
     std::printf(" %6.1f", double(n) * double(rows) * double(columns) / t * 1e-9);
   }
@@ -104,7 +80,7 @@ int main(int argc, char** argv) {
   for (int64_t mib : {1, 8, 256}) {
     const std::vector<uint64_t> words(mib << 17, 1);
     uint64_t sink = 0;
-    const double t = seconds([&] { sink += read_words(words.data(), int64_t(words.size())); });
+    const double t = cpu_seconds([&] { sink += read_words(words.data(), int64_t(words.size())); });
     std::printf("reading %lld MiB: %.1f GB/s\n", (long long)mib, double(sink ? mib << 20 : 0) / t * 1e-9);
   }
   const char* only = std::getenv("TERSOR_ISA");

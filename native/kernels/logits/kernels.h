@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "base/kernel_tables.h"
+
 namespace tersor::logits {
 
 struct Comparison {
@@ -22,12 +24,6 @@ struct Kernels {
   int64_t (*top)(const float* x, int64_t n);
 };
 
-extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512vnni_kernels;
-#elif defined(__aarch64__)
-extern const Kernels neondot_kernels;
-#endif
+TERSOR_KERNEL_TABLES
 
 }  // namespace tersor::logits

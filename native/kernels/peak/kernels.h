@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "base/kernel_tables.h"
+
 namespace tersor::peak {
 
 struct Kernels {
@@ -14,12 +16,6 @@ struct Kernels {
 
 inline constexpr int kBytes = 1024;  // that multiply may read
 
-extern const Kernels scalar_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512vnni_kernels;
-#elif defined(__aarch64__)
-extern const Kernels neondot_kernels;
-#endif
+TERSOR_KERNEL_TABLES
 
 }  // namespace tersor::peak

@@ -1,0 +1,16 @@
+// Declares the table of kernels of every instruction set that this build has; one is picked by base/isa_table.h. For
+// kernels.h files, within their namespace, after their struct Kernels.
+#pragma once
+
+#if defined(__x86_64__)
+#define TERSOR_KERNEL_TABLES           \
+  extern const Kernels scalar_kernels; \
+  extern const Kernels avx2_kernels;   \
+  extern const Kernels avx512vnni_kernels;
+#elif defined(__aarch64__)
+#define TERSOR_KERNEL_TABLES           \
+  extern const Kernels scalar_kernels; \
+  extern const Kernels neondot_kernels;
+#else
+#define TERSOR_KERNEL_TABLES extern const Kernels scalar_kernels;
+#endif
