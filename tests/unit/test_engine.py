@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from tersor.containers.container import Checkpoint
 from tersor.engine import Model, Request, load
-from tersor.engine.prefill import PREFILL_CHUNK
 from tersor.errors import ModelError, RecipeError
 from tersor.formats import get_format
+from tersor.models.decoder import MOST_ROWS
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
 from tiny import tiny_config, tiny_model, tiny_tensors, tokenizer_json
 
@@ -170,13 +170,13 @@ def _timeless(a: Any, b: Any) -> Any:
 
 def test_prefill_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
     model = load(tiny_model(tmp_path / "m", layers=1), activations="float", kv="f32")
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, PREFILL_CHUNK + 40)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, MOST_ROWS + 40)
     cache = model.new_cache(len(tokens))
     whole = model.forward(tokens, cache)
     assert whole.shape == (len(tokens), 64) and cache.length == len(tokens)
-    cache.truncate(PREFILL_CHUNK - 5)
-    rest = np.concatenate([model.forward(tokens[i : i + 1], cache) for i in range(PREFILL_CHUNK - 5, len(tokens))])
-    np.testing.assert_allclose(rest, whole[PREFILL_CHUNK - 5 :], rtol=0, atol=1e-4)
+    cache.truncate(MOST_ROWS - 5)
+    rest = np.concatenate([model.forward(tokens[i : i + 1], cache) for i in range(MOST_ROWS - 5, len(tokens))])
+    np.testing.assert_allclose(rest, whole[MOST_ROWS - 5 :], rtol=0, atol=1e-4)
 
 
 def test_hidden_states_of_one_token_are_the_callers(model: Model) -> None:

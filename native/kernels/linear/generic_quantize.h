@@ -113,22 +113,18 @@ int64_t quantize_tile(const float* x, int64_t stride, int n, int64_t k, const Ti
     const auto limit = float(kOutlier * largest_of_chunks(values, k, largest));
     invert(largest, chunks, kHigh, inverse);
     for (int64_t c = 0; c < chunks; ++c) {
-      int8_t* codes = to.codes + c * 32 * kTileRows + 4 * row;
-      alignas(32) int8_t bytes[32], low[32];
+      to.scale[c * kTileRows + row] = largest[c] / kHigh;
+      if (largest[c] * largest[c] > limit && inverse[c] != 0) {
+        to.chunk[c] |= 1 << row;
+        continue;
+      }
+      alignas(32) int8_t bytes[32];
       F a, b;
       load_chunk(values, k, c, a, b);
-      to.scale[c * kTileRows + row] = largest[c] / kHigh;
-      if (largest[c] * largest[c] <= limit || inverse[c] == 0) {
-        const F factor = set(inverse[c]);
-        store_i8(bytes, round_to_int(mul(a, factor)));
-        store_i8(bytes + 16, round_to_int(mul(b, factor)));
-      } else {  // the low codes are made again below, when it is known which entry is theirs
-        const F factor = set(kBoth / largest[c]);
-        split(a, factor, bytes, low);
-        split(b, factor, bytes + 16, low + 16);
-        to.chunk[c] |= 1 << row;
-      }
-      spread(bytes, codes);
+      const F factor = set(inverse[c]);
+      store_i8(bytes, round_to_int(mul(a, factor)));
+      store_i8(bytes + 16, round_to_int(mul(b, factor)));
+      spread(bytes, to.codes + c * 32 * kTileRows + 4 * row);
     }
   }
   for (int64_t c = 0; c < chunks; ++c) {
@@ -149,6 +145,7 @@ int64_t quantize_tile(const float* x, int64_t stride, int n, int64_t k, const Ti
       const F factor = set(kBoth / most);
       split(a, factor, high, low);
       split(b, factor, high + 16, low + 16);
+      spread(high, to.codes + c * 32 * kTileRows + 4 * row);
       spread(low, codes + 4 * row);
       to.scale[e * kTileRows + row] = most / kBoth;
     }

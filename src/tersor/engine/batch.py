@@ -21,10 +21,10 @@ import numpy as np
 
 from tersor import ops
 from tersor.engine.continuation import Continuation, Generation, Request
-from tersor.engine.prefill import PREFILL_CHUNK, chunks
+from tersor.engine.prefill import chunks
 from tersor.engine.session import Prompt, common
 from tersor.errors import ModelError, RecipeError
-from tersor.models.decoder import STEP_ROWS
+from tersor.models.decoder import MOST_ROWS, STEP_ROWS
 from tersor.tensor import Array
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Batch:
         if self._reading is None and self._waiting and len(self._answering) < self.max_sequences:
             self._reading = self._begin(self._waiting.popleft())
         if self._reading is not None:
-            parts += self._read(self._reading, PART if decoding else PREFILL_CHUNK)
+            parts += self._read(self._reading, PART if decoding else MOST_ROWS)
         for start in range(0, len(decoding), STEP_ROWS):
             parts += self._decode(decoding[start : start + STEP_ROWS])
         self._answering = [s for s in self._answering if s.answer is not None and not s.answer.finish]

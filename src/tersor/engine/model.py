@@ -13,12 +13,12 @@ from tersor.containers import open_checkpoint
 from tersor.containers.container import Checkpoint
 from tersor.engine.batch import Batch
 from tersor.engine.continuation import Generation, Request
-from tersor.engine.prefill import PREFILL_CHUNK, chunks
+from tersor.engine.prefill import chunks
 from tersor.engine.session import Prompt, Session, last
 from tersor.engine.tokenizer import Tokenizer
 from tersor.errors import ModelError, RecipeError, unknown
 from tersor.models import Decoder, check_tensors, spec_of
-from tersor.models.decoder import STEP_ROWS, Steps
+from tersor.models.decoder import MOST_ROWS, STEP_ROWS, Steps
 from tersor.tensor import Array, ModelDescription, QuantizedTensor
 from tersor.threads import set_threads
 
@@ -32,7 +32,7 @@ def load(source: str | Path | Checkpoint, *, threads: int | None = None, activat
 
     source: a Hugging Face directory, a .gguf file, a hub id, or an open checkpoint (which stays open).
     threads: of all native loops in this process from now on; None = as they are (at first, all CPUs).
-    activations: int8 = inputs of quantized products are rounded to 8 bits, where there is a kernel for it (fast);
+    activations: int8 = inputs of quantized products are rounded to 8 or 15 bits, as ops.pack says (fast);
         float = they are not (exact). kv: type of cached keys and values, f16, f32 or int8 (as ops.KVCache has them).
     Raises ModelError for an architecture or tensors that do not fit, RecipeError for an unknown option,
     ContainerError for a file that cannot be read.
@@ -138,7 +138,7 @@ class Model:
         ids = self._checked(tokens)
         if cache.length + len(ids) > cache.capacity:
             raise ModelError(f"{len(ids)} tokens after {cache.length} do not fit a cache of {cache.capacity} positions")
-        hidden = [self._decoder.forward(ids[part], cache) for part in chunks(len(ids), PREFILL_CHUNK)]
+        hidden = [self._decoder.forward(ids[part], cache) for part in chunks(len(ids), MOST_ROWS)]
         return hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
 
     def head(self, hidden: Array) -> Array:

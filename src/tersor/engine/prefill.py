@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from tersor.models.decoder import MOST_ROWS, STEP_ROWS
-
-PREFILL_CHUNK = MOST_ROWS  # tokens of a part
+from tersor.models.decoder import STEP_ROWS
 
 
 def chunks(n: int, size: int) -> list[slice]:
