@@ -269,7 +269,7 @@ def _rule_choice(text: str, default: Step) -> Choice:
 
 
 def _choice(text: str, step: Step, named: bool) -> Choice:
-    """Returns the choice of `[method:]format[|format...]`. named: whether the text itself names the method. Casts need none: theirs is rtn."""
+    """Returns the choice of `[method:]format[|format...]`. named: whether the text names the method. Casts need none: theirs is rtn."""
     names = tuple(name.strip().lower() for name in text.rpartition(":")[2].split("|"))
     for name in names:
         if not name:
