@@ -90,8 +90,10 @@ class ModelDescription:
               chat_template.jinja, ...), as bytes.
     metadata: key-values of the source container with no Hugging Face counterpart, carried over verbatim when the
               target container is of the same kind (for GGUF: all key-values, as {key: (value_type, value)}).
+    provenance: how a quantized model was made, plain values: recipe, calibration (Samples.provenance). Empty otherwise.
     """
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -37,15 +37,24 @@ class Rounding(Protocol):
         """
 
 
+def rounding_workspace(rows: int, columns: int) -> int:
+    """Returns the bytes that rounding a matrix by itself takes at most, besides the matrix: a few copies of it."""
+    return 20 * rows * columns
+
+
 @dataclass(frozen=True)
 class Method:
-    """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None."""
+    """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None.
+
+    workspace: (rows, columns) of a matrix -> bytes that the method needs at most besides the matrix and its statistics.
+    """
 
     name: str
     stage: str
     run: Callable[..., Any]
     needs: str = "nothing"
     options: type | None = None
+    workspace: Callable[[int, int], int] = rounding_workspace
 
 
 @dataclass(frozen=True)
