@@ -1,1 +1,7 @@
-"""Calibration: text -> token windows; what the inputs of every linear layer look like, one block at a time, in bounded memory."""
+"""What calibrated methods learn from: samples of tokens, what a model's layers read on them, and whether that is enough."""
+
+from __future__ import annotations
+
+from tersor.calibration.samples import Samples, read_samples
+
+__all__ = ["Samples", "read_samples"]
