@@ -1,14 +1,15 @@
-"""rotate: the residual stream in another basis, so that no channel of a weight stands out. The function stays; nothing is added at run time.
+"""rotate: the residual stream in another basis, so that no channel of a weight stands out. Nothing is added at run time.
 
-    h' = h Q      E' = E Q      W' = W diag(g) Q  (what reads, g the norm before it, then 1)      W' = Q^T W, b' = Q^T b  (what writes)
+    h' = h Q     E' = E Q     W' = W diag(g) Q  (what reads; g the norm before it, then 1)     W' = Q^T W, b' = Q^T b  (what writes)
 
-An RMS norm without weights gives norm(h Q) = norm(h) Q, so every layer sees what it saw. Sources: SliceGPT (arXiv 2401.15024, theorem 1:
+An RMS norm without weights gives norm(h Q) = norm(h) Q, so the function stays. Sources: SliceGPT (arXiv 2401.15024, theorem 1:
 computational invariance), QuaRot (arXiv 2404.00456, section 4, stage 1a).
 
-Q = diag(signs) (K1 x K2 x ..), a Kronecker product of small orthogonal factors, is applied factor by factor: (K1 + K2 + ..) products a value
-instead of K1 K2 ... For `hadamard` the factors are Hadamard matrices over the root of their order: Sylvester's of 2^k, and one of Paley's of the
-smallest order that holds the odd part of the size (576 = 36 x 16, 1536 = 12 x 128); then every entry of Q is +-1/sqrt(n). An odd part that
-no Paley order of a prime holds (66 = 2 x 33) gets a random orthogonal factor instead. `random` is one orthogonal matrix, uniform (Haar).
+Q = diag(signs) (K1 x K2 x ..), a Kronecker product of small orthogonal factors of orders k1, k2, .., is applied factor by factor, with
+k1 + k2 + .. products a value instead of k1 k2 .. For `hadamard` the factors are Hadamard matrices over the root of their order: Sylvester's
+of 2^k, and one of Paley's, of the smallest order that holds the odd part of the size (576 = 36 x 16, 1536 = 12 x 128): every entry of Q
+is +-1/sqrt(n). An odd part that no Paley order over a prime holds (66 = 2 x 33) gets a random orthogonal factor instead. `random` is one
+orthogonal matrix, uniform over all (Haar).
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ KINDS = ("hadamard", "random")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _SYLVESTER = 64  # order of the largest power of two that is one factor
 _PART_VALUES = 1 << 21  # float64 values rotated at once
+
+
+@dataclass(frozen=True)
+class RotateOptions:
+    """kind: of KINDS. seed: of the signs and of the random factors; the same seed gives the same rotation."""
+
+    kind: str = "hadamard"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,30 +85,30 @@ def rotation(n: int, kind: str = "hadamard", seed: int = 0) -> Rotation:
     return Rotation(signs, tuple(factors) or (np.ones((1, 1)),))
 
 
-def rotated(checkpoint: Checkpoint, kind: str = "hadamard", seed: int = 0) -> RotatedCheckpoint:
+def rotated(checkpoint: Checkpoint, options: RotateOptions | None = None) -> RotatedCheckpoint:
     """Returns the checkpoint with its residual stream rotated: a view whose tensors, all float32, are made when they are read.
 
     Reading costs that tensor in float32 and a few MiB; the view closes the checkpoint. A tied head is untied unless the final norm is
     constant: its config says so, `lm_head.weight` appears, and `note` tells what it costs. Raises ModelError for an architecture
     whose norms do not commute with a rotation or that is unknown, RecipeError for an unknown kind.
     """
-    return RotatedCheckpoint(checkpoint, kind, seed)
+    return RotatedCheckpoint(checkpoint, options or RotateOptions())
 
 
 class RotatedCheckpoint(Checkpoint):
     """A checkpoint seen through a rotation of the residual stream. note: what it costs, in a sentence; empty when nothing."""
 
-    def __init__(self, source: Checkpoint, kind: str, seed: int) -> None:
+    def __init__(self, source: Checkpoint, options: RotateOptions) -> None:
         self.path, self.container = source.path, source.container
         self._source = source
         spec = spec_of(source.description.config)
         if spec.sandwich:
             raise ModelError(
-                f"{source.path}: rotate cannot turn {source.description.config['model_type']}: the norms after attention and MLP scale single"
-                " channels of what is added to the residual stream, which no rotation commutes with; use awq or smoothquant"
+                f"{source.path}: rotate cannot turn {source.description.config['model_type']}: the norms after attention and MLP scale"
+                " single channels of what is added to the residual stream, which no rotation commutes with; use awq or smoothquant"
             )
         check_tensors(spec, source.tensors, str(source.path))
-        self._rotation = rotation(spec.hidden_size, kind, seed)
+        self._rotation = rotation(spec.hidden_size, options.kind, options.seed)
         self._norm_weight = np.float32(1 - spec.norm_offset)
         self._offset = np.float32(spec.norm_offset)
         self._constant = self._constant_norm() if spec.tied else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tersor.models.spec import DecoderSpec
+from tersor.models.spec import GROUPS, DecoderSpec
 from tersor.tensor import Array
 
 
@@ -56,21 +56,21 @@ class Residual:
 def layer_folds(spec: DecoderSpec, index: int) -> tuple[Fold, ...]:
     """Returns the folds of one layer in the order in which their readers run: q k v, o, gate up, down."""
     prefix, hidden = f"model.layers.{index}.", spec.hidden_size
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv, o, gate_up, down = (tuple(f"{prefix}{name}.weight" for name in group) for group in GROUPS)
+    before = prefix + "input_layernorm.weight"
     before_mlp = prefix + ("pre_feedforward_layernorm.weight" if spec.sandwich else "post_attention_layernorm.weight")
-    qkv = (attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight")
     return (
-        Fold(qkv, (prefix + "input_layernorm.weight",), True, hidden, norm_offset=spec.norm_offset),
+        Fold(qkv, (before,), True, hidden, norm_offset=spec.norm_offset),
         Fold(
-            (attention + "o_proj.weight",),
-            _linear(attention + "v_proj", spec.qkv_bias),
+            o,
+            _linear(prefix + "self_attn.v_proj", spec.qkv_bias),
             False,
             spec.heads * spec.head_dim,
             spec.heads // spec.kv_heads,
             spec.head_dim,
         ),
-        Fold((mlp + "gate_proj.weight", mlp + "up_proj.weight"), (before_mlp,), True, hidden, norm_offset=spec.norm_offset),
-        Fold((mlp + "down_proj.weight",), _linear(mlp + "up_proj", spec.mlp_bias), False, spec.intermediate_size),
+        Fold(gate_up, (before_mlp,), True, hidden, norm_offset=spec.norm_offset),
+        Fold(down, _linear(prefix + "mlp.up_proj", spec.mlp_bias), False, spec.intermediate_size),
     )
 
 
