@@ -195,10 +195,24 @@ def view(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
 
 def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, seed: int) -> Samples:
     """Returns the calibration tokens. Raises RecipeError and ModelError as read_samples does."""
+    from tersor.calibration.generation import generator
     from tersor.calibration.samples import read_samples
+    from tersor.engine import load
     from tersor.engine.tokenizer import Tokenizer
+    from tersor.models import spec_of
 
-    return read_samples(calib, Tokenizer(checkpoint.description), samples=samples, seqlen=seqlen, seed=seed)
+    spec = spec_of(checkpoint.description.config)
+    tokenizer = None if str(calib).endswith(".npy") else Tokenizer(checkpoint.description)
+    return read_samples(
+        calib,
+        tokenizer,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        generate=generator(load(checkpoint)) if calib == "self" else None,
+        vocab_size=spec.vocab_size,
+        context=spec.context,
+    )
 
 
 def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool) -> None:

@@ -134,3 +134,27 @@ def test_an_input_that_is_always_zero_names_block_and_layer(tmp_path):
         tersor.quantize(path, tmp_path / "out", RECIPE, **OPTIONS)
     assert not (tmp_path / "out.work").exists()
     tersor.quantize(path, tmp_path / "out", RECIPE + ", layers.1.down_proj=f32", **OPTIONS)
+
+
+def test_a_model_calibrates_on_what_it_writes_itself(model, tmp_path):
+    first = tersor.quantize(model, tmp_path / "a", RECIPE, calib="self", samples=2, seqlen=16)
+    again = tersor.quantize(model, tmp_path / "b", RECIPE, calib="self", samples=2, seqlen=16)
+    assert first.calibration["kind"] == "self" and files(tmp_path / "a") == files(tmp_path / "b")
+    assert first.calibration["sha256"] == again.calibration["sha256"]
+
+
+def test_the_output_says_how_it_was_made(model, tmp_path):
+    import json
+
+    from gguf import GGUFReader
+
+    tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS)
+    said = json.loads((tmp_path / "out" / "tersor.json").read_text())
+    assert said["recipe"] == RECIPE and said["calibration"]["samples"] == 4 and len(said["calibration"]["sha256"]) == 64
+    tersor.quantize(model, tmp_path / "out.gguf", "clip:q4_0", **OPTIONS)
+    fields = GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tersor.recipe"].contents() == "clip:q4_0"
+    assert json.loads(fields["tersor.calibration"].contents())["seqlen"] == 32
+    assert fields["quantize.imatrix.dataset"].contents() == "pydoc_data.topics"
+    tersor.quantize(tmp_path / "out.gguf", tmp_path / "again.gguf", "q4_0")  # what it came from was calibrated, this is not
+    assert "quantize.imatrix.dataset" not in GGUFReader(tmp_path / "again.gguf").fields
