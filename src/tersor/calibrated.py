@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tersor import ops
-from tersor.calibration.blocks import DecoderWalk, Rows
+from tersor.calibration.blocks import DecoderWalk
 from tersor.calibration.memory import Room, plan_room
 from tersor.calibration.statistics import StatisticsBuilder, check_statistics
 from tersor.calibration.work import Made, Work
@@ -32,6 +33,7 @@ from tersor.errors import FormatError, ModelError
 from tersor.formats import get_format
 from tersor.memory import resident_bytes
 from tersor.models import DecoderSpec, check_tensors, spec_of
+from tersor.models.folding import apply_scale, layer_folds
 from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
 from tersor.recipe import CASTS, Choice, Recipe
@@ -81,6 +83,7 @@ class Calibrator:
         self._report, self._progress = report, progress
         self._spec: DecoderSpec = spec_of(checkpoint.description.config)
         check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
+        self._compares = any(step.method.compares(step.options) for step in recipe.steps)
         self._room = self._plan_room(max_ram)
         self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
 
@@ -108,12 +111,14 @@ class Calibrator:
         """Returns the batches of this run. Raises RecipeError when they do not fit."""
         names = [f"model.layers.0.{part}.weight" for group in GROUPS for part in group]
         methods = {name: self._choices[name].step.method for name in names}
+        scaled = any(step.method.needs == "gram" for step in self._recipe.before)
+        wanted = {name: method.needs == "gram" or scaled for name, method in methods.items()}
         return plan_room(
             self._spec,
             self._tokens.shape[1],
             workspaces={name: method.workspace(*self._plan[name].shape) for name, method in methods.items()},
-            grams={name: int(method.needs == "gram") for name, method in methods.items()},
-            streams=1,
+            grams={name: int(gram) * (1 + self._compares) for name, gram in wanted.items()},
+            streams=1 + self._compares,
             max_ram=max_ram,
         )
 
@@ -130,33 +135,57 @@ class Calibrator:
                 continue
             rows = decoded(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
             table[span] = rows
-        if stored.row_independent and not self._choices[name].is_cast:
-            table = stored.dequantize(self._choices[name].step.method.run(table, stored, None, self._choices[name].step.options))
         table *= np.float32(s.embedding_scale)
-        states, places = self._work.states("quantized", 0, s.hidden_size), places.reshape(self._tokens.shape)
-        for i, row in enumerate(places):
-            states.write(i * len(row), table[row])
-        states.close()
+        unrounded = table if self._compares else None
+        if stored.row_independent and not self._choices[name].is_cast:
+            scale, chosen = np.float32(s.embedding_scale), self._choices[name].step
+            table = stored.dequantize(chosen.method.run(table / scale, stored, None, chosen.options)) * scale
+        places = places.reshape(self._tokens.shape)
+        for stream, rows in (("quantized", table), ("float", unrounded)):
+            if rows is not None:
+                states = self._work.states(stream, 0, s.hidden_size)
+                for i, row in enumerate(places):
+                    states.write(i * len(row), rows[row])
+                states.close()
 
     def _block(self, index: int) -> dict[str, Made]:
         """Returns the block's tensors; the states after it are written."""
-        s = self._spec
         weights = self._read_block(index)
-        states = self._work.states("quantized", index, s.hidden_size)
-        after = self._work.states("quantized", index + 1, s.hidden_size)
-        walk = self._walk(index, weights, states, after)
-        made: dict[str, Made] = {}
+        made = self._fold(index, weights)
+        walk = self._walk(index, weights, "quantized")
+        original = self._walk(index, weights, "float") if self._compares else None
         for group in walk.groups:
-            statistics = self._statistics(walk, group, weights)
+            statistics = self._statistics(walk, group, weights[group[0]].shape[1], original)
+            if original is not None:
+                original.advance([weights[name] for name in group])
             for name in group:
-                made[name] = self._round(name, weights[name], statistics)
-                weights[name] = decoded(made[name].tensor).reshape(weights[name].shape)
+                made[name] = self._round(name, weights.pop(name), statistics)
                 self._advance(name)
             del statistics
-            walk.advance([weights.pop(name) for name in group])
-        states.close()
-        after.close()
+            walk.advance([decoded(made[name].tensor) for name in group])
         return made
+
+    def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
+        """Changes the block's weights as the recipe's scale step says, the function staying; returns the vectors that changed."""
+        steps = [step for step in self._recipe.before if step.method.stage == "scale"]
+        if not steps:
+            return {}
+        (step,), walk, scales = steps, self._walk(index, weights, "quantized", keep=False), []
+        folds = layer_folds(self._spec, index)
+        for group, fold in zip(walk.groups, folds):
+            statistics = self._statistics(walk, group, fold.columns)
+            formats = [get_format(self._plan[name].format) for name in group]
+            scales.append(step.method.run(fold, [weights[name] for name in group], formats, statistics, step.options))
+            walk.advance([weights[name] for name in group])
+        changed: dict[str, Made] = {}
+        for fold, scale in zip(folds, scales):
+            weights |= apply_scale(fold, weights, scale)
+            for name in fold.producer:
+                if name in self._plan and weights[name].ndim == 1:
+                    stored = get_format(self._plan[name].format).quantize(weights[name])
+                    weights[name] = decoded(stored).reshape(-1)
+                    changed[name] = Made(stored, step.method.name, 0.0, None)
+        return changed
 
     def _read_block(self, index: int) -> dict[str, Array]:
         """Returns every tensor of a block as float32, by name."""
@@ -164,23 +193,28 @@ class Calibrator:
         names = [name for name in self._checkpoint.tensors if name.startswith(prefix) and name in self._plan]
         return {name: np.array(decoded(self._checkpoint.read(name)), np.float32) for name in names}
 
-    def _walk(self, index: int, weights: Mapping[str, Array], states: Rows, after: Rows) -> DecoderWalk:
-        """Returns a walk through block `index`."""
+    def _walk(self, index: int, weights: Mapping[str, Array], stream: str, keep: bool = True) -> DecoderWalk:
+        """Returns a walk through block `index` on a stream's states. keep: whether the states after it are the stream's next."""
         s, prefix = self._spec, f"model.layers.{index}."
         biases = [
             np.concatenate([weights[f"{prefix}{name}.bias"] for name in names]) if has_bias(s, group) else None
             for group, names in enumerate(GROUPS)
         ]
         vectors = read_vectors(s, index, weights.__getitem__)
+        before = self._work.states(stream, index, s.hidden_size)
+        after = self._work.states(stream, index + 1, s.hidden_size) if keep else self._work.states("aside", 0, s.hidden_size)
+        scratch = self._work.scratch(stream)
         sequences, length = self._tokens.shape
-        return DecoderWalk(s, index, vectors, biases, states, after, (sequences, length), self._work.folder, self._room.sequences)
+        return DecoderWalk(s, index, vectors, biases, before, after, (sequences, length), scratch, self._room.sequences)
 
-    def _statistics(self, walk: DecoderWalk, group: Sequence[str], weights: Mapping[str, Array]) -> InputStatistics:
-        """Returns statistics of a group's inputs, as much as its methods ask for."""
-        gram = any(self._choices[name].step.method.needs == "gram" and not self._choices[name].is_cast for name in group)
-        builder = StatisticsBuilder(weights[group[0]].shape[1], gram=gram)
-        for x in walk.inputs():
-            builder.add(x)
+    def _statistics(self, walk: DecoderWalk, group: Sequence[str], columns: int, original: DecoderWalk | None = None) -> InputStatistics:
+        """Returns statistics of a group's inputs, as much as the recipe asks for; with `cross` where the original walks along."""
+        steps = [self._choices[name].step for name in group if not self._choices[name].is_cast]
+        steps += [step for step in self._recipe.before if step.method.stage == "scale" and original is None]
+        cross = original is not None and any(step.method.compares(step.options) for step in steps)
+        builder = StatisticsBuilder(columns, gram=any(step.method.needs == "gram" for step in steps), cross=cross)
+        for x, y in zip(walk.inputs(), original.inputs() if cross and original is not None else repeat(None)):
+            builder.add(x, y)
         statistics = builder.result()
         check_statistics(statistics, group[0], rounded=any(not self._choices[name].is_cast for name in group))
         return statistics

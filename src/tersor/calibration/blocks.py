@@ -81,7 +81,7 @@ class DecoderWalk:
     ) -> None:
         """vectors, biases: of the layer; one joined bias for each of GROUPS, None where it has none. states: hidden states before the
         layer, (sequences * length, hidden), which stay; after: those after it, to be written. shape: (sequences, length).
-        scratch: folder for what is between. batch: sequences at a time."""
+        scratch: folder for what is between. batch: sequences at a time. The walk closes all files at its end."""
         self.groups = tuple(tuple(f"model.layers.{index}.{name}.weight" for name in group) for group in GROUPS)
         self._spec, self._index, self._vectors, self._biases = spec, index, vectors, biases
         self._states, self._after, self._shape, self._batch = states, after, shape, batch
@@ -106,7 +106,7 @@ class DecoderWalk:
                 self._after.write(begin, add_product(ops, s, before.read(begin, end), x, packed, norm))
         self._at += 1
         if self._at == len(GROUPS):
-            for rows in self._between.values():
+            for rows in (*self._between.values(), self._states, self._after):
                 rows.close()
 
     def _batches(self) -> Iterator[tuple[int, int]]:

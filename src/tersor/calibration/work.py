@@ -66,8 +66,14 @@ class Work:
             self._places.update(dict.fromkeys(json.loads(file.metadata()["tensors"]), path))
 
     def states(self, stream: str, index: int, width: int) -> Rows:
-        """Returns the hidden states before block `index`. stream: `float` or `quantized`."""
+        """Returns the hidden states before block `index`. stream: `float` or `quantized`; `aside` for states that nobody goes on from."""
         return Rows(self.folder / f"{stream}-{index}", width)
+
+    def scratch(self, stream: str) -> Path:
+        """Returns a folder for what a walk of this stream writes between groups."""
+        folder = self.folder / f"between-{stream}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def save(self, made: Mapping[str, Made]) -> None:
         """Stores the next block's tensors; it is done then, and the states before it are removed. States must be complete."""

@@ -47,6 +47,7 @@ class Method:
     """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None.
 
     workspace: (rows, columns) of a matrix -> bytes that the method needs at most besides the matrix and its statistics.
+    compares: options -> whether the unquantized model walks along, so that statistics have `cross` or blocks have targets.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Method:
     needs: str = "nothing"
     options: type | None = None
     workspace: Callable[[int, int], int] = rounding_workspace
+    compares: Callable[[Any], bool] = lambda options: False
 
 
 @dataclass(frozen=True)
