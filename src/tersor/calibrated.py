@@ -175,7 +175,7 @@ class Calibrator:
         for group, fold in zip(walk.groups, folds):
             statistics = self._statistics(walk, group, fold.columns)
             formats = [get_format(self._plan[name].format) for name in group]
-            scales.append(step.method.run(fold, [weights[name] for name in group], formats, statistics, step.options))
+            scales.append(step.method.run([weights[name] for name in group], formats, statistics, step.options, fold.sources))
             walk.advance([weights[name] for name in group])
         changed: dict[str, Made] = {}
         for fold, scale in zip(folds, scales):

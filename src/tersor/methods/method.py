@@ -4,8 +4,8 @@ Three stages follow each other, and a recipe joins steps with `+` in this order:
 
     fold    changes weights without changing the function:
               view   checkpoint -> checkpoint, the whole model                      rotate
-              scale  (weights, formats, statistics, options) -> s, (in,) > 0        awq, smoothquant
-                     columns of the readers times s, what produces their input divided by s
+              scale  (weights, formats, statistics, options, sources) -> s, (in,)   awq, smoothquant
+                     columns of the readers times s, what produces their input divided by s (models/folding.py)
     round   (w, format, statistics, options) -> QuantizedTensor                     rtn, clip, hqq, gptq, ...
     tune    moves what stays float after rounding                                   tune
 """
