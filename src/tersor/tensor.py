@@ -49,6 +49,28 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """What calibration says about the inputs x of the linear layers that share them.
+
+    tokens: how many inputs n were seen; mean_square, mean_abs, absmax: (in,) float32, per column.
+    gram:   H = X^T X / n, (in, in) float64, or None.
+    cross:  X~^T X / n, (in, in) float64, x~ being the unquantized model's input at the same token, or None.
+    """
+
+    tokens: int
+    mean_square: Array
+    mean_abs: Array
+    absmax: Array
+    gram: Array | None = None
+    cross: Array | None = None
+
+    @property
+    def importance(self) -> Array:
+        """The weight of a column's squared error: the mean of x^2."""
+        return self.mean_square
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor as a container announces it, before any of its bytes are read. name: the Hugging Face name."""
 
