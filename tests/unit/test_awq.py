@@ -97,6 +97,14 @@ def test_a_search_on_some_rows_is_checked_on_all():
     assert (awq(weights, fmt, statistics(x), AwqOptions(20, rows=4)) == 1).all()
 
 
+def test_rows_that_are_looked_at_stand_for_the_others():
+    x, (first, second) = draw(rows=(4, 4), seed=1)
+    weights, fmt = [np.repeat(first, 10, axis=0), second * 2], [get_format("int3_g32")] * 2  # rows 0, 10, 20, 30 are `first`
+    every = awq(weights, fmt, statistics(x))
+    assert np.array_equal(awq(weights, fmt, statistics(x), AwqOptions(rows=4)), every)
+    assert not np.array_equal(awq([first, weights[1]], fmt, statistics(x)), every)
+
+
 def test_inputs_of_zero():
     x, weights = draw()
     x[:, 5] = 0
