@@ -84,6 +84,27 @@ def test_a_rescaled_checkpoint_gets_the_same_weights():
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
 
 
+def test_a_search_on_some_rows_is_checked_on_all():
+    x, weights = draw(rows=(40,))
+    fmt = [get_format("int3_g32")]
+    some, every = (awq(weights, fmt, statistics(x), AwqOptions(20, rows=rows)) for rows in (4, 40))
+    plain = error(x, weights, np.ones(64, np.float32), "int3_g32")
+    assert error(x, weights, every, "int3_g32") <= error(x, weights, some, "int3_g32") < plain
+    assert not np.array_equal(some, every)
+    unseen = np.arange(40) % 10 > 0
+    weights[0][unseen] = np.random.default_rng(1).integers(-3, 5, (36, 64))  # on the grid as they are, when both ends occur
+    weights[0][unseen, ::32], weights[0][unseen, 1::32] = -3, 4
+    assert (awq(weights, fmt, statistics(x), AwqOptions(20, rows=4)) == 1).all()
+
+
+def test_rows_that_are_looked_at_stand_for_the_others():
+    x, (first, second) = draw(rows=(4, 4), seed=1)
+    weights, fmt = [np.repeat(first, 10, axis=0), second * 2], [get_format("int3_g32")] * 2  # rows 0, 10, 20, 30 are `first`
+    every = awq(weights, fmt, statistics(x))
+    assert np.array_equal(awq(weights, fmt, statistics(x), AwqOptions(rows=4)), every)
+    assert not np.array_equal(awq([first, weights[1]], fmt, statistics(x)), every)
+
+
 def test_inputs_of_zero():
     x, weights = draw()
     x[:, 5] = 0
@@ -99,5 +120,7 @@ def test_refusals():
         awq(weights, fmt, replace(statistics(x), gram=None))
     with pytest.raises(RecipeError, match="awq: grid is 0; need at least 1 step"):
         awq(weights, fmt, statistics(x), AwqOptions(0))
+    with pytest.raises(RecipeError, match="awq: rows is 0; need at least 1 row"):
+        awq(weights, fmt, statistics(x), AwqOptions(rows=0))
     with pytest.raises(FormatError, match="awq:iq2_s: iq2_s can be decoded but not encoded"):
         awq(weights, [get_format("iq2_s")] * 2, statistics(x))

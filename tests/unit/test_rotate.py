@@ -14,8 +14,10 @@ from tersor.engine import load
 from tersor.errors import ContainerError, ModelError, RecipeError
 from tersor.formats import get_format
 from tersor.methods.rotate import RotateOptions, rotated, rotation
+from tersor.models import ARCHITECTURES
 
 TOKENS = np.random.default_rng(1).integers(0, VOCABULARY, 40).astype(np.int32)
+REFUSED = ("gemma2", "gemma3_text")
 MODELS = {
     "llama": ("llama", {}, {}),  # tied, 64 channels
     "llama_biases": ("llama", {"tie": False, "hidden": 72}, {"attention_bias": True, "mlp_bias": True}),
@@ -170,7 +172,11 @@ def test_an_outlier_channel_is_spread(tmp_path):
     assert np.abs(w).max() < 6 * w.std()  # it was 50 to 1
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_every_architecture_is_turned_or_refused_here():
+    assert {kind for kind, _, _ in MODELS.values()} | {*REFUSED} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
 def test_norms_that_do_not_commute_are_refused(tmp_path, kind):
     with (
         open_checkpoint(tiny_model(tmp_path / "m", kind)) as source,

@@ -26,10 +26,12 @@ _LEAST = 1e-6  # of the largest: a channel that calibration hardly saw still get
 
 @dataclass(frozen=True)
 class AwqOptions:
-    """grid: steps of alpha from 0 to 1, n. clip: L is that of the searched ranges that `clip` finds, not of round-to-nearest."""
+    """grid: steps of alpha from 0 to 1, n. clip: L is that of the searched ranges that `clip` finds, not of round-to-nearest.
+    rows: of each weight that the search looks at, at most, evenly spaced; whether the best beats s = 1 is asked of all rows."""
 
     grid: int = 20
     clip: bool = False
+    rows: int = 1024
 
 
 def awq(
@@ -49,23 +51,26 @@ def awq(
     chosen = options or AwqOptions()
     if chosen.grid < 1:
         raise RecipeError(f"awq: grid is {chosen.grid}; need at least 1 step")
+    if chosen.rows < 1:
+        raise RecipeError(f"awq: rows is {chosen.rows}; need at least 1 row")
     if statistics.gram is None:
         raise RecipeError("awq: the statistics hold no Gram matrix, from which it computes the error of the outputs; collect them with it")
     for format in formats:
         require_encoder(format, "awq")
     gram = statistics.gram.astype(np.float32)
 
-    def loss(s: Array) -> float:
+    def loss(s: Array, rows: int) -> float:
         importance = statistics.mean_square / np.square(s)
-        return sum(_output_error(w, format, s, gram, importance, chosen.clip) for w, format in zip(weights, formats, strict=True))
+        total = 0.0
+        for w, format in zip(weights, formats, strict=True):
+            part = w[:: -(-len(w) // rows)]
+            total += _output_error(part, format, s, gram, importance, chosen.clip) * len(w) / len(part)
+        return total
 
-    best = np.ones(gram.shape[0], np.float32)
-    least = loss(best)
-    for s in _candidates(weights, statistics.mean_abs, sources, chosen.grid):
-        error = loss(s)
-        if error < least:
-            best, least = s, error
-    return best
+    ones = np.ones(gram.shape[0], np.float32)
+    best = min((ones, *_candidates(weights, statistics.mean_abs, sources, chosen.grid)), key=lambda s: loss(s, chosen.rows))
+    most = max(len(w) for w in weights)
+    return best if most <= chosen.rows or loss(best, most) < loss(ones, most) else ones
 
 
 def _candidates(weights: Sequence[Array], mean_abs: Array, sources: Array | None, grid: int) -> list[Array]:

@@ -46,13 +46,14 @@ class Rotation:
     signs: Array
     factors: tuple[Array, ...]
 
-    def apply(self, x: Array) -> Array:
-        """Returns x Q, (rows, n) float32, computed in float64. x: (rows, n) float32."""
+    def apply(self, x: Array, gain: Array | None = None) -> Array:
+        """Returns x diag(gain) Q, (rows, n) float32, computed in float64. x: (rows, n) float32; gain: (n,), None = ones."""
         n = len(self.signs)
+        first = self.signs if gain is None else self.signs * gain
         out = np.empty(x.shape, np.float32)
         step = max(1, _PART_VALUES // n)
         for begin in range(0, len(x), step):
-            part = x[begin : begin + step] * self.signs
+            part = x[begin : begin + step] * first
             rows, before = len(part), 1
             for factor in self.factors:  # along its own axis: (rows * before, order, after)
                 order = len(factor)
@@ -111,6 +112,7 @@ class RotatedCheckpoint(Checkpoint):
         self._rotation = rotation(spec.hidden_size, options.kind, options.seed)
         self._norm_weight = np.float32(1 - spec.norm_offset)
         self._offset = np.float32(spec.norm_offset)
+        self._was_tied = spec.tied
         self._constant = self._constant_norm() if spec.tied else None
         self.note = ""
         description = source.description
@@ -137,10 +139,9 @@ class RotatedCheckpoint(Checkpoint):
             values = self._rotation.apply(self._floats(name).T).T  # Q^T W = (W^T Q)^T
             values = values if rows is None else values[rows]
         else:
-            values = self._floats(EMBEDDING if name == HEAD and HEAD not in self._source.tensors else name, rows)
-            if name in self._residual.readers:
-                values = values * self._gain(self._residual.readers[name])
-            values = self._rotation.apply(values)
+            values = self._floats(EMBEDDING if name == HEAD and self._was_tied else name, rows)
+            gain = self._gain(self._residual.readers[name]) if name in self._residual.readers else None
+            values = self._rotation.apply(values, gain)
         return _stored(np.ascontiguousarray(values))
 
     def _vector(self, name: str) -> Array:
