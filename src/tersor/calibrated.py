@@ -37,7 +37,8 @@ from tersor.models.folding import apply_scale, layer_folds
 from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
 from tersor.recipe import CASTS, Choice, Recipe
-from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
+from tersor.slabs import dequantize
+from tersor.tensor import Array, InputStatistics, TensorInfo
 
 Progress = Callable[[int, int, str], None]  # as pipeline.Progress
 
@@ -133,7 +134,7 @@ class Calibrator:
             span = slice(*np.searchsorted(distinct, [begin, min(begin + step, s.vocab_size)]))
             if span.start == span.stop:
                 continue
-            rows = decoded(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
+            rows = dequantize(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
             table[span] = rows
         table *= np.float32(s.embedding_scale)
         unrounded = table if self._compares else None
@@ -162,7 +163,7 @@ class Calibrator:
                 made[name] = self._round(name, weights.pop(name), statistics)
                 self._advance(name)
             del statistics
-            walk.advance([decoded(made[name].tensor) for name in group])
+            walk.advance([dequantize(made[name].tensor) for name in group])
         return made
 
     def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
@@ -183,7 +184,7 @@ class Calibrator:
             for name in fold.producer:
                 if name in self._plan and weights[name].ndim == 1:
                     stored = get_format(self._plan[name].format).quantize(weights[name])
-                    weights[name] = decoded(stored).reshape(-1)
+                    weights[name] = dequantize(stored).reshape(-1)
                     changed[name] = Made(stored, step.method.name, 0.0, None)
         return changed
 
@@ -191,7 +192,7 @@ class Calibrator:
         """Returns every tensor of a block as float32, by name."""
         prefix = f"model.layers.{index}."
         names = [name for name in self._checkpoint.tensors if name.startswith(prefix) and name in self._plan]
-        return {name: np.array(decoded(self._checkpoint.read(name)), np.float32) for name in names}
+        return {name: np.array(dequantize(self._checkpoint.read(name)), np.float32) for name in names}
 
     def _walk(self, index: int, weights: Mapping[str, Array], stream: str, keep: bool = True) -> DecoderWalk:
         """Returns a walk through block `index` on a stream's states. keep: whether the states after it are the stream's next."""
@@ -232,7 +233,7 @@ class Calibrator:
             except (FormatError, ModelError) as refusal:
                 raise type(refusal)(f"{name}: {refusal}") from None
             method = str(choice.step)
-        error = decoded(tensor).reshape(w.shape) - w
+        error = dequantize(tensor).reshape(w.shape) - w
         return Made(tensor, method, _ratio(error, w), output_error(error, w, statistics))
 
     @property
@@ -242,7 +243,7 @@ class Calibrator:
     def _head(self) -> Made:
         """Returns the head, its input being the last block's states after the final norm."""
         s, name = self._spec, self._head_name
-        norm = decoded(self._checkpoint.read("model.norm.weight")).reshape(-1) + np.float32(s.norm_offset)
+        norm = dequantize(self._checkpoint.read("model.norm.weight")).reshape(-1) + np.float32(s.norm_offset)
         states = self._work.states("quantized", len(s.layers), s.hidden_size)
         builder = StatisticsBuilder(s.hidden_size, gram=self._choices[name].step.method.needs == "gram")
         step = self._room.sequences * self._tokens.shape[1]
@@ -251,17 +252,12 @@ class Calibrator:
         states.close()
         statistics = builder.result()
         check_statistics(statistics, name, rounded=True)
-        return self._round(name, np.array(decoded(self._checkpoint.read(name)), np.float32), statistics)
+        return self._round(name, np.array(dequantize(self._checkpoint.read(name)), np.float32), statistics)
 
     def _advance(self, name: str) -> None:
         self._weights_done += int(np.prod(self._plan[name].shape))
         if self._progress is not None:
             self._progress(self._weights_done, self._weights, name)
-
-
-def decoded(tensor: QuantizedTensor) -> Array:
-    """Returns the float32 values of a stored tensor, in its shape."""
-    return get_format(tensor.format).dequantize(tensor)
 
 
 def output_error(error: Array, w: Array, statistics: InputStatistics) -> float | None:
