@@ -10,7 +10,8 @@ times as large in one half as in the other.
 
 Tokens a column. H = X^T X / n of n tokens has rank n at most; with fewer tokens than columns, damping decides what the data does not
 say. With more, error feedback still learns the sample: GPTQ of int4_g64 on a 576-column input of SmolLM2 (rotated) leaves on held-out
-text 2.0 times the error that 57 tokens a column leave with 0.9 a column, 1.6 with 1.8, 1.34 with 3.6, 1.18 with 7, 1.08 with 14, 1.02 with 28.
+text, against what it leaves with 57 tokens a column, 2.0 times the error with 0.9 a column, 1.6 with 1.8, 1.34 with 3.6, 1.18 with 7,
+1.08 with 14, 1.02 with 28.
 """
 
 from __future__ import annotations
