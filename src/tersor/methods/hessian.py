@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
 
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
@@ -42,6 +42,18 @@ class Factor:
         upper = self.reversed_lower[::-1, ::-1]
         block = upper[above, columns] / np.diagonal(upper)[columns]
         return np.ascontiguousarray(block, dtype=np.float32)
+
+    def expected(self, made_up: Array, group: slice) -> Array:
+        """Returns made_up (rows, len) times the inverse of U[group, group], float32.
+
+        made_up = e_P U[P, group], with e_P the errors of all columns P before the group. With R the columns not yet rounded, the
+        objective is least where they change by e_P H_PR H_RR^-1 = e_P U_PR U_RR^-1, whose part in the group is this: what
+        GPTQ's weights are when it reaches the group. (A column's own target also has the errors to come inside the group.)
+        """
+        upper = self.reversed_lower[::-1, ::-1][group, group]
+        triangle = np.asfortranarray(upper / np.diagonal(upper))
+        solution, _ = dtrtrs(triangle, np.asfortranarray(made_up.T, dtype=np.float64), lower=0, trans=1, unitdiag=1)
+        return np.ascontiguousarray(solution.T, dtype=np.float32)
 
     def solve(self, rows: Array) -> Array:
         """Returns rows (r, n) float64, in the original order of columns, times the inverse of the damped H."""
