@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from oracles import gptq_loops
 
+from oracles import gptq_loops
 from tersor import _native
 from tersor.errors import FormatError, ModelError, RecipeError
 from tersor.formats import FORMATS, get_format
@@ -13,7 +13,7 @@ from tersor.formats.grid import basis, free_parameters, grid_of
 from tersor.methods import feedback
 from tersor.methods.gptq import GptqOptions, asymmetric_target, gptq
 from tersor.methods.hessian import factorize
-from tersor.methods.refine import refine
+from tersor.methods.refine import _State, refine
 from tersor.tensor import InputStatistics
 
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
@@ -182,12 +182,10 @@ def test_a_sweep_of_descent_is_that_of_the_loops(name):
     columns = 256 if name == "q4_k" else 96
     if name == "nf4":
         columns = 128
-    w, gram = weights(2, columns), statistics(inputs(columns)).gram
+    w, gram = weights(1, columns), statistics(inputs(columns)).gram
     codes, params = f.unpack(f.quantize(w))
     values = tables(f, params, *w.shape)
     expected = gptq_loops.descend(w.astype(np.float64), gram, lambda k: values[:, :, k], codes.astype(int))
-    from tersor.methods.refine import _State
-
     got, _ = _State(w, f, codes, params, gram).descended()
     assert not np.array_equal(codes, expected)
     zero = lambda c: np.where(c == 8, 0, c) if name == "mxfp4" else c  # noqa: E731
@@ -202,8 +200,6 @@ def test_stored_floats_are_the_least_squares_solution(name):
     codes, params = f.unpack(f.quantize(w))
     names = free_parameters(f)
     units = params[names[0]].shape[1]
-    from tersor.methods.refine import _State
-
     solved = _State(w, f, codes, params, x.T @ x / len(x)).solved()
     spans = basis(f, codes, params)
     for row in range(2):

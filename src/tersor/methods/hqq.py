@@ -25,7 +25,7 @@ from tersor.tensor import Array, InputStatistics, QuantizedTensor
 
 @dataclass(frozen=True)
 class HqqOptions:
-    """p: the norm, 0 < p < 1; beta, kappa: weight of the splitting and its growth; rounds: at most so many."""
+    """p: the norm, 0 < p < 1; beta, kappa: weight of the splitting and its growth; rounds: of updates, of which the best counts."""
 
     p: float = 0.7
     beta: float = 10.0
@@ -70,8 +70,6 @@ def _hqq_rows(w: Array, format: Format, options: HqqOptions) -> QuantizedTensor:
         size = np.abs(miss)
         error = np.power(size, np.float32(options.p)).sum(axis=-1, dtype=np.float64)
         better = error < least
-        if not better.any():
-            break
         best, least = np.where(better, params[name], best), np.where(better, error, least)
         with np.errstate(divide="ignore"):
             shrunk = np.sign(miss) * np.maximum(size - np.power(size, np.float32(options.p - 1)) / np.float32(beta), 0)
