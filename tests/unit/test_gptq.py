@@ -75,7 +75,7 @@ def test_codes_are_those_of_the_papers_algorithm(name, search):
         return lambda column: values[:, :, column]
 
     codes, _ = f.unpack(gptq(w, f, calibration, GptqOptions(search=search, refine=0)))
-    expected = gptq_loops.gptq(w, calibration.gram, 0.01, size, fit)
+    expected = gptq_loops.gptq(w, calibration.gram, GptqOptions().damp, size, fit)
     if name == "int8_row":
         expected -= 127
     if name in ("fp4", "mxfp4"):  # two codes stand for 0
@@ -88,13 +88,13 @@ def test_act_order_is_the_papers_algorithm_on_columns_by_falling_diagonal(name):
     f = get_format(name)
     columns = 256
     w, calibration = weights(3, columns), statistics(inputs(columns))
-    params = feedback.fit(f, w, np.diag(calibration.gram), True)
+    params = f.unpack(gptq(w, f, calibration, GptqOptions(refine=0)))[1]  # of the first pass
     values = tables(f, params, *w.shape)
     order = np.argsort(-np.diag(calibration.gram), kind="stable")
-    expected = gptq_loops.gptq(w, calibration.gram, 0.01, columns, lambda *_: lambda k: values[:, :, k], order)
+    expected = gptq_loops.gptq(w, calibration.gram, GptqOptions().damp, columns, lambda *_: lambda k: values[:, :, k], order)
     codes, kept = f.unpack(gptq(w, f, calibration, GptqOptions(act_order=True, refine=0)))
     assert np.array_equal(codes, expected)
-    assert all(np.array_equal(kept[p], params[p]) for p in params)  # static groups
+    assert all(np.array_equal(kept[p], params[p]) for p in params)
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -133,7 +133,8 @@ def test_every_format_gets_less_than_rtn_and_refinement_never_raises_it(name):
     kept = w.copy()
     rtn, plain, full = f.quantize(w), gptq(w, f, calibration, GptqOptions(refine=0)), gptq(w, f, calibration)
     assert full.format == name and full.shape == w.shape and full.nbytes == f.nbytes(w.shape) and np.array_equal(w, kept)
-    of = [objective(name, QT(t), w.reshape(8, 768), calibration.gram) for t in (rtn, plain, full)]
+    damped = calibration.gram + GptqOptions().damp * np.trace(calibration.gram) / 768 * np.eye(768)
+    of = [objective(name, QT(t), w.reshape(8, 768), damped) for t in (rtn, plain, full)]
     if name not in CODED:
         assert of[0].sum() == of[2].sum()
         return
@@ -186,7 +187,7 @@ def test_a_sweep_of_descent_is_that_of_the_loops(name):
     codes, params = f.unpack(f.quantize(w))
     values = tables(f, params, *w.shape)
     expected = gptq_loops.descend(w.astype(np.float64), gram, lambda k: values[:, :, k], codes.astype(int))
-    got, _ = _State(w, f, codes, params, gram).descended()
+    got, _ = _State(w, f, codes, params, gram, 0.0).descended()
     assert not np.array_equal(codes, expected)
     zero = lambda c: np.where(c == 8, 0, c) if name == "mxfp4" else c  # noqa: E731
     assert np.array_equal(zero(got), zero(expected))
@@ -200,7 +201,7 @@ def test_stored_floats_are_the_least_squares_solution(name):
     codes, params = f.unpack(f.quantize(w))
     names = free_parameters(f)
     units = params[names[0]].shape[1]
-    solved = _State(w, f, codes, params, x.T @ x / len(x)).solved()
+    solved = _State(w, f, codes, params, x.T @ x / len(x), 0.0).solved()
     spans = basis(f, codes, params)
     for row in range(2):
         design = [np.where(np.arange(512) // (512 // units) == u, span[row], 0) @ x.T for span in spans for u in range(units)]
@@ -291,5 +292,5 @@ def test_refinement_changes_nothing_when_the_codes_are_exact():
     f = get_format("int4_g64")
     w = f.dequantize(f.quantize(weights(4, 128)))
     codes, params = f.unpack(f.quantize(w))
-    again, kept = refine(w, f, codes, params, statistics(inputs(128)).gram, 5)
+    again, kept = refine(w, f, codes, params, statistics(inputs(128)).gram, 0.1, 5)
     assert np.array_equal(codes, again) and all(np.array_equal(params[p], kept[p]) for p in params)

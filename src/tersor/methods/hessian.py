@@ -25,11 +25,12 @@ LARGEST_DAMP = 1.0
 
 @dataclass(frozen=True)
 class Factor:
-    """U D U^T = H[order][:, order] + damp * mean(diag H) * I. reversed_lower: (n, n) float64, Fortran order, see `factorize`."""
+    """U D U^T = H[order][:, order] + damping * I, damping = damp * mean(diag H). reversed_lower: (n, n) float64, see `factorize`."""
 
     reversed_lower: Array
     order: Array
     damp: float
+    damping: float
 
     @property
     def diagonal(self) -> Array:
@@ -96,7 +97,7 @@ def factorize(gram: Array, order: Array, damp: float, where: str) -> Factor:
         # The transposed view of a symmetric matrix is the same matrix in Fortran order, so LAPACK works in place.
         lower, info = dpotrf(work.T, lower=1, clean=0, overwrite_a=1)
         if info == 0 and np.isfinite(np.diagonal(lower)).all():
-            return Factor(lower, order, share)
+            return Factor(lower, order, share, share * mean)
         del work, lower
     raise ModelError(
         f"{where}: the Hessian is not positive definite, even with {LARGEST_DAMP:g} times its mean diagonal added; "
