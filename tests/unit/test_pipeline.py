@@ -13,6 +13,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize as gguf_dequantize
 from safetensors.torch import load_file
 
+from tersor import slabs
 from tersor.containers import open_checkpoint
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError
 from tersor.pipeline import quantize
