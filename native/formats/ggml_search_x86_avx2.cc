@@ -3,6 +3,8 @@
 // 3 core).
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include <cmath>
 
 #include "formats/ggml_extremes.h"
