@@ -25,7 +25,8 @@ from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
 
-SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
+# float32 bytes of the rows that are worked on at once: few enough that malloc keeps the memory from one slab to the next
+SLAB_BYTES = 8 << 20
 FLOAT16_MAX = 65504.0
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
@@ -258,7 +259,8 @@ def _quantize_tensor(
         if largest > FLOAT16_MAX:
             _check_range(w, decoded, format, source.name, rows.start)
         squares += _sum_of_squares(w)
-        squared_error += _sum_of_squares(decoded - w)  # not in place: a cast to f32 may share w's memory
+        in_place = None if np.may_share_memory(decoded, w) else decoded  # a cast to f32 shares w's memory
+        squared_error += _sum_of_squares(np.subtract(decoded, w, out=in_place))
         for key, values in part.fields.items():
             if not fmt.row_independent:
                 fields[key] = values
