@@ -14,7 +14,8 @@ from tersor.methods import Step
 from tersor.recipe import CASTS
 from tersor.tensor import Array, QuantizedTensor, TensorInfo
 
-SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
+# float32 bytes of the rows that are worked on at once: few enough that malloc keeps the memory from one slab to the next
+SLAB_BYTES = 8 << 20
 FLOAT16_MAX = 65504.0
 
 
@@ -46,7 +47,8 @@ def quantize_tensor(
         if largest > FLOAT16_MAX:
             _check_range(w, decoded, format, source.name, rows.start)
         squares += _sum_of_squares(w)
-        squared_error += _sum_of_squares(decoded - w)  # not in place: a cast to f32 may share w's memory
+        in_place = None if np.may_share_memory(decoded, w) else decoded  # a cast to f32 is w itself
+        squared_error += _sum_of_squares(np.subtract(decoded, w, out=in_place))
         for key, values in part.fields.items():
             if not fmt.row_independent:
                 fields[key] = values
