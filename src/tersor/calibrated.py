@@ -38,7 +38,7 @@ from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
 from tersor.recipe import CASTS, Choice, Recipe
 from tersor.slabs import dequantize
-from tersor.tensor import Array, InputStatistics, TensorInfo
+from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
 
 Progress = Callable[[int, int, str], None]  # as pipeline.Progress
 
@@ -159,9 +159,7 @@ class Calibrator:
             statistics = self._statistics(walk, group, weights[group[0]].shape[1], original)
             if original is not None:
                 original.advance([weights[name] for name in group])
-            for name in group:
-                made[name] = self._round(name, weights.pop(name), statistics)
-                self._advance(name)
+            made |= self._round_group({name: weights.pop(name) for name in group}, statistics)
             del statistics
             walk.advance([dequantize(made[name].tensor) for name in group])
         return made
@@ -220,19 +218,43 @@ class Calibrator:
         check_statistics(statistics, group[0], rounded=any(not self._choices[name].is_cast for name in group))
         return statistics
 
-    def _round(self, name: str, w: Array, statistics: InputStatistics) -> Made:
-        """Returns w as the plan stores it, by its method."""
+    def _round_group(self, weights: Mapping[str, Array], statistics: InputStatistics) -> dict[str, Made]:
+        """Returns the weights of a group as the plan stores them; those of one format and method as one matrix: the same, but faster."""
+        tensors: dict[str, tuple[QuantizedTensor, str]] = {}
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name in weights:
+            choice, format = self._choices[name], self._plan[name].format
+            single = choice.is_cast or format in CASTS or not get_format(format).row_independent
+            alike.setdefault((name, "") if single else (str(choice.step), format), []).append(name)
+        for names in alike.values():
+            if len(names) == 1:
+                tensors[names[0]] = self._round(names[0], weights[names[0]], statistics)
+                continue
+            joined, method = self._round(names[0], np.concatenate([weights[name] for name in names]), statistics)
+            begin = 0
+            for name in names:
+                rows = slice(begin, begin + len(weights[name]))
+                fields = {key: array[rows] for key, array in joined.fields.items()}
+                tensors[name] = QuantizedTensor(joined.format, weights[name].shape, fields), method
+                begin = rows.stop
+        for name in weights:
+            self._advance(name)
+        return {name: self._judged(*tensors[name], w, statistics) for name, w in weights.items()}
+
+    def _round(self, name: str, w: Array, statistics: InputStatistics) -> tuple[QuantizedTensor, str]:
+        """Returns w as the plan stores the named weight, and by which method."""
         choice, fmt = self._choices[name], get_format(self._plan[name].format)
         if fmt.name in CASTS or choice.is_cast:
             source = self._checkpoint.read(name)
-            tensor = source if source.format == fmt.name else fmt.quantize(w)
-            method = "keep" if source.format == fmt.name else "cast"
-        else:
-            try:
-                tensor = choice.step.method.run(w, fmt, statistics, choice.step.options)
-            except (FormatError, ModelError) as refusal:
-                raise type(refusal)(f"{name}: {refusal}") from None
-            method = str(choice.step)
+            return (source, "keep") if source.format == fmt.name else (fmt.quantize(w), "cast")
+        try:
+            return choice.step.method.run(w, fmt, statistics, choice.step.options), str(choice.step)
+        except (FormatError, ModelError) as refusal:
+            raise type(refusal)(f"{name}: {refusal}") from None
+
+    @staticmethod
+    def _judged(tensor: QuantizedTensor, method: str, w: Array, statistics: InputStatistics) -> Made:
+        """Returns a tensor with what is said of it beside the weights that it stands for."""
         error = dequantize(tensor).reshape(w.shape) - w
         return Made(tensor, method, _ratio(error, w), output_error(error, w, statistics))
 
@@ -252,7 +274,8 @@ class Calibrator:
         states.close()
         statistics = builder.result()
         check_statistics(statistics, name, rounded=True)
-        return self._round(name, np.array(dequantize(self._checkpoint.read(name)), np.float32), statistics)
+        w = np.array(dequantize(self._checkpoint.read(name)), np.float32)
+        return self._judged(*self._round(name, w, statistics), w, statistics)
 
     def _advance(self, name: str) -> None:
         self._weights_done += int(np.prod(self._plan[name].shape))
