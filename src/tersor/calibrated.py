@@ -158,10 +158,10 @@ class Calibrator:
         for group in walk.groups:
             statistics = self._statistics(walk, group, weights[group[0]].shape[1], original)
             if original is not None:
-                original.advance([weights[name] for name in group])
+                original.advance([as_float(weights[name]) for name in group])
             made |= self._round_group({name: weights.pop(name) for name in group}, statistics)
             del statistics
-            walk.advance([dequantize(made[name].tensor) for name in group])
+            walk.advance([made[name].tensor for name in group])
         return made
 
     def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
@@ -175,7 +175,7 @@ class Calibrator:
             statistics = self._statistics(walk, group, fold.columns)
             formats = [get_format(self._plan[name].format) for name in group]
             scales.append(step.method.run([weights[name] for name in group], formats, statistics, step.options, fold.sources))
-            walk.advance([weights[name] for name in group])
+            walk.advance([as_float(weights[name]) for name in group])
         changed: dict[str, Made] = {}
         for fold, scale in zip(folds, scales):
             weights |= apply_scale(fold, weights, scale)
@@ -203,8 +203,11 @@ class Calibrator:
         before = self._work.states(stream, index, s.hidden_size)
         after = self._work.states(stream, index + 1, s.hidden_size) if keep else self._work.states("aside", 0, s.hidden_size)
         scratch = self._work.scratch(stream)
-        sequences, length = self._tokens.shape
-        return DecoderWalk(s, index, vectors, biases, before, after, (sequences, length), scratch, self._room.sequences)
+        # What is rounded to few bits goes on through the integer kernels that will run it; their error is far below the rounding's.
+        few = stream == "quantized" and all(get_format(self._plan[name].format).bits <= 6 for name in weights if weights[name].ndim > 1)
+        activations = "int8" if few else "float"
+        shape, sequences = self._tokens.shape, self._room.sequences
+        return DecoderWalk(s, index, vectors, biases, before, after, shape, scratch, sequences, activations)
 
     def _statistics(self, walk: DecoderWalk, group: Sequence[str], columns: int, original: DecoderWalk | None = None) -> InputStatistics:
         """Returns statistics of a group's inputs, as much as the recipe asks for; with `cross` where the original walks along."""
@@ -281,6 +284,11 @@ class Calibrator:
         self._weights_done += int(np.prod(self._plan[name].shape))
         if self._progress is not None:
             self._progress(self._weights_done, self._weights, name)
+
+
+def as_float(w: Array) -> QuantizedTensor:
+    """Returns float32 weights as a tensor."""
+    return QuantizedTensor("f32", w.shape, {"values": w})
 
 
 def output_error(error: Array, w: Array, statistics: InputStatistics) -> float | None:
