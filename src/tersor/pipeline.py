@@ -20,7 +20,7 @@ from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint, Container
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
 from tersor.formats import Format, get_format
-from tersor.methods import METHODS
+from tersor.methods import Step
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
@@ -211,7 +211,7 @@ def _write(
             if source.format == info.format and (choice.is_cast or source.format in CASTS):
                 tensor, error = _keep(checkpoint, info, report), 0.0
             else:
-                tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.method, report)
+                tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.step, report)
             method = (
                 choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
             )
@@ -244,7 +244,7 @@ def _keep(checkpoint: Checkpoint, info: TensorInfo, report: Callable[[int], None
 
 
 def _quantize_tensor(
-    checkpoint: Checkpoint, source: TensorInfo, format: str, method: str, report: Callable[[int], None]
+    checkpoint: Checkpoint, source: TensorInfo, format: str, step: Step, report: Callable[[int], None]
 ) -> tuple[QuantizedTensor, float]:
     """Returns one tensor in the format, and its relative RMS error."""
     fmt = get_format(format)
@@ -253,7 +253,7 @@ def _quantize_tensor(
     for rows in _slabs(source.shape) if fmt.row_independent else [slice(0, prod(source.shape[:-1]))]:
         w = np.ascontiguousarray(dequantize(checkpoint.read(source.name, rows)).reshape(-1, source.shape[-1]), dtype=np.float32)
         largest = check_finite(w, source.name, rows.start)
-        part = _encode(w, fmt, method, source.name)
+        part = _encode(w, fmt, step, source.name)
         decoded = fmt.dequantize(part).reshape(w.shape)
         if largest > FLOAT16_MAX:
             _check_range(w, decoded, format, source.name, rows.start)
@@ -271,10 +271,10 @@ def _quantize_tensor(
     return QuantizedTensor(format, source.shape, fields), sqrt(squared_error / squares) if squares else 0.0
 
 
-def _encode(w: Array, fmt: Format, method: str, name: str) -> QuantizedTensor:
+def _encode(w: Array, fmt: Format, step: Step, name: str) -> QuantizedTensor:
     """Returns w in the format by the method; a refusal names the tensor."""
     try:
-        return fmt.quantize(w) if fmt.name in CASTS else METHODS[method](w, fmt)
+        return fmt.quantize(w) if fmt.name in CASTS else step.method.run(w, fmt, None, step.options)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
 

@@ -1,16 +1,17 @@
-"""The methods: how codes are chosen. METHODS maps a name to a function; adding one is one file and one line here."""
+"""The methods: how numbers are chosen. METHODS maps a name to a Method; adding one is one file and one line here."""
 
 from __future__ import annotations
 
 from tersor.errors import RecipeError, unknown
 from tersor.methods.clip import clip
-from tersor.methods.method import Method
+from tersor.methods.method import Method, Step, parse_step
 from tersor.methods.rtn import rtn
 
-METHODS: dict[str, Method] = {
-    "rtn": rtn,
-    "clip": clip,
-}
+_ALL = (
+    Method("rtn", "round", rtn),
+    Method("clip", "round", clip),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def get_method(name: str) -> Method:
@@ -20,4 +21,4 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "get_method"]
+__all__ = ["METHODS", "Method", "Step", "get_method", "parse_step"]
