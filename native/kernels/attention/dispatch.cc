@@ -232,10 +232,10 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type
       capacity(capacity),
       type(type) {
   const int64_t positions = (capacity + 15) / 16 * 16;
-  codes_bytes_ = positions * width * type_bytes(type);
+  codes_bytes_ = positions * width * type_bits(type) / 8;
   codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
-  key_scales_bytes_ = type == kInt8 ? positions * key_groups(width) * 4 : 0;
-  value_scales_bytes_ = type == kInt8 ? positions * value_groups(width) * 4 : 0;
+  key_scales_bytes_ = is_integer(type) ? positions * key_groups(width) * 4 : 0;
+  value_scales_bytes_ = is_integer(type) ? positions * value_groups(type, width) * 4 : 0;
   // calloc: untouched pages cost no memory, and read as zeros.
   memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
   if (!memory_) throw std::bad_alloc();
@@ -272,8 +272,11 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
   for (const Span& span : spans) {
     const Cache& cache = *span.cache;
     const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
-    // Whole panels of 16 positions to a thread, since neighbours share cache lines.
-    parallel_for(span.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
+    // Whole panels of 16 positions to a thread, since neighbours share cache lines, or even bytes.
+    const int64_t first = cache.length / 16, panels = (cache.length + span.n + 15) / 16 - first;
+    parallel_for(panels, std::max<int64_t>(1, (1 << 9) / row_values), [&](int64_t first_panel, int64_t end_panel) {
+      const int64_t begin = std::max<int64_t>(0, (first + first_panel) * 16 - cache.length),
+                    end = std::min(span.n, (first + end_panel) * 16 - cache.length);
       for (int h = 0; h < cache.kv_heads; ++h) {
         const Head head = cache.head(layer, h);
         const int64_t at = span.row * keys.stride + int64_t(h) * cache.head_dim,

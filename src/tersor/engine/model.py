@@ -24,7 +24,7 @@ from tersor.threads import set_threads
 
 ACTIVATIONS = ("int8", "int8_token", "int8_static", "llm_int8", "float")
 RELEASE_BYTES = 8 << 20  # of a file, read before its pages are given back
-CACHE_TYPES = ("f16", "f32", "int8")
+CACHE_TYPES = ("f16", "f32", "int8", "int4")
 
 
 def load(source: str | Path | Checkpoint, *, threads: int | None = None, activations: str = "int8", kv: str = "f16") -> Model:
@@ -34,7 +34,8 @@ def load(source: str | Path | Checkpoint, *, threads: int | None = None, activat
     threads: of all native loops in this process from now on; None = as they are (at first, all CPUs).
     activations: how inputs of quantized products are rounded, as ops.pack says: int8 = per 32 values to 8 or 15 bits (fast,
         and finer than what any file asks for); int8_token, int8_static = per token, or by the file's calibrated scales, as
-        other runtimes do (W8A8, W4A8); llm_int8 = per token, outliers apart; float = not at all (exact). kv: type of cached keys and values, f16, f32 or int8 (as ops.KVCache has them).
+        other runtimes do (W8A8, W4A8); llm_int8 = per token, outliers apart; float = not at all (exact).
+    kv: type of cached keys and values, f16, f32, int8 or int4 (as ops.KVCache has them).
     Raises ModelError for an architecture or tensors that do not fit, RecipeError for an unknown option,
     ContainerError for a file that cannot be read.
     """

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from tersor.errors import RecipeError, unknown
 from tersor.methods.clip import clip
+from tersor.methods.llm_int8 import llm_int8
 from tersor.methods.method import Method, Step, parse_step
 from tersor.methods.rtn import rtn
 
 _ALL = (
     Method("rtn", "round", rtn),
     Method("clip", "round", clip),
+    Method("llm_int8", "round", llm_int8),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

@@ -55,7 +55,7 @@ class Decoder:
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight") + np.float32(spec.norm_offset)
         self._idle: dict[int, list[_Recording]] = {STEP_ROWS: [], MOST_ROWS: []}  # by rows; one caller at a time uses one
-        self._head = self._packed(["lm_head"], [self._embedding if spec.tied else read("lm_head.weight")], None)
+        self._head = self._pack(["lm_head"], [self._embedding if spec.tied else read("lm_head.weight")], None)
 
     def _layer(self, index: int) -> _LayerWeights:
         """Returns layer `index`, read and packed."""
@@ -66,9 +66,9 @@ class Decoder:
         """Returns the named projections as one matrix, their rows one after the other."""
         biases = np.concatenate([self._vector(f"{prefix}{name}.bias") for name in names]) if bias else None
         modules = [f"{prefix}{name}" for name in names]
-        return self._packed(modules, [self._read(f"{module}.weight") for module in modules], biases)
+        return self._pack(modules, [self._read(f"{module}.weight") for module in modules], biases)
 
-    def _packed(self, modules: Sequence[str], tensors: Sequence[QuantizedTensor], bias: Array | None) -> ops.Weight:
+    def _pack(self, modules: Sequence[str], tensors: Sequence[QuantizedTensor], bias: Array | None) -> ops.Weight:
         """Returns matrices that share an input, joined; of their static scales the largest counts (nothing more is cut off)."""
         if self._activations != "int8_static":
             return ops.pack(tensors, bias, self._activations)

@@ -18,7 +18,9 @@ from tersor.tensor import Array, QuantizedTensor
 ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in integers
 FINE_ROWS = 16  # up to so many rows they have 15 bits, more rows 8
 OUTLIER = 8  # a group whose absmax^2 is above so many times the row's mean has 15 bits among any number of rows
-KEY_GROUP, VALUE_GROUP = 32, 64  # the same of a head in an int8 cache
+OUTLIER_THRESHOLD = 6.0  # LLM.int8(): from this magnitude on inputs keep 15 bits
+KEY_GROUP, VALUE_GROUP = 32, 64  # values that share a scale in an int8 cache
+NIBBLE_GROUP = 32  # the same of keys and values in an int4 cache
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Weight:
     values: Array
     bias: Array | None
     activations: str
+    scale: float | None = None
 
     @property
     def rows(self) -> int:
@@ -50,11 +53,12 @@ class Weight:
         return f"reference_{self.activations}"
 
 
-def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8") -> Weight:
-    """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations: int8 | float."""
-    assert activations in ("int8", "float"), activations
+def pack(
+    tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None
+) -> Weight:
+    """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations, scale: as of ops.pack."""
     values = np.concatenate([dequantize(t) for t in tensors]).astype(np.float64)
-    return Weight(values, bias, activations)
+    return Weight(values, bias, activations, scale)
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
@@ -62,16 +66,30 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
 
     With integer activations x is first rounded per row and group of ACTIVATION_GROUP values (a short last group included):
     scale = max|x| / 16256 for up to FINE_ROWS rows, max|x| / 127 for more but in outliers, q = round-half-even(x / scale),
-    x ~ q * scale. Here that holds for every format; native kernels round no input of float formats, and treat few rows like
-    many where codes have 1 or 2 bits.
+    x ~ q * scale. int8_token, int8_static and llm_int8: as ops.pack says. Here that holds for every format; native kernels round
+    no input of float formats, and treat few rows like many where codes have 1 or 2 bits.
     """
-    inputs = _integer_activations(x) if weight.activations == "int8" else x
+    inputs = _rounded_inputs(x, weight)
     out = inputs.astype(np.float64) @ weight.values.T
     if weight.bias is not None:
         out += weight.bias
     if residual is not None:
         out += residual
     return np.asarray(out, np.float32)
+
+
+def _rounded_inputs(x: Array, weight: Weight) -> Array:
+    """Returns x, (n, columns) float32, as `linear` rounds it."""
+    if weight.activations == "float":
+        return x
+    if weight.activations == "int8":
+        return _integer_activations(x)
+    if weight.activations == "int8_static":
+        scale = np.float32(weight.scale)
+        return np.asarray(np.clip(np.rint(x / scale), -127, 127) * scale)
+    apart = np.abs(x) >= (OUTLIER_THRESHOLD if weight.activations == "llm_int8" else np.inf)
+    regular = round_activations(np.where(apart, np.float32(0), x), group=x.shape[1])
+    return regular + round_activations(np.where(apart, x, np.float32(0)), steps=127 * 128)
 
 
 def _integer_activations(x: Array) -> Array:
@@ -167,11 +185,12 @@ class KVCache:
     """Keys and values of every layer for positions [0, length). `append` writes at length; `advance` moves it."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
-        """capacity: positions; dtype: f16 | f32 | int8, the type that keys and values are rounded to.
+        """capacity: positions; dtype: f16 | f32 | int8 | int4, the type that keys and values are rounded to.
 
-        int8: integers times one float32 scale per position and KEY_GROUP or VALUE_GROUP values; here they are held dequantized.
+        int8: integers times one float32 scale per position and KEY_GROUP or VALUE_GROUP values. int4: codes in [0, 15] times a
+        float16 scale, plus a float16 minimum, per position and NIBBLE_GROUP values. Both are held dequantized here.
         """
-        stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32}[dtype]
+        stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32, "int4": np.float32}[dtype]
         self.keys = np.zeros((layers, capacity, kv_heads, head_dim), stored)
         self.values = np.zeros((layers, capacity, kv_heads, head_dim), stored)
         self.dtype = dtype
@@ -180,10 +199,12 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values, at full capacity; of int8 the codes and their float32 scales."""
-        if self.dtype != "int8":
+        """Bytes of the keys and values, at full capacity; of integers the codes with their scales and minima."""
+        if self.dtype in ("f16", "f32"):
             return self.keys.nbytes + self.values.nbytes
         head_dim = self.keys.shape[-1]
+        if self.dtype == "int4":
+            return self.keys.size // head_dim * (head_dim + 2 * 4 * -(-head_dim // NIBBLE_GROUP))
         scales = -(-head_dim // KEY_GROUP) - (-head_dim // VALUE_GROUP)
         return self.keys.size // head_dim * (2 * head_dim + 4 * scales)
 
@@ -192,6 +213,8 @@ class KVCache:
         assert self.length + len(k) <= self.capacity
         if self.dtype == "int8":
             k, v = _rounded_keys(k), _rounded_heads(v, VALUE_GROUP)
+        if self.dtype == "int4":
+            k, v = _nibble_keys(k), round_to_nibbles(v)
         self.keys[layer, self.length : self.length + len(k)] = k
         self.values[layer, self.length : self.length + len(v)] = v
 
@@ -213,6 +236,30 @@ def _rounded_keys(k: Array) -> Array:
     padded[..., :head_dim] = k
     rounded = _rounded_heads(_rotated(padded), KEY_GROUP)
     return np.asarray(_rotated(rounded)[..., :head_dim] / np.float32(width & -width))  # the matrix is its own inverse but for this
+
+
+def _nibble_keys(k: Array) -> Array:
+    """Returns k, (n, heads, head_dim), rounded to 4 bits while rotated, divided by a power of two near the root of the gain."""
+    head_dim = k.shape[-1]
+    width = -(-head_dim // 16) * 16
+    gain = width & -width
+    root = max(r for r in (4, 8, 16, 32) if r == 4 or r * r <= gain)
+    padded = np.zeros((*k.shape[:-1], width), np.float32)
+    padded[..., :head_dim] = k
+    rounded = round_to_nibbles(_rotated(padded) / np.float32(root))
+    return np.asarray(_rotated(rounded)[..., :head_dim] * np.float32(root / gain))
+
+
+def round_to_nibbles(x: Array) -> Array:
+    """Returns x, (..., d) float32, as codes in [0, 15] times a scale plus a minimum, both float16, per NIBBLE_GROUP values."""
+    out = np.empty_like(x)
+    for start in range(0, x.shape[-1], NIBBLE_GROUP):
+        part = x[..., start : start + NIBBLE_GROUP]
+        minimum = part.min(axis=-1, keepdims=True).astype(np.float16).astype(np.float32)
+        scale = ((part.max(axis=-1, keepdims=True) - minimum) * np.float32(1 / 15)).astype(np.float16).astype(np.float32)
+        codes = np.clip(np.rint((part - minimum) / np.where(scale > 0, scale, np.float32(1))), 0, 15)
+        out[..., start : start + NIBBLE_GROUP] = codes * scale + minimum
+    return out
 
 
 def _rotated(x: Array) -> Array:
