@@ -67,8 +67,8 @@ linear::Rounding rounding_of(const std::string& name, float value) {
   if (name == "groups") return {linear::kGroups, 0};
   if (name == "token") return {linear::kToken, 0};
   require(name == "tensor" || name == "outlier", "pack: rounding '", name, "', need groups, token, tensor or outlier");
-  require(value > 0 && value < std::numeric_limits<float>::infinity(), "pack: ", name == "tensor" ? "scale" : "threshold",
-          " ", value, ", need a positive number");
+  require(value > 0 && value < std::numeric_limits<float>::infinity(),
+          "pack: ", name == "tensor" ? "scale" : "threshold", " ", value, ", need a positive number");
   return {name == "tensor" ? linear::kTensor : linear::kOutlier, value};
 }
 

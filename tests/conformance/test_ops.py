@@ -149,7 +149,7 @@ def test_rope_forgets_nothing(isa: str) -> None:
 # Scores up to 10 with relative errors of some EPS become errors of the weights; outputs are about 1. Beside an int8 cache
 # queries are int16: steps of 3.5 / 32767, with sigma 3.5 / 32767 / sqrt(12) = 3e-5, times sqrt(80) keys of about 1 and the
 # scale 0.3 give a score sigma 8e-5; six of them. Weights of int16 add less.
-ATTENTION_ERROR = {"f16": 1e-5, "f32": 1e-5, "int8": 5e-4}
+ATTENTION_ERROR = {"f16": 1e-5, "f32": 1e-5, "int8": 5e-4, "int4": 5e-4}
 DTYPES = tuple(ATTENTION_ERROR)
 
 

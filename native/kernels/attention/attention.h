@@ -37,12 +37,12 @@ class Cache {
   struct Free {
     void operator()(uint8_t* p) const { std::free(p); }
   };
-  int64_t head_bytes() const { return 2 * codes_bytes_ + key_scales_bytes_ + value_scales_bytes_; }
+  int64_t head_bytes() const { return 2 * codes_bytes_ + key_scales_bytes_ + value_scales_bytes_ + anchors_bytes_; }
 
   const Cache* origin_ = nullptr;  // of positions below shared_
   int64_t shared_ = 0;
   int64_t codes_bytes_;  // of the keys, and as much for the values, of one layer and head
-  int64_t key_scales_bytes_, value_scales_bytes_;
+  int64_t key_scales_bytes_, value_scales_bytes_, anchors_bytes_;
   std::unique_ptr<uint8_t, Free> memory_;
   uint8_t* data_;  // in it, at a multiple of 64
 };

@@ -133,10 +133,10 @@ struct Problem {
     }
   }
 
-  static int64_t queries_size(const Tile& t) { return int64_t(t.rows()) * query_floats(t.cache->width); }
+  static int64_t queries_size(const Tile& t) { return int64_t(t.rows()) * query_floats(t.cache->type, t.cache->width); }
   void load_queries(const Tile& t, float* to) const {
     const Cache& cache = *t.cache;
-    for (int r = 0; r < t.rows(); ++r, to += query_floats(cache.width)) {
+    for (int r = 0; r < t.rows(); ++r, to += query_floats(cache.type, cache.width)) {
       kernels.load_query[cache.type](
           queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * cache.head_dim,
           scale * kLog2e, cache.head_dim, cache.width, to);
@@ -236,6 +236,8 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type
   codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
   key_scales_bytes_ = is_integer(type) ? positions * key_groups(width) * 4 : 0;
   value_scales_bytes_ = is_integer(type) ? positions * value_groups(type, width) * 4 : 0;
+  anchors_bytes_ = type == kInt4 ? (capacity + kKeys - 1) / kKeys * width * 2 : 0;
+  anchors_bytes_ = (anchors_bytes_ + 63) / 64 * 64;
   // calloc: untouched pages cost no memory, and read as zeros.
   memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
   if (!memory_) throw std::bad_alloc();
@@ -263,6 +265,7 @@ Head Cache::head(int layer, int kv_head) const {
           keys + codes_bytes_,
           reinterpret_cast<float*>(scales),
           reinterpret_cast<float*>(scales + key_scales_bytes_),
+          reinterpret_cast<uint16_t*>(scales + key_scales_bytes_ + value_scales_bytes_),
           head_dim,
           width};
 }
@@ -272,11 +275,14 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
   for (const Span& span : spans) {
     const Cache& cache = *span.cache;
     const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
-    // Whole panels of 16 positions to a thread, since neighbours share cache lines, or even bytes.
-    const int64_t first = cache.length / 16, panels = (cache.length + span.n + 15) / 16 - first;
-    parallel_for(panels, std::max<int64_t>(1, (1 << 9) / row_values), [&](int64_t first_panel, int64_t end_panel) {
-      const int64_t begin = std::max<int64_t>(0, (first + first_panel) * 16 - cache.length),
-                    end = std::min(span.n, (first + end_panel) * 16 - cache.length);
+    // Whole panels of 16 positions to a thread, since neighbours share cache lines, or even bytes; or all positions
+    // that have one anchor, which the first of them writes.
+    const int64_t unit = cache.type == kInt4 ? kKeys : 16, first = cache.length / unit,
+                  units = (cache.length + span.n + unit - 1) / unit - first;
+    const int64_t grain = std::max<int64_t>(1, (1 << 13) / (row_values * unit));
+    parallel_for(units, grain, [&](int64_t first_unit, int64_t end_unit) {
+      const int64_t begin = std::max<int64_t>(0, (first + first_unit) * unit - cache.length),
+                    end = std::min(span.n, (first + end_unit) * unit - cache.length);
       for (int h = 0; h < cache.kv_heads; ++h) {
         const Head head = cache.head(layer, h);
         const int64_t at = span.row * keys.stride + int64_t(h) * cache.head_dim,

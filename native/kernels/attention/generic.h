@@ -183,6 +183,7 @@ struct Block {
   const void* v;
   const float* key_scales;  // (panels, key groups, 16); likewise of the values
   const float* value_scales;
+  const uint16_t* anchor;  // of the keys, or null
 };
 
 // Keys of a block, counted from its first, that any of some rows see.
@@ -234,6 +235,13 @@ void soften(const Queries& q, int row, int64_t at, float* scores, const State& s
   store(state.total + 16 * row, total);
 }
 
+// The sum of x times float16 values, n of each, a multiple of 16.
+inline float dot_halves(const float* x, const uint16_t* halves, int n) {
+  F total = zero();
+  for (int i = 0; i < n; i += 16) total = fma(load(x + i), load_f16(halves + i), total);
+  return sum(total);
+}
+
 // Weights (rows, kKeys) of the keys that rows [row, row + rows) see.
 template <Type kType>
 void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* weights,
@@ -242,20 +250,22 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   if (range.begin >= range.end) return;
   const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
   float* scores = weights + int64_t(row) * kKeys + 16 * first;
-  const float* x = q.values + int64_t(row) * query_floats(head.width);
+  const int stride = query_floats(kType, head.width);
+  const float* x = q.values + int64_t(row) * stride;
   Product p = {};
   p.sums = scores;
   p.sums_stride = kKeys;
   if constexpr (is_integer(kType)) {
     const int width = head.width, groups = key_groups(width);
     for (int m = 0; m < rows; ++m) {
-      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, zero());
+      const F begin = kType == kInt4 ? set(dot_halves(x + m * stride + width + groups, b.anchor, width)) : zero();
+      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, begin);
     }
     p.w_step = 32;
     p.w_next = int64_t(16) * width;
     p.ahead = int64_t(kKeys) * width;
-    p.x_stride = 2 * query_floats(width);
-    p.row_scale_stride = query_floats(width);
+    p.x_stride = 2 * stride;
+    p.row_scale_stride = stride;
     p.lane_scale_next = 16 * groups;
     for (int g = 0; g < groups; ++g) {
       p.w = offset(b.k, first * p.w_next + g * kKeyGroup * 16, kType);
@@ -273,7 +283,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
     p.w = offset(b.k, first * p.w_next, kType);
     p.k = head.head_dim;
     p.x = x;
-    p.x_stride = query_floats(head.width);
+    p.x_stride = stride;
     multiply<Floats<kType, false>>(p, rows, panels);
   }
   const int64_t at = b.at + 16 * first;
@@ -457,11 +467,12 @@ void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, cons
   float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
   for (int64_t at = begin; at < end; at += kKeys) {
     const int count = least(kKeys, end - at);
-    Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr};
+    Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr, nullptr};
     if constexpr (is_integer(kType)) {
       b.k = offset(head.keys, at * head.width, kType);
       b.key_scales = head.key_scales + at * key_groups(head.width);
       b.value_scales = head.value_scales + at * value_groups(kType, head.width);
+      if constexpr (kType == kInt4) b.anchor = head.anchors + at / kKeys * head.width;
     } else {
       b.k = offset(head.keys, at * head.head_dim, kType);
     }
@@ -506,8 +517,8 @@ inline void append_codes(const float* key, const float* value, int64_t position,
   for (int i = 0; i < width; ++i) values[2 * i] = codes[i];
 }
 
-// Codes in [0, 15] of x (n, a multiple of 16), x ~ code * scale + minimum; both into `halves`, 16 apart. NaN, infinities
-// and what float16 cannot hold make the scale NaN.
+// Codes in [0, 15] of x (n, a multiple of 16), x ~ code * scale + minimum; both into `halves`, 16 apart. NaN,
+// infinities and what float16 cannot hold make the scale NaN.
 inline void round_nibbles(const float* x, int n, int8_t* codes, uint16_t* halves) {
   F top = set(-3.4e38f), bottom = set(3.4e38f), poison = zero();
   for (int i = 0; i < n; i += 16) {
@@ -531,7 +542,9 @@ inline void round_nibbles(const float* x, int n, int8_t* codes, uint16_t* halves
   }
 }
 
-// A byte of a key is two of its dimensions; one of the values belongs to two positions.
+// A byte of a key is two of its dimensions; one of the values belongs to two positions. What keys have in common (a
+// large bias in some models) is not rounded: the first of a block is subtracted from all, as Zhang et al. 2024 (arXiv
+// 2410.02367, section 4.2) do with the mean.
 inline void append_nibbles(const float* key, const float* value, int64_t position, const Head& head) {
   alignas(64) float x[kMaxWidth];
   alignas(64) int8_t codes[kMaxWidth];
@@ -540,7 +553,12 @@ inline void append_nibbles(const float* key, const float* value, int64_t positio
   const auto halves = [&](float* scales, int64_t group) { return (uint16_t*)(scales + 16 * group) + lane; };
   rotate(key, head.head_dim, width, x);
   const F smaller = set(1.0f / rotation_root(width));
-  for (int i = 0; i < width; i += 16) store(x + i, mul(load(x + i), smaller));
+  uint16_t* anchor = head.anchors + position / kKeys * width;
+  for (int i = 0; i < width; i += 16) {
+    const F v = mul(load(x + i), smaller);
+    if (position % kKeys == 0) store_f16(anchor + i, v);
+    store(x + i, sub(v, load_f16(anchor + i)));
+  }
   for (int g = 0; g < groups; ++g) {
     const int at = g * kKeyGroup;
     round_nibbles(x + at, least(kKeyGroup, width - at), codes + at, halves(head.key_scales, panel * groups + g));
@@ -599,9 +617,12 @@ void load_codes(const float* x, float factor, int head_dim, int width, float* to
   }
 }
 
-// The same for keys that are smaller by the root, and the sums of the codes.
+// The same for keys that are smaller by the root, with the sums of the codes, and the floats for the anchors.
 void load_code_sums(const float* x, float factor, int head_dim, int width, float* to) {
   load_codes(x, factor * rotation_root(width), head_dim, width, to);
+  alignas(64) float rotated[kMaxWidth];
+  rotate(x, head_dim, width, rotated);
+  scale(rotated, factor * rotation_root(width) / rotation_gain(width), width, to + width + key_groups(width));
   const auto* codes = (const int16_t*)to;
   for (int g = 0; g < key_groups(width); ++g) {
     int32_t sum = 0;

@@ -281,7 +281,8 @@ std::string Weight::kernel() const {
     if (p.integer)
       text.append(kCodeNames[l.code])
           .append(p.low_table ? "fine" : "")
-          .append("x" + std::to_string(l.group))
+          .append("x")
+          .append(std::to_string(l.group))
           .append(kScaleNames[l.scales])
           .append(kSecondNames[l.second]);
     else
@@ -313,8 +314,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
         continue;
       }
       const int fine_bits = code_bits(part.layout.code) > kCoarseBits;
-      if (fine_bits != quantized)
-        fine_scratch.quantize(kernels, weight.rounding, x, n, weight.columns, fine_bits);
+      if (fine_bits != quantized) fine_scratch.quantize(kernels, weight.rounding, x, n, weight.columns, fine_bits);
       quantized = fine_bits;
       const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
       const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));

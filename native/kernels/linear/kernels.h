@@ -89,8 +89,9 @@ struct IntegerPanel {
 //   kGroups:  a scale for every row and 32 columns, 15 bits where it matters (generic_quantize.h)
 //   kToken:   one for a row, absmax / 127
 //   kTensor:  the same for all rows, given beforehand; what is beyond 127 steps is cut off
-//   kOutlier: of a row, the values of magnitude threshold and more in 15 bits, one scale per 32 columns; the others in 8
-//             bits, one scale, their absmax / 127 (LLM.int8(), arXiv 2208.07339, section 3.2, with a token as the matrix)
+//   kOutlier: of a row, values of magnitude `threshold` and more in 15 bits, one scale per 32 columns; the others in 8,
+//             one scale, their absmax / 127 (LLM.int8(), arXiv 2208.07339, section 3.2, a token being the matrix), or
+//             with an outlier of the same 32 columns where that is finer
 enum RoundingKind { kGroups, kToken, kTensor, kOutlier };
 struct Rounding {
   RoundingKind kind = kGroups;

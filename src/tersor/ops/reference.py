@@ -21,6 +21,7 @@ OUTLIER = 8  # a group whose absmax^2 is above so many times the row's mean has 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(): from this magnitude on inputs keep 15 bits
 KEY_GROUP, VALUE_GROUP = 32, 64  # values that share a scale in an int8 cache
 NIBBLE_GROUP = 32  # the same of keys and values in an int4 cache
+ANCHOR_KEYS = 64  # keys of an int4 cache that are rounded as differences from the first of them
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,13 @@ class KVCache:
         """capacity: positions; dtype: f16 | f32 | int8 | int4, the type that keys and values are rounded to.
 
         int8: integers times one float32 scale per position and KEY_GROUP or VALUE_GROUP values. int4: codes in [0, 15] times a
-        float16 scale, plus a float16 minimum, per position and NIBBLE_GROUP values. Both are held dequantized here.
+        float16 scale, plus a float16 minimum, per position and NIBBLE_GROUP values; keys less the first of their ANCHOR_KEYS, which is
+        kept in float16. Both are held dequantized here.
         """
         stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32, "int4": np.float32}[dtype]
         self.keys = np.zeros((layers, capacity, kv_heads, head_dim), stored)
         self.values = np.zeros((layers, capacity, kv_heads, head_dim), stored)
+        self.anchors = np.zeros((layers, -(-capacity // ANCHOR_KEYS), kv_heads, -(-head_dim // 16) * 16), np.float16)
         self.dtype = dtype
         self.capacity = capacity
         self.length = 0
@@ -204,7 +207,7 @@ class KVCache:
             return self.keys.nbytes + self.values.nbytes
         head_dim = self.keys.shape[-1]
         if self.dtype == "int4":
-            return self.keys.size // head_dim * (head_dim + 2 * 4 * -(-head_dim // NIBBLE_GROUP))
+            return self.keys.size // head_dim * (head_dim + 2 * 4 * -(-head_dim // NIBBLE_GROUP)) + self.anchors.nbytes
         scales = -(-head_dim // KEY_GROUP) - (-head_dim // VALUE_GROUP)
         return self.keys.size // head_dim * (2 * head_dim + 4 * scales)
 
@@ -214,9 +217,25 @@ class KVCache:
         if self.dtype == "int8":
             k, v = _rounded_keys(k), _rounded_heads(v, VALUE_GROUP)
         if self.dtype == "int4":
-            k, v = _nibble_keys(k), round_to_nibbles(v)
+            k, v = self._nibble_keys(layer, k), round_to_nibbles(_padded(v))[..., : v.shape[-1]]
         self.keys[layer, self.length : self.length + len(k)] = k
         self.values[layer, self.length : self.length + len(v)] = v
+
+    def _nibble_keys(self, layer: int, k: Array) -> Array:
+        """Returns k, (n, heads, head_dim) at positions length and on, rounded to 4 bits while rotated: what differs from the anchor.
+
+        Rotated keys are divided by a power of two near the root of the gain, so that they are about as large as keys.
+        """
+        padded = _padded(k)
+        gain = padded.shape[-1] & -padded.shape[-1]
+        root = max(r for r in (4, 8, 16, 32) if r == 4 or r * r <= gain)
+        rotated = _rotated(padded) / np.float32(root)
+        positions = np.arange(self.length, self.length + len(k))
+        for i in np.flatnonzero(positions % ANCHOR_KEYS == 0):
+            self.anchors[layer, positions[i] // ANCHOR_KEYS] = rotated[i]
+        anchors = self.anchors[layer, positions // ANCHOR_KEYS].astype(np.float32)
+        rounded = anchors + round_to_nibbles(rotated - anchors)
+        return np.asarray(_rotated(rounded)[..., : k.shape[-1]] * np.float32(root / gain))
 
     def advance(self, n: int) -> None:
         """Moves length forward by the n positions that every layer has appended."""
@@ -230,24 +249,16 @@ class KVCache:
 
 def _rounded_keys(k: Array) -> Array:
     """Returns k, (n, heads, head_dim), rounded as _rounded_heads does while rotated (Ashkboos et al. 2024, arXiv 2404.00456)."""
-    head_dim = k.shape[-1]
-    width = -(-head_dim // 16) * 16
-    padded = np.zeros((*k.shape[:-1], width), np.float32)
-    padded[..., :head_dim] = k
+    padded = _padded(k)
     rounded = _rounded_heads(_rotated(padded), KEY_GROUP)
-    return np.asarray(_rotated(rounded)[..., :head_dim] / np.float32(width & -width))  # the matrix is its own inverse but for this
+    return np.asarray(_rotated(rounded)[..., : k.shape[-1]] / np.float32(padded.shape[-1] & -padded.shape[-1]))  # the matrix is its own inverse but for this
 
 
-def _nibble_keys(k: Array) -> Array:
-    """Returns k, (n, heads, head_dim), rounded to 4 bits while rotated, divided by a power of two near the root of the gain."""
-    head_dim = k.shape[-1]
-    width = -(-head_dim // 16) * 16
-    gain = width & -width
-    root = max(r for r in (4, 8, 16, 32) if r == 4 or r * r <= gain)
-    padded = np.zeros((*k.shape[:-1], width), np.float32)
-    padded[..., :head_dim] = k
-    rounded = round_to_nibbles(_rotated(padded) / np.float32(root))
-    return np.asarray(_rotated(rounded)[..., :head_dim] * np.float32(root / gain))
+def _padded(x: Array) -> Array:
+    """Returns x, (..., d), with zeros up to a multiple of 16."""
+    padded = np.zeros((*x.shape[:-1], -(-x.shape[-1] // 16) * 16), np.float32)
+    padded[..., : x.shape[-1]] = x
+    return padded
 
 
 def round_to_nibbles(x: Array) -> Array:
