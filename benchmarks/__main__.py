@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.models import get
 from tersor.demo import cache_directory, fetch
 
-NAMES = ("engine", "context", "activations", "models", "speed", "memory", "agreement", "logits", "ggml_encoders", "floor")
+NAMES = ("engine", "context", "activations", "models", "speed", "memory", "agreement", "logits", "ggml_encoders", "floor", "outliers")
 
 
 def main() -> int:

@@ -70,14 +70,10 @@ int64_t quantize_tile_rows(const float* x, int64_t stride, int n, int64_t k, con
       alignas(32) int8_t bytes[32];
       F a, b;
       load_chunk(x + row * stride, k, c, a, b);
-      F low_a = below(a, limit), low_b = below(b, limit);
-      const float most = largest_of(sub(a, low_a), sub(b, low_b));
-      if (most > 0) {
-        rows |= 1 << row;
-        if (most <= kBoth * steps[row]) low_a = low_b = zero();  // 15 bits are finer for the outliers' neighbours too
-        apart[row][0] = sub(a, low_a);
-        apart[row][1] = sub(b, low_b);
-      }
+      const F low_a = below(a, limit), low_b = below(b, limit);
+      apart[row][0] = sub(a, low_a);
+      apart[row][1] = sub(b, low_b);
+      if (largest_of(apart[row][0], apart[row][1]) > 0) rows |= 1 << row;
       store_i8(bytes, round_steps(low_a, steps[row]));
       store_i8(bytes + 16, round_steps(low_b, steps[row]));
       spread(bytes, to.codes + c * 32 * kTileRows + 4 * row);

@@ -90,8 +90,7 @@ struct IntegerPanel {
 //   kToken:   one for a row, absmax / 127
 //   kTensor:  the same for all rows, given beforehand; what is beyond 127 steps is cut off
 //   kOutlier: of a row, values of magnitude `threshold` and more in 15 bits, one scale per 32 columns; the others in 8,
-//             one scale, their absmax / 127 (LLM.int8(), arXiv 2208.07339, section 3.2, a token being the matrix), or
-//             with an outlier of the same 32 columns where that is finer
+//             one scale, their absmax / 127 (LLM.int8(), arXiv 2208.07339, section 3.2, a token being the matrix)
 enum RoundingKind { kGroups, kToken, kTensor, kOutlier };
 struct Rounding {
   RoundingKind kind = kGroups;
