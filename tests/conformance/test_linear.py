@@ -344,7 +344,7 @@ def test_bad_arguments() -> None:
         with pytest.raises(FormatError, match=f"activations {activations}: scale is .*; int8_static needs one"):
             ops.pack([make("q8_0", 16, 64)], activations=activations, scale=scale)
     for scale in (0.0, -1.0, np.inf, np.nan):
-        with pytest.raises(FormatError, match="activations int8_static: scale .*; need a positive number"):
+        with pytest.raises(FormatError, match=r"activations int8_static: scale .*; need a positive number"):
             ops.pack([make("q8_0", 16, 64)], activations="int8_static", scale=scale)
     with pytest.raises(ValueError, match="pack: rounding 'row', need groups, token, tensor or outlier"):
         _native.pack([ops._stored(make("q8_0", 16, 64))], None, "row", 0.0)

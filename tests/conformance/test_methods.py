@@ -13,7 +13,8 @@ COLUMNS = 768
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
 
 
-DATA_FREE = [name for name, method in METHODS.items() if method.stage == "round" and method.needs == "nothing"]
+SOME_FORMATS = {"llm_int8"}  # refuse most formats; tested in tests/unit/test_activation_schemes.py
+DATA_FREE = [name for name, method in METHODS.items() if method.stage == "round" and method.needs == "nothing" and name not in SOME_FORMATS]
 
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:

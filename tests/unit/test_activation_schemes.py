@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from benchmarks.outliers import Planted
+
 from tersor.calibration.input_scales import input_scales
 from tersor.containers import open_checkpoint
 from tersor.engine import load
@@ -55,8 +55,9 @@ def test_input_scales_are_what_the_layers_read(tmp_path: Path) -> None:
     x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + spec.norm_eps) * norm
     for name in ("q_proj", "k_proj", "v_proj"):
         assert scales[f"model.layers.0.self_attn.{name}"] == pytest.approx(np.abs(x).max() / 127, rel=1e-6)
-    assert input_scales(spec, checkpoint.read, TOKENS, "percentile", 90.0)["model.layers.1.mlp.down_proj"] < 0.7 * (
-        scales["model.layers.1.mlp.down_proj"]
+    assert (
+        input_scales(spec, checkpoint.read, TOKENS, "percentile", 90.0)["model.layers.1.mlp.down_proj"]
+        < 0.7 * (scales["model.layers.1.mlp.down_proj"])
     )
 
 
@@ -79,5 +80,5 @@ def test_llm_int8_is_absmax_by_row_and_nothing_else() -> None:
     np.testing.assert_array_equal(tensor.fields["codes"], np.rint(w / largest * np.float32(127)))
     np.testing.assert_array_equal(tensor.fields["scb"], largest)
     assert method(w, get_format("int8_cs")).format == "int8_cs"
-    with pytest.raises(FormatError, match="llm_int8:int4_g64: LLM.int8.. has 8-bit rows"):
+    with pytest.raises(FormatError, match=r"llm_int8:int4_g64: LLM\.int8\(\) has 8-bit rows"):
         method(w, get_format("int4_g64"))

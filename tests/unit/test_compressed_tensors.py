@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tersor.containers import CONTAINERS, open_checkpoint
-from tersor.containers.convert import convert
 from tersor.containers.compressed_tensors_config import read_schemes, write_quantization
+from tersor.containers.convert import convert
 from tersor.containers.safetensors_file import Entry, SafetensorsFile, ShardWriter
 from tersor.engine import load
 from tersor.errors import ContainerError, ModelError

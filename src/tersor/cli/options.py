@@ -12,7 +12,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", metavar="N", help="CPU threads; by default all CPUs this process may use.")]
 Kv = Annotated[
-    str, typer.Option("--kv", metavar="TYPE", help="Cached keys and values: f16, f32, int8 (0.55 of f16's memory) or int4 (0.31).")
+    str, typer.Option("--kv", metavar="TYPE", help="Cached keys and values: f16, f32, int8 (0.55 of f16's memory) or int4 (0.32).")
 ]
 Activations = Annotated[
     str,

@@ -114,7 +114,8 @@ def _read_inputs(where: str, inputs: Any) -> str:
         return "dynamic" if int8 and strategy in ("token", None) else ""
     if not int8 or strategy not in ("tensor", None):
         raise ContainerError(
-            f"{where}: input_activations with calibrated scales are {shorten(dict(inputs))}; only symmetric int8 of the whole tensor is supported"
+            f"{where}: input_activations with calibrated scales are {shorten(dict(inputs))};"
+            " only symmetric int8 of the whole tensor is supported"
         )
     return "static"
 

@@ -25,9 +25,7 @@ _ROUNDINGS = {"int8": "groups", "int8_token": "token", "int8_static": "tensor", 
 _CHUNK_VALUES = 1 << 24  # values decoded at a time, 64 MiB of float32
 
 
-def pack(
-    tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None
-) -> Weight:
+def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None) -> Weight:
     """Returns the tensors joined along rows and repacked for this CPU's kernels. bias: (rows of all,) float32 or None.
 
     Weights stay integers where the format is integers, or a table of 16, times a scale (all but float formats), in the bits

@@ -54,9 +54,7 @@ class Weight:
         return f"reference_{self.activations}"
 
 
-def pack(
-    tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None
-) -> Weight:
+def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None) -> Weight:
     """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations, scale: as of ops.pack."""
     values = np.concatenate([dequantize(t) for t in tensors]).astype(np.float64)
     return Weight(values, bias, activations, scale)
@@ -251,7 +249,9 @@ def _rounded_keys(k: Array) -> Array:
     """Returns k, (n, heads, head_dim), rounded as _rounded_heads does while rotated (Ashkboos et al. 2024, arXiv 2404.00456)."""
     padded = _padded(k)
     rounded = _rounded_heads(_rotated(padded), KEY_GROUP)
-    return np.asarray(_rotated(rounded)[..., : k.shape[-1]] / np.float32(padded.shape[-1] & -padded.shape[-1]))  # the matrix is its own inverse but for this
+    return np.asarray(
+        _rotated(rounded)[..., : k.shape[-1]] / np.float32(padded.shape[-1] & -padded.shape[-1])
+    )  # the matrix is its own inverse but for this
 
 
 def _padded(x: Array) -> Array:
