@@ -45,6 +45,7 @@ struct Head {
   float* value_scales;
   uint16_t* anchors;  // of int4 only
   int head_dim, width;
+  int64_t first;  // the position that these point to
 };
 
 // Rows of queries as `load_query` wrote them, scaled by log2(e) too, since powers of two are cheaper than of e; and the
@@ -79,7 +80,7 @@ struct Kernels {
   // Adds keys [begin, end) to the state, which the caller began; begin is a multiple of kKeys.
   void (*attend[kTypes])(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state,
                          float* scratch);
-  // Writes a key (head_dim) and a value at a position of a head's cache.
+  // Writes a key (head_dim) and a value at a position of a head's cache, counted from head.first.
   void (*append[kTypes])(const float* key, const float* value, int64_t position, const Head& head);
   // Writes a query (head_dim) times factor as attend wants it.
   void (*load_query[kTypes])(const float* x, float factor, int head_dim, int width, float* to);
