@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from tersor.errors import RecipeError, unknown
+from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
+from tersor.methods.gptq import GptqOptions, gptq
 from tersor.methods.llm_int8 import llm_int8
 from tersor.methods.method import Method, Step, parse_step
+from tersor.methods.rotate import RotateOptions, rotated
 from tersor.methods.rtn import rtn
+from tersor.methods.smoothquant import SmoothQuantOptions, smoothquant
+
+
+def _gptq_workspace(rows: int, columns: int) -> int:
+    return 12 * columns**2 + 40 * rows * columns
+
 
 _ALL = (
+    Method("rotate", "view", rotated, options=RotateOptions),
+    Method("awq", "scale", awq, needs="gram", options=AwqOptions),
+    Method("smoothquant", "scale", smoothquant, needs="importance", options=SmoothQuantOptions),
     Method("rtn", "round", rtn),
     Method("clip", "round", clip),
     Method("llm_int8", "round", llm_int8),
+    Method(
+        "gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=lambda options: options is not None and options.asymmetric > 0
+    ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

@@ -4,8 +4,8 @@ Three stages follow each other, and a recipe joins steps with `+` in this order:
 
     fold    changes weights without changing the function:
               view   checkpoint -> checkpoint, the whole model                      rotate
-              scale  (weights, formats, statistics, options) -> s, (in,) > 0        awq, smoothquant
-                     columns of the readers times s, what produces their input divided by s
+              scale  (weights, formats, statistics, options, sources) -> s, (in,)   awq, smoothquant
+                     columns of the readers times s, what produces their input divided by s (models/folding.py)
     round   (w, format, statistics, options) -> QuantizedTensor                     rtn, clip, hqq, gptq, ...
     tune    moves what stays float after rounding                                   tune
 """
@@ -37,15 +37,26 @@ class Rounding(Protocol):
         """
 
 
+def rounding_workspace(rows: int, columns: int) -> int:
+    """Returns the bytes that rounding a matrix by itself takes at most, besides the matrix: a few copies of it."""
+    return 20 * rows * columns
+
+
 @dataclass(frozen=True)
 class Method:
-    """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None."""
+    """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None.
+
+    workspace: (rows, columns) of a matrix -> bytes that the method needs at most besides the matrix and its statistics.
+    compares: options -> whether the unquantized model walks along, so that statistics have `cross` or blocks have targets.
+    """
 
     name: str
     stage: str
     run: Callable[..., Any]
     needs: str = "nothing"
     options: type | None = None
+    workspace: Callable[[int, int], int] = rounding_workspace
+    compares: Callable[[Any], bool] = lambda options: False
 
 
 @dataclass(frozen=True)
