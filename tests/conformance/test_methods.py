@@ -122,5 +122,5 @@ def test_rtn_minds_importance_where_its_grid_is_a_search(name):
 
 def test_unknown_method_lists_the_known():
     assert get_method("clip") is METHODS["clip"]
-    with pytest.raises(RecipeError, match="unknown method 'gptp'; known: clip, llm_int8, rtn"):
+    with pytest.raises(RecipeError, match="unknown method 'gptp'; known: awq, clip, gptq"):
         get_method("gptp")

@@ -105,6 +105,16 @@ def test_eval(small, model, text, capsys):
     assert "same top-1" in out
 
 
+def test_inputs_may_be_rounded_as_others_do(small, text, capsys):
+    found = []
+    for how in ("int8", "int8_token", "llm_int8", "float"):
+        assert run("eval", small, "--text", text, "--window", 32, "-n", 2, "--activations", how, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert len(set(found)) == 4 and max(found) / min(found) < 1.02
+    assert run("run", small, "-p", "the", "-n", 2, "--raw", "--activations", "int8_static") == 2
+    assert "has no calibrated input scales" in capsys.readouterr().err
+
+
 def test_the_cache_may_be_int8(small, text, capsys):
     ratios = {}
     for kv in ("f16", "f32", "int8", "int4"):

@@ -123,19 +123,23 @@ struct Integers {
         for (int j = 0; j < N; ++j) sums[m][j] = dot_pairs(sums[m][j], w[j], one);
       }
     }
+    F scales[N], minima[N];
+    for (int j = 0; kLanes && j < N; ++j) {
+      const float* lanes = p.lane_scale + j * p.lane_scale_next;
+      scales[j] = kType == kInt4 ? load_f16((const uint16_t*)lanes) : load(lanes);
+      if constexpr (kType == kInt4) minima[j] = load_f16((const uint16_t*)lanes + 16);
+    }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const F row_scale = set(p.row_scale[m * p.row_scale_stride]);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
         float* to = p.sums + m * p.sums_stride + 16 * j;
-        const float* lanes = p.lane_scale + j * p.lane_scale_next;
         if constexpr (kLanes && kType == kInt4) {
-          const auto* halves = (const uint16_t*)lanes;
-          const F least = mul(load_f16(halves + 16), set(p.row_sum[m * p.row_scale_stride]));
-          store(to, fma(row_scale, fma(to_float(sums[m][j]), load_f16(halves), least), load(to)));
+          const F least = mul(minima[j], set(p.row_sum[m * p.row_scale_stride]));
+          store(to, fma(row_scale, fma(to_float(sums[m][j]), scales[j], least), load(to)));
         } else {
-          const F scale = kLanes ? mul(row_scale, load(lanes)) : row_scale;
+          const F scale = kLanes ? mul(row_scale, scales[j]) : row_scale;
           store(to, fma(to_float(sums[m][j]), scale, load(to)));
         }
       }
@@ -311,17 +315,19 @@ inline float round_weights(const float* weights, const float* scales, int groups
   return top * (1.0f / 32767.0f);
 }
 
-// The same with float16 scales, each 16 before their minima; minimum: the sum of the weights times those.
-inline float round_weights(const float* weights, const uint16_t* halves, int groups, int panels, int16_t* codes,
-                           float& minimum) {
-  alignas(64) float scales[kKeys];
-  F minima = zero();
+// The float16 scales of panels of 16 keys, and their minima, `groups` pairs apart.
+inline void open_scales(const float* pairs, int groups, int panels, float* scales, float* minima) {
+  const auto* halves = (const uint16_t*)pairs;
   for (int j = 0; j < panels; ++j, halves += 32 * groups) {
     store(scales + 16 * j, load_f16(halves));
-    minima = fma(load(weights + 16 * j), load_f16(halves + 16), minima);
+    store(minima + 16 * j, load_f16(halves + 16));
   }
-  minimum = sum(minima);
-  return round_weights(weights, scales, 1, panels, codes);
+}
+
+inline float weighted_sum(const float* weights, const float* x, int panels) {
+  F total = zero();
+  for (int j = 0; j < panels; ++j) total = fma(load(weights + 16 * j), load(x + 16 * j), total);
+  return sum(total);
 }
 
 inline void add_to_all(float* x, float y, int n) {
@@ -357,13 +363,14 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
     for (int g = 0; g < groups; ++g) {
       const int columns = least(kGroup, width - g * kGroup);
       const float* group_scales = b.value_scales + 16 * (first * groups + g);
+      alignas(64) float opened[kKeys], minima[kKeys];
+      if constexpr (kType == kInt4) open_scales(group_scales, groups, panels, opened, minima);
       for (int m = 0; m < rows; ++m) {
         const float* weight = w + m * kKeys + 16 * first;
         int16_t* to = codes + m * kKeys + 16 * first;
         if constexpr (kType == kInt4) {
-          float minimum;
-          scales[m] = round_weights(weight, (const uint16_t*)group_scales, groups, panels, to, minimum);
-          add_to_all(p.sums + m * p.sums_stride, minimum, columns);
+          scales[m] = round_weights(weight, opened, 1, panels, to);
+          add_to_all(p.sums + m * p.sums_stride, weighted_sum(weight, minima, panels), columns);
         } else {
           scales[m] = round_weights(weight, group_scales, groups, panels, to);
         }
