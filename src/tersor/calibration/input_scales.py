@@ -35,7 +35,7 @@ def input_scales(
 
     embedding = read("model.embed_tokens.weight")
     hidden = [ops.embed(embedding, np.ascontiguousarray(sample, np.int32), spec.embedding_scale) for sample in tokens]
-    scales = {}
+    scales: dict[str, float] = {}
     for index in range(len(spec.layers)):
         prefix = f"model.layers.{index}."
         weights = []
