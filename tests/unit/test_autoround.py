@@ -16,7 +16,7 @@ from tersor.models import spec_of
 from tersor.training.decoder import run_block
 from tiny import tiny_model
 
-EXACT = AutoroundOptions(iterations=8, rate=0.03, batch=1, held_out=0.5, precision="f32")
+EXACT = AutoroundOptions(iterations=8, rate=0.03, batch_tokens=24, held_out=0.5, precision="f32")
 
 
 def layer(x, product):
@@ -98,7 +98,7 @@ def _run(spec, vectors, x, product):
 def test_a_block_gets_nearer_to_its_outputs_than_by_rounding_to_nearest(tmp_path):
     forward, inputs, targets, weights = block(tmp_path)
     f = get_format("int3_g32")
-    options = AutoroundOptions(iterations=40, batch=6, held_out=0.25)
+    options = AutoroundOptions(iterations=40, batch_tokens=96, held_out=0.25)
     tensors, descent = autoround_block(forward, inputs, targets, weights, dict.fromkeys(weights, f), options)
 
     def error(quantized):
@@ -114,7 +114,7 @@ def test_same_seed_same_bytes_another_seed_others(tmp_path):
     forward, inputs, targets, weights = block(tmp_path)
 
     def run(seed):
-        options = AutoroundOptions(iterations=5, rate=0.1, batch=2)
+        options = AutoroundOptions(iterations=5, rate=0.1, batch_tokens=32)
         tensors, _ = autoround_block(forward, inputs, targets, weights, dict.fromkeys(weights, get_format("int2_g32")), options, seed=seed)
         return b"".join(field.tobytes() for t in tensors.values() for field in t.fields.values())
 

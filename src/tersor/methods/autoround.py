@@ -29,20 +29,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AutoroundOptions:
-    """How long and how fast. rate: of V, alpha and beta per iteration, 0 = 1 / iterations; batch: sequences of an iteration;
-    held_out: share of the samples that only judges; precision: of the products, f32 | bf16 (about 1.6 times faster where a CPU has it)."""
+    """How long and how fast. rate: of V, alpha and beta per iteration, 0 = 1 / iterations; batch_tokens: of an iteration;
+    held_out: share of the samples that only judges; precision: of the products, f32 | bf16 (about 1.6 times faster where a CPU has it).
+    """
 
     iterations: int = 200
     rate: float = 0.0
-    batch: int = 8
+    batch_tokens: int = 2048
     held_out: float = 0.1
     precision: str = "bf16"
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.batch < 1 or not 0 <= self.rate <= 1 or not 0 < self.held_out < 1:
+        if self.iterations < 1 or self.batch_tokens < 1 or not 0 <= self.rate <= 1 or not 0 < self.held_out < 1:
             raise RecipeError(
-                f"autoround: iterations {self.iterations}, batch {self.batch}, rate {self.rate}, held_out {self.held_out}; "
-                "need iterations >= 1, batch >= 1, rate in 0..1, held_out between 0 and 1"
+                f"autoround: iterations {self.iterations}, batch_tokens {self.batch_tokens}, rate {self.rate}, held_out {self.held_out}; "
+                "need iterations >= 1, batch_tokens >= 1, rate in 0..1, held_out between 0 and 1"
             )
         check_precision("autoround", self.precision)
 

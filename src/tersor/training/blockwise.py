@@ -54,7 +54,8 @@ def choose_rounding(
 
     x, y = torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(np.ascontiguousarray(targets))
     train, held = split(len(x), options.held_out, seed)
-    order = batches(train, options.iterations, min(options.batch, len(train)), seed)
+    size = min(len(train), max(1, options.batch_tokens // x.shape[1]))
+    order = batches(train, options.iterations, size, seed)
     bounded = [part for rounding in chosen.values() for part in rounding.parameters]
     rate = options.rate or 1 / options.iterations
 
@@ -68,7 +69,7 @@ def choose_rounding(
     descent = descend(
         options.iterations if bounded else 0,
         move,
-        lambda: _error(outputs, x[held], y[held], options.batch),
+        lambda: _error(outputs, x[held], y[held], size),
         [p for p, _, _ in bounded],
         checks=min(10, options.iterations),
     )
@@ -126,10 +127,13 @@ class Values:
         return product(x, self.trainable[name], self.of_tensor[name], dtype)
 
     def adam(self, options: TuneOptions) -> Adam:
-        """Returns the optimizer of all parameters. A vector's unit is its root mean square."""
+        """Returns the optimizer of all parameters: those of a tensor of B bits in units of 2^-B of their size, since that is how far off
+        its rounding left them, and vectors in units of the mean of that times their root mean square."""
+        scores = [2.0**-t.format.bits for t in self.trainable.values() for _ in t.units]
         units = [u for t in self.trainable.values() for u in t.units]
         units += [v.detach().square().mean().sqrt() for v in self.vectors.values()]
-        rates = [options.rate] * (len(units) - len(self.vectors)) + [options.vector_rate] * len(self.vectors)
+        mean = sum(scores) / len(scores) if scores else 2.0**-4
+        rates = [options.rate * s for s in scores] + [options.vector_rate * mean] * len(self.vectors)
         return Adam(self.parameters, units, rates)
 
     def tensors(self) -> dict[str, QuantizedTensor]:
