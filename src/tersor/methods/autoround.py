@@ -35,7 +35,7 @@ class AutoroundOptions:
 
     iterations: int = 200
     rate: float = 0.0
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     held_out: float = 0.1
     precision: str = "bf16"
 

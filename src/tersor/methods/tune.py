@@ -33,15 +33,15 @@ class TuneOptions:
     """How long and how fast.
 
     epochs: passes over the samples that train. rate, vector_rate: relative change per step of scales and minima, of norms and
-    biases, times 2^-B for codes of B bits: coarse grids are further off and bear larger steps (0.125: 0.8 % at 4 bits, 3 % at 2).
+    biases, times 2^-B for codes of B bits: coarse grids are further off and bear larger steps (0.05: 0.3 % at 4 bits, 1.2 % at 2).
     batch_tokens: tokens of one step; micro_tokens: of them at once in memory (tune_model). held_out: share of the samples
     that only judges; checks: how often they do (tune_model). precision: of the products, f32 | bf16.
     """
 
-    epochs: float = 2.0
-    rate: float = 0.125
-    vector_rate: float = 0.125
-    batch_tokens: int = 2048
+    epochs: float = 1.0
+    rate: float = 0.05
+    vector_rate: float = 0.05
+    batch_tokens: int = 1024
     micro_tokens: int = 2048
     held_out: float = 1 / 16
     checks: int = 4

@@ -152,6 +152,8 @@ def _has_codes(format: Format) -> bool:
 
 def _error(outputs: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, size: int) -> float:
     """Returns |outputs(x) - y|^2 / |y|^2 in float64 sums, a few sequences at a time."""
+    wrong = 0.0
     with torch.no_grad():
-        wrong = sum(float((outputs(a).float() - b).square().sum(dtype=torch.float64)) for a, b in zip(x.split(size), y.split(size)))
+        for part, target in zip(torch.split(x, size), torch.split(y, size)):
+            wrong += float((outputs(part).float() - target).square().sum(dtype=torch.float64))
     return wrong / max(float(y.square().sum(dtype=torch.float64)), 1e-300)

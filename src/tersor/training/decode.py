@@ -115,7 +115,7 @@ class _Product(torch.autograd.Function):
         return rounded @ tensor.weight(values).to(dtype).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *values = ctx.saved_tensors
         of_x = None
         if ctx.needs_input_grad[0]:

@@ -63,7 +63,7 @@ def _attention(s: DecoderSpec, layer: Layer, x: Tensor, product: Product, vector
     """Returns softmax(scale q k^T) v Wo of normed states x, (n, s, hidden)."""
 
     def heads(name: str, count: int, norm: str | None) -> Tensor:
-        y = _linear(f"self_attn.{name}", x, product, vector, s.qkv_bias).unflatten(-1, (count, s.head_dim))
+        y = _linear(f"self_attn.{name}", x, product, vector, s.qkv_bias).view(*x.shape[:2], count, s.head_dim)
         if norm is not None and s.qk_norm:
             y = _norm(s, y, vector(f"self_attn.{norm}.weight")).to(y.dtype)
         return y.transpose(1, 2)  # (n, heads, s, head_dim)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WARM_STEPS = 4  # over which the rate rises, since Adam's first second moments are single samples
-
 
 @dataclass(frozen=True)
 class Descent:
@@ -26,6 +24,8 @@ class Adam:
     """Adam (Kingma & Ba, arXiv 1412.6980, algorithm 1) on parameters measured in units of their own.
 
     Every parameter is counted in `units` of its own size, so that rate is a relative change per step whatever the parameter is.
+    Deviation: the first moment is not divided by 1 - beta1^t. The first steps are then a tenth, two tenths, .. of a step long; a
+    whole step along the sign of one batch's noise, in all of a model's scales at once, nearly doubled the divergence of a 135M model.
     """
 
     def __init__(self, parameters: Sequence[Tensor], units: Sequence[Tensor], rates: Sequence[float]) -> None:
@@ -43,14 +43,13 @@ class Adam:
                 p.grad = None
                 first.lerp_(gradient, 1 - beta1)
                 second.lerp_(gradient.square(), 1 - beta2)
-                mean = first / (1 - beta1**self._steps)
                 deviation = (second / (1 - beta2**self._steps)).sqrt()
-                p -= factor * rate * unit * (mean / deviation).nan_to_num(0, 0, 0)
+                p -= factor * rate * unit * (first / deviation).nan_to_num(0, 0, 0)
 
 
 def cosine(step: int, steps: int) -> float:
-    """Returns the factor of the rate: a short linear rise, then half a cosine down to 0."""
-    return min(1.0, (step + 1) / (WARM_STEPS + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Returns the factor of the rate: half a cosine from 1 down to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def linear(step: int, steps: int) -> float:
@@ -91,4 +90,4 @@ def batches(train: Tensor, steps: int, size: int, seed: int) -> list[Tensor]:
     order: list[Tensor] = []
     while sum(len(part) for part in order) < steps * size:
         order.append(train[torch.randperm(len(train), generator=generator)])
-    return list(torch.cat(order)[: steps * size].split(size)) if steps else []
+    return list(torch.split(torch.cat(order)[: steps * size], size)) if steps else []

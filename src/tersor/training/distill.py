@@ -60,7 +60,7 @@ def distill(
     adam = values.adam(options)
 
     def move(step: int) -> None:
-        for part in order[step].split(micro):
+        for part in torch.split(order[step], micro):
             states = hidden(ids[part])
             _, gradient = divergence(spec, wanted[part], float_head, states.detach(), head)
             states.backward(gradient * (len(part) / len(order[step])))  # type: ignore[no-untyped-call]
@@ -70,7 +70,7 @@ def distill(
 
     def judge() -> float:
         with torch.no_grad():
-            parts = [divergence(spec, wanted[p], float_head, hidden(ids[p]), head)[0] * len(p) for p in held.split(micro)]
+            parts = [divergence(spec, wanted[p], float_head, hidden(ids[p]), head)[0] * len(p) for p in torch.split(held, micro)]
         return sum(parts) / len(held)
 
     descent = descend(steps, move, judge, values.parameters, checks=min(options.checks, steps))
@@ -91,7 +91,7 @@ def float_hidden(spec: DecoderSpec, original: Read, ids: Tensor, dtype: torch.dt
                 return h.to(dtype) @ weights[name].T
 
             block_product, block_vector = _of_layer(prefix, times, lambda name: _decoded(original(name)).reshape(-1))
-            for part in x.split(micro):
+            for part in torch.split(x, micro):
                 part.copy_(run_block(spec, layer, part, block_product, block_vector))
         return final_norm(spec, x, _decoded(original("model.norm.weight")).reshape(-1))
 
