@@ -1,0 +1,1 @@
+"""What calibration text says about the inputs of linear layers."""
