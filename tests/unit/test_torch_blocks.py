@@ -75,3 +75,12 @@ def test_what_cannot_be_built_or_read_is_refused(tmp_path):
     (path / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
     with open_checkpoint(path) as checkpoint, pytest.raises(ModelError, match=r"no tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
         TorchBlocks(checkpoint).load(0)
+
+
+def test_mixtures_of_fused_experts_are_refused_by_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    with open_checkpoint(tmp_path / "m") as checkpoint, pytest.raises(ModelError, match=r"no tensor model\.layers\.0\.mlp\."):
+        TorchBlocks(checkpoint).load(0)
