@@ -32,6 +32,7 @@ import numpy as np
 
 from benchmarks.machine import describe
 from benchmarks.quality_judge import Judge
+from benchmarks.quality_report import write
 from benchmarks.runtimes import ROOT, NotHere, python_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -115,6 +116,7 @@ def run_recipe(recipe: str, model: Path, out: Path, samples: int) -> dict[str, A
         raise NotHere(f"{recipe}: exit {os.waitstatus_to_exitcode(status)}")
     told = json.loads(answer)
     return {
+        "seconds": told["seconds"],
         "bits_per_weight": told["block_bits_per_weight"],
         "file_bytes": told["file_bytes"],
         "process_seconds": time.perf_counter() - start,
@@ -149,10 +151,29 @@ def run_gguf(a: argparse.Namespace) -> int:
     judged = LlamaJudge(a.model, a.judge, a.windows, a.out, a.threads)
     for file in map(Path, a.what):
         told = judged.judge(file) | {"bits_per_weight": block_bits(file), "file_bytes": file.stat().st_size, "original": a.model.name}
+        if a.of:
+            told["of"] = a.of
         append("gguf", file.stem, **told, machine=describe())
         print(f"{file.name}: {told['file_bytes'] / 1e6:.1f} MB, {short(told)}", flush=True)
     if not a.keep:
         judged.close()
+    return 0
+
+
+def run_speed(a: argparse.Namespace) -> int:
+    """Times GPTQ at int4_g64s on the same 32 samples, ours and the peers' in turns, everything written to disk. Appends every round."""
+    name, samples = a.model.name.removesuffix("-hf"), 32
+    for i in range(a.rounds):
+        for tool in ("tersor", "gptqmodel", "llmcompressor"):
+            out = a.out / f"speed-{tool}"
+            if tool == "tersor":
+                told = run_recipe("gptq:int4_g64s", a.model, out, samples)
+            else:
+                told = run_peer(tool, "int4_g64s", a.model, out, samples, a.threads, [])
+            shutil.rmtree(out)
+            append("speed", f"{name} {tool}", **{f"round {time.strftime('%Y-%m-%d %H:%M:%S')}": told}, machine=describe())
+            cost = f"{told['seconds']:.1f} s of {told['process_seconds']:.1f} s, {told['process_cpu_seconds']:.0f} CPU s"
+            print(f"round {i + 1}, {tool}: {cost}, {told['process_peak_mib']:.0f} MiB", flush=True)
     return 0
 
 
@@ -168,6 +189,8 @@ def main() -> int:
             continue
         if mode == "peer":
             one.add_argument("tool", choices=TOOLS)
+        if mode == "gguf":
+            one.add_argument("--of", metavar="NAME", help="the file, without .gguf, that these must beat at no more bytes")
         one.add_argument("what", nargs="+")
         one.add_argument("--samples", type=int, default=128)
         one.add_argument("--windows", type=int, default=40)
@@ -176,15 +199,19 @@ def main() -> int:
         one.add_argument("--keep", action="store_true", help="do not remove what was made")
         one.add_argument("--only", choices=("make", "judge"), help="make: do not judge; judge: what was kept")
     modes.add_parser("report")
+    speed = modes.add_parser("speed")
+    speed.add_argument("model", type=Path)
+    speed.add_argument("out", type=Path)
+    speed.add_argument("--rounds", type=int, default=3)
+    speed.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     if a.mode == "calib":
         print(calibration(a.model, a.text, a.out))
         return 0
     if a.mode == "report":
-        from benchmarks.quality_report import write
-
-        write()
-        return 0
+        return write()
+    if a.mode == "speed":
+        return run_speed(a)
     return run_gguf(a) if a.mode == "gguf" else run(a)
 
 

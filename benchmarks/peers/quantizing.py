@@ -40,7 +40,7 @@ def arguments(*options: str) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     for option in options:
-        parser.add_argument(option)
+        parser.add_argument(f"--{option}")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     shutil.rmtree(a.out, ignore_errors=True)
