@@ -10,6 +10,7 @@ void bind_linear(nb::module_& m);     // bindings/linear.cc: packed weights, pro
 void bind_attention(nb::module_& m);  // bindings/attention.cc: key-value cache, attention
 void bind_ops(nb::module_& m);        // bindings/ops.cc: the ops that models call
 void bind_program(nb::module_& m);    // bindings/program.cc: recorded ops
+void bind_methods(nb::module_& m);    // bindings/methods.cc: rounding column by column
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of tersor. Use the Python wrappers; this module checks shapes and nothing else.";
@@ -20,4 +21,5 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_ops(m);
   bind_program(m);
+  bind_methods(m);
 }

@@ -18,6 +18,27 @@ def affine_encode(w: Array, scale: Array, offset: Array, groups: int, minimum: b
 def affine_decode(packed: Array, scale: Array, offset: Array, columns: int, groups: int, minimum: bool, bits: int) -> Array: ...
 def lookup_encode(w: Array, absmax: Array, bounds: Array, code_of_level: Array) -> Array: ...
 def lookup_decode(codes: Array, absmax: Array, table: Array) -> Array: ...
+def feed_back(
+    w: Array,
+    feedback: Array,
+    step: Array,
+    offset: Array,
+    group_of: Array,
+    levels: Array,
+    target: Array,
+    indices: Array,
+    errors: Array,
+) -> None: ...
+def descend(
+    hessian: Array,
+    step: Array,
+    offset: Array,
+    group_of: Array,
+    levels: Array,
+    gradient: Array,
+    indices: Array,
+    changes: Array,
+) -> None: ...
 
 class Weight:
     @property

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint, Container
+from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
 from tersor.formats import Format, get_format
-from tersor.methods import METHODS
+from tersor.methods import Step
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
+
+if TYPE_CHECKING:
+    from tersor.calibrated import BlockReport
+    from tersor.calibration.samples import Samples
+    from tersor.calibration.work import Work
 
 SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
 FLOAT16_MAX = 65504.0
@@ -35,7 +42,10 @@ Progress = Callable[[int, int, str], None]  # (weights done, weights in all, nam
 
 @dataclass(frozen=True)
 class TensorResult:
-    """What became of one tensor. error: relative RMS error of the stored weights, |w' - w| / |w| (Frobenius norms)."""
+    """What became of one tensor. error: relative RMS error of the stored weights, |w' - w| / |w| (Frobenius norms).
+
+    output_error: likewise of the products with the calibration inputs, or None without calibration.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -44,6 +54,7 @@ class TensorResult:
     method: str
     nbytes: int
     error: float
+    output_error: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -53,7 +64,7 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` wrote. note: what the source was stored in, when that was not float."""
+    """What `quantize` wrote. note: what the source was stored in, when that was not float. calibration: what it was calibrated on."""
 
     path: str
     container: str
@@ -62,6 +73,7 @@ class QuantizeResult:
     file_bytes: int
     seconds: float
     note: str
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -85,10 +97,16 @@ class QuantizeResult:
         blocks = [t for t in self.tensors if len(t.shape) > 1 and not is_edge(t.name)] or list(self.tensors)
         return sqrt(sum(t.error**2 * prod(t.shape) for t in blocks) / sum(prod(t.shape) for t in blocks))
 
+    @property
+    def output_error(self) -> float | None:
+        """Relative RMS error of the products with the calibration inputs, weighted by size like `error`; None without calibration."""
+        known = [(t.output_error, prod(t.shape)) for t in self.tensors if t.output_error is not None]
+        return sqrt(sum(e**2 * n for e, n in known) / sum(n for _, n in known)) if known else None
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values for JSON."""
         tensors = [asdict(t) | {"bits_per_weight": t.bits_per_weight} for t in self.tensors]
-        derived = ("parameters", "bits_per_weight", "block_bits_per_weight", "error")
+        derived = ("parameters", "bits_per_weight", "block_bits_per_weight", "error", "output_error")
         return asdict(self) | {name: getattr(self, name) for name in derived} | {"tensors": tensors}
 
 
@@ -98,9 +116,16 @@ def quantize(
     recipe: str | Recipe | None = None,
     *,
     to: str | None = None,
+    calib: str | Path | None = None,
+    samples: int = 128,
+    seqlen: int = 512,
+    seed: int = 0,
+    max_ram: int | None = None,
+    resume: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    report: Callable[[BlockReport], None] | None = None,
 ) -> QuantizeResult:
     """Writes the model with every tensor in the format that the recipe names, and returns what was written.
 
@@ -109,8 +134,11 @@ def quantize(
     recipe: see recipe.py; None: 4 bits, GGUF_RECIPE or DIRECTORY_RECIPE.
     to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF, any other a directory (compressed-tensors,
         or huggingface when nothing is quantized).
+    calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
+        samples, seqlen: so many sequences of so many tokens, drawn by seed.
+    max_ram: bytes of resident memory that a calibrated run keeps within, or is refused. resume: go on with an interrupted run.
     force: replace an existing output. threads: of all native loops of this process from now on.
-    progress: called after every slab with (weights done, weights in all, tensor).
+    progress: called after every slab with (weights done, weights in all, tensor). report: called after every calibrated block.
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
     Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
     """
@@ -118,10 +146,12 @@ def quantize(
     target = Path(out)
     as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
     parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
+    _check_calibration(parsed, calib, max_ram, resume)
     set_threads(threads)
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    opened = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     try:
-        _check_not_source(target, checkpoint.path)
+        _check_not_source(target, opened.path)
+        checkpoint = view(opened, parsed)
         container = choose_container(target, parsed, to)
         choices = parsed.assign(
             checkpoint.tensors,
@@ -130,13 +160,124 @@ def quantize(
         )
         plan = plan_tensors(checkpoint.tensors, choices, container)
         description = _described(checkpoint.description, plan)
-        results = _write(checkpoint, container, target, description, plan, choices, force, progress)
+        drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed)
+        description = replace(description, provenance=_provenance(parsed, drawn))
+        with _calibrated(checkpoint, parsed, choices, plan, drawn, target, container, max_ram, resume, force, progress, report) as work:
+            results = _write(checkpoint, container, target, description, plan, choices, work, force, progress)
     finally:
-        if checkpoint is not model:
-            checkpoint.close()
+        if opened is not model:
+            opened.close()
     size = file_bytes(target)
-    note = source_note(checkpoint.tensors)
-    return QuantizeResult(str(target), container.name, str(parsed), tuple(results), size, time.perf_counter() - start, note)
+    return QuantizeResult(
+        str(target),
+        container.name,
+        str(parsed),
+        tuple(results),
+        size,
+        time.perf_counter() - start,
+        source_note(opened.tensors),
+        {} if drawn is None else drawn.provenance,
+    )
+
+
+def _provenance(recipe: Recipe, samples: Samples | None) -> dict[str, Any]:
+    """Returns what the output says of how it was made."""
+    return {"recipe": str(recipe)} | ({} if samples is None else {"calibration": dict(samples.provenance)})
+
+
+def view(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Returns the checkpoint as the recipe's whole-model folds show it."""
+    for step in recipe.before:
+        if step.method.stage == "view":
+            checkpoint = step.method.run(checkpoint, step.options)
+    return checkpoint
+
+
+def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, seed: int) -> Samples:
+    """Returns the calibration tokens. Raises RecipeError and ModelError as read_samples does."""
+    from tersor.calibration.generation import generator
+    from tersor.calibration.samples import read_samples
+    from tersor.engine import load
+    from tersor.engine.tokenizer import Tokenizer
+    from tersor.models import spec_of
+
+    spec = spec_of(checkpoint.description.config)
+    tokenizer = None if str(calib).endswith(".npy") else Tokenizer(checkpoint.description)
+    return read_samples(
+        calib,
+        tokenizer,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        generate=generator(load(checkpoint)) if calib == "self" else None,
+        vocab_size=spec.vocab_size,
+        context=spec.context,
+    )
+
+
+def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool) -> None:
+    """Raises RecipeError when the recipe needs calibration and there is none, or has no use for it."""
+    needing = [step for step in recipe.steps if step.method.needs != "nothing"]
+    if calib is None:
+        if needing:
+            raise RecipeError(f"{needing[0]} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
+        for option, given in (("--max-ram", max_ram is not None), ("--resume", resume)):
+            if given:
+                raise RecipeError(f"{option} is for calibrated runs (--calib); without calibration a run keeps one tensor in memory")
+    elif not needing and not any(weighs(step, format) for step, format in _pairs(recipe)):
+        raise RecipeError(f"{recipe} has no use for calibration data; use clip or gptq, or leave --calib out")
+
+
+def weighs(step: Step, format: str) -> bool:
+    """Returns whether a rounding step makes use of importance in this format."""
+    return step.method.name == "clip" or (step.method.needs == "nothing" and get_format(format).uses_importance)
+
+
+def _pairs(recipe: Recipe) -> Iterator[tuple[Step, str]]:
+    for choice in (recipe.default, *(rule.choice for rule in recipe.rules)):
+        if not choice.is_cast:
+            yield from ((choice.step, format) for format in choice.formats if format != KEEP)
+
+
+@contextmanager
+def _calibrated(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    choices: Mapping[str, Choice],
+    plan: Sequence[TensorInfo],
+    samples: Samples | None,
+    target: Path,
+    container: Container,
+    max_ram: int | None,
+    resume: bool,
+    force: bool,
+    progress: Progress | None,
+    report: Callable[[BlockReport], None] | None,
+) -> Iterator[Work | None]:
+    """Gives what calibration made, None without samples; its folder is removed when the output is whole."""
+    if samples is None:
+        yield None
+        return
+    from tersor.calibrated import Calibrator, run_of
+    from tersor.calibration.work import Work
+
+    need = sum(info.nbytes for info in plan)
+    check_output(target, need, force=force, directory=container.suffix == "")
+    folder = target.with_name(target.name + ".work")
+    run = run_of(recipe, samples.provenance, checkpoint.path, container.name)
+    calibrator = Calibrator(checkpoint, recipe, choices, plan, samples.tokens, max_ram, report, progress)
+    work = Work(folder, run, resume)
+    try:
+        calibrator.run(work)
+        yield work
+    except (FormatError, ModelError, RecipeError):
+        work.remove()  # the same would be refused again
+        raise
+    except BaseException:
+        if work.done == 0:
+            work.remove()
+        raise
+    work.remove()
 
 
 def choose_container(out: Path, recipe: Recipe, to: str | None = None) -> Container:
@@ -192,11 +333,14 @@ def _write(
     description: ModelDescription,
     plan: Sequence[TensorInfo],
     choices: Mapping[str, Choice],
+    work: Work | None,
     force: bool,
     progress: Progress | None,
 ) -> list[TensorResult]:
     total, done = sum(prod(info.shape) for info in plan), 0
     results = []
+    if work is not None:
+        done = sum(prod(info.shape) for info in plan if info.name in work)  # told of already
     with container.create(target, description, plan, force=force) as writer:
         for info in plan:
             source = checkpoint.tensors[info.name]
@@ -208,10 +352,19 @@ def _write(
                     progress(done, total, name)
 
             choice = choices[info.name]
+            if work is not None and info.name in work:
+                made = work.read(info.name)
+                writer.write(info.name, made.tensor)
+                results.append(
+                    TensorResult(
+                        info.name, info.shape, source.format, info.format, made.method, made.tensor.nbytes, made.error, made.output_error
+                    )
+                )
+                continue
             if source.format == info.format and (choice.is_cast or source.format in CASTS):
                 tensor, error = _keep(checkpoint, info, report), 0.0
             else:
-                tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.method, report)
+                tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.step, report)
             method = (
                 choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
             )
@@ -244,7 +397,7 @@ def _keep(checkpoint: Checkpoint, info: TensorInfo, report: Callable[[int], None
 
 
 def _quantize_tensor(
-    checkpoint: Checkpoint, source: TensorInfo, format: str, method: str, report: Callable[[int], None]
+    checkpoint: Checkpoint, source: TensorInfo, format: str, step: Step, report: Callable[[int], None]
 ) -> tuple[QuantizedTensor, float]:
     """Returns one tensor in the format, and its relative RMS error."""
     fmt = get_format(format)
@@ -253,7 +406,7 @@ def _quantize_tensor(
     for rows in _slabs(source.shape) if fmt.row_independent else [slice(0, prod(source.shape[:-1]))]:
         w = np.ascontiguousarray(dequantize(checkpoint.read(source.name, rows)).reshape(-1, source.shape[-1]), dtype=np.float32)
         largest = check_finite(w, source.name, rows.start)
-        part = _encode(w, fmt, method, source.name)
+        part = _encode(w, fmt, step, source.name)
         decoded = fmt.dequantize(part).reshape(w.shape)
         if largest > FLOAT16_MAX:
             _check_range(w, decoded, format, source.name, rows.start)
@@ -271,10 +424,10 @@ def _quantize_tensor(
     return QuantizedTensor(format, source.shape, fields), sqrt(squared_error / squares) if squares else 0.0
 
 
-def _encode(w: Array, fmt: Format, method: str, name: str) -> QuantizedTensor:
+def _encode(w: Array, fmt: Format, step: Step, name: str) -> QuantizedTensor:
     """Returns w in the format by the method; a refusal names the tensor."""
     try:
-        return fmt.quantize(w) if fmt.name in CASTS else METHODS[method](w, fmt)
+        return fmt.quantize(w) if fmt.name in CASTS else step.method.run(w, fmt, None, step.options)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
 

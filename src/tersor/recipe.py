@@ -3,10 +3,13 @@
     "rtn:int4_g64"                                   every matrix of the blocks, round to nearest, 4 bits in groups of 64
     "clip:q4_k|q5_0, lm_head=q6_k|q8_0"              q5_0 where the columns do not divide by 256; the head in 6 bits
     "q4_0, attn=q5_0, layers.0-3=rtn:q8_0, *.mlp.down_proj.weight=keep"
+    "rotate+awq+gptq(act_order):int3_g64|int3_g32"   three steps: rotate, scale the channels, round with error feedback
 
 Grammar: `[method:]formats {, pattern=[method:]formats}`; formats are tried from left to right at every `|`, the first whose
 groups divide the tensor's columns is taken. `keep` leaves a tensor as the source stores it, `f32 f16 bf16` cast it.
-A rule without a method takes the default's. Of several rules that match, the last one counts.
+The method of the default may be several steps joined by `+`, in the order of methods/method.py: one that rounds, before it what
+changes the weights and not the function, after it what tunes the rest. A step may have options: `name(option; option=value)`.
+A rule names a rounding method only; without one it takes the default's. Of several rules that match, the last one counts.
 
 Patterns, on Hugging Face's tensor names:
 - with `*`, `?` or `[`: a shell pattern (fnmatch) for the whole name, with or without its `.weight`;
@@ -29,29 +32,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tersor.errors import FormatError, RecipeError, unknown
 from tersor.formats import get_format
+from tersor.methods import METHODS, Step, parse_step
+from tersor.methods.method import STAGES
 from tersor.tensor import TensorInfo
 
 KEEP = "keep"
 CASTS = ("f32", "f16", "bf16")
 _ALIASES = {"attn": "self_attn", "embed": "embed_tokens"}
+_RTN = Step(METHODS["rtn"])
 _WORDS = ("attn", "mlp", "embed", "lm_head", "layers.0-3")  # offered in messages beside the words of the model's own names
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and the formats to try from left to right. `keep` is a format here."""
+    """A rounding method and the formats to try from left to right. `keep` is a format here."""
 
-    method: str
+    step: Step
     formats: tuple[str, ...]
 
     def __str__(self) -> str:
         formats = "|".join(self.formats)
-        return formats if self.is_cast else f"{self.method}:{formats}"
+        return formats if self.is_cast else f"{self.step}:{formats}"
+
+    @property
+    def method(self) -> str:
+        """Name of the rounding method."""
+        return self.step.method.name
 
     @property
     def is_cast(self) -> bool:
@@ -82,14 +94,34 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The default for the matrices of the blocks, and rules for other tensors, of which the last that matches counts."""
+    """The default for the matrices of the blocks, and rules for other tensors, of which the last that matches counts.
+
+    before, after: steps around the rounding, for the whole model, in the order of their stages.
+    """
 
     default: Choice
     rules: tuple[Rule, ...] = ()
+    before: tuple[Step, ...] = ()
+    after: tuple[Step, ...] = ()
 
     def __str__(self) -> str:
         """Returns the text that `parse` turns into this recipe again."""
-        return ", ".join([str(self.default), *map(str, self.rules)])
+        return ", ".join([self._first, *map(str, self.rules)])
+
+    @property
+    def _first(self) -> str:
+        """The text of the default, its steps joined by `+`."""
+        if not (self.before or self.after):
+            return str(self.default)
+        formats = "|".join(self.default.formats)
+        rounding = [] if self.default.is_cast else [self.default.step]
+        return "+".join(map(str, [*self.before, *rounding, *self.after])) + f":{formats}"
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every step that is named anywhere, rounding ones of rules among them; casts have none."""
+        choices = [self.default, *(rule.choice for rule in self.rules)]
+        return (*self.before, *(choice.step for choice in choices if not choice.is_cast), *self.after)
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
@@ -130,12 +162,17 @@ class Recipe:
 
     @classmethod
     def _build(cls, default: str, rules: Sequence[tuple[str, str]]) -> Recipe:
-        method = _method(default) or "rtn"
-        return cls(_choice(default, method), tuple(Rule(pattern, _choice(value, method)) for pattern, value in rules))
+        before, rounding, after = _steps(default)
+        choice = _choice(default, rounding or _RTN, named=rounding is not None)
+        if choice.is_cast and (refused := [step for step in (*before, *after) if step.method.stage != "view"]):
+            raise RecipeError(
+                f"recipe {default!r}: {choice} is a cast, which rounds to no grid; {refused[0].method.name} has nothing to work for"
+            )
+        return cls(choice, tuple(Rule(pattern, _rule_choice(value, rounding or _RTN)) for pattern, value in rules), before, after)
 
     def to_toml(self) -> str:
         """Returns the recipe as TOML, as `load` reads it."""
-        lines = [f'default = "{self.default}"', "", "[rules]"] if self.rules else [f'default = "{self.default}"']
+        lines = [f'default = "{self._first}"', "", "[rules]"] if self.rules else [f'default = "{self._first}"']
         return "\n".join([*lines, *(f'"{rule.pattern}" = "{rule.choice}"' for rule in self.rules), ""])
 
     def assign(self, tensors: Mapping[str, TensorInfo], *, gguf: bool, tied: bool = False) -> dict[str, Choice]:
@@ -158,14 +195,14 @@ class Recipe:
 
     def _default(self, info: TensorInfo, gguf: bool) -> Choice:
         if gguf and len(info.shape) < 2:
-            return Choice("rtn", ("f32",))
+            return Choice(_RTN, ("f32",))
         if self.default.is_cast or (len(info.shape) > 1 and not is_edge(info.name)):
             return self.default
         if len(info.shape) < 2:
-            return Choice("rtn", (KEEP,))
+            return Choice(_RTN, (KEEP,))
         if gguf:
-            return Choice("rtn", ("q8_0", "f16"))
-        return Choice("rtn", (KEEP,) if info.format in ("f16", "bf16") else ("f16",))
+            return Choice(_RTN, ("q8_0", "f16"))
+        return Choice(_RTN, (KEEP,) if info.format in ("f16", "bf16") else ("f16",))
 
 
 def is_edge(name: str) -> bool:
@@ -199,27 +236,54 @@ def _no_match(pattern: str, tensors: Mapping[str, TensorInfo]) -> str:
     return f"recipe pattern {pattern!r} matches none of {len(tensors)} tensors; nearest: {', '.join(near or words)}"
 
 
-def _method(text: str) -> str | None:
-    """Returns the method that `[method:]formats` names, if any. Raises RecipeError for an unknown one."""
-    from tersor.methods import METHODS
+def _steps(text: str) -> tuple[tuple[Step, ...], Step | None, tuple[Step, ...]]:
+    """Returns the steps before, at and after rounding that `[step{+step}:]formats` names. Raises RecipeError for nonsense."""
+    head, colon, _ = text.rpartition(":")
+    if not colon:
+        return (), None, ()
+    steps = [parse_step(part, METHODS) for part in head.split("+")]
+    for first, second in pairwise([step.method for step in steps]):
+        if first is second:
+            raise RecipeError(f"recipe {text!r}: {first.name} is named twice")
+        if STAGES.index(first.stage) > STAGES.index(second.stage):
+            raise RecipeError(
+                f"recipe {text!r}: {second.name} works {_WHEN[second.stage]}, so it comes before {first.name}; write it first"
+            )
+        if first.stage == second.stage:
+            raise RecipeError(f"recipe {text!r}: {first.name} and {second.name} both {_WHAT[first.stage]}; choose one")
+    by_stage = {stage: tuple(step for step in steps if step.method.stage == stage) for stage in STAGES}
+    return by_stage["view"] + by_stage["scale"], (by_stage["round"] or (None,))[0], by_stage["tune"]
 
-    before, colon, _ = text.partition(":")
-    name = before.strip().lower()
-    if colon and name not in METHODS:
-        raise RecipeError(unknown("method", name, METHODS))
-    return name if colon else None
+
+_WHEN = {"view": "on the unquantized model", "scale": "on unquantized blocks", "round": "on unquantized weights", "tune": "after rounding"}
+_WHAT = {"view": "turn the whole model", "scale": "scale the channels", "round": "choose the codes", "tune": "tune what stays float"}
 
 
-def _choice(text: str, method: str) -> Choice:
-    """Returns the choice of `[method:]format[|format...]`; method: what stands in for a missing one. Casts need none: theirs is rtn."""
+def _rule_choice(text: str, default: Step) -> Choice:
+    """Returns the choice of a rule. Raises RecipeError for a step that works on the whole model."""
+    before, rounding, after = _steps(text)
+    if before or after:
+        name = (before + after)[0].method.name
+        raise RecipeError(f"recipe rule {text!r}: {name} works on the whole model, not on some tensors; name it in the recipe's first part")
+    return _choice(text, rounding or default, named=rounding is not None)
+
+
+def _choice(text: str, step: Step, named: bool) -> Choice:
+    """Returns the choice of `[method:]format[|format...]`. named: whether the text names the method. Casts need none: theirs is rtn."""
     names = tuple(name.strip().lower() for name in text.rpartition(":")[2].split("|"))
     for name in names:
         if not name:
             raise RecipeError(f"recipe part {text!r} lacks a format; write method:format, like rtn:int4_g64")
         if name != KEEP and not get_format(name).can_encode:
             raise FormatError(f"{name} can be read but not written; use another, like q2_k, iq4_xs or int2_g32 (docs/formats.md)")
-    choice = Choice(_method(text) or method, names)
-    return Choice("rtn", names) if choice.is_cast else choice
+    choice = Choice(step, names)
+    if not choice.is_cast:
+        return choice
+    if named and step.method.needs != "nothing":
+        raise RecipeError(
+            f"recipe part {text!r}: {'|'.join(names)} is a cast, which rounds to no grid; {step.method.name} cannot choose codes for it"
+        )
+    return Choice(_RTN, names)
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

@@ -49,6 +49,29 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True)
+class InputStatistics:
+    """What calibration tokens say about the inputs x of the linear layers that share them. Sums were made in float64.
+
+    tokens:      how many inputs were seen, n.
+    mean_square: mean of x^2, (in,) float32: the importance of a column's squared error. mean_abs, absmax: of |x|, likewise.
+    gram:        H = X^T X / n, (in, in) float64, or None where only the rest was asked for.
+    cross:       Y^T X / n, (in, in) float64, y being the input of the same token in the unquantized model; None unless asked for.
+    """
+
+    tokens: int
+    mean_square: Array
+    mean_abs: Array
+    absmax: Array
+    gram: Array | None = None
+    cross: Array | None = None
+
+    @property
+    def importance(self) -> Array:
+        """The weight of each column's squared error, (in,) float32."""
+        return self.mean_square
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor as a container announces it, before any of its bytes are read. name: the Hugging Face name."""
 
@@ -67,8 +90,10 @@ class ModelDescription:
               chat_template.jinja, ...), as bytes.
     metadata: key-values of the source container with no Hugging Face counterpart, carried over verbatim when the
               target container is of the same kind (for GGUF: all key-values, as {key: (value_type, value)}).
+    provenance: how a quantized model was made, plain values: recipe, calibration (Samples.provenance). Empty otherwise.
     """
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tersor.errors import FormatError, RecipeError
+from tersor.methods import METHODS, Step
 from tersor.recipe import Choice, Recipe, matches
 from tersor.tensor import TensorInfo
 
@@ -35,11 +36,11 @@ def formats(text: str, gguf: bool = True, **options: object) -> dict[str, str]:
 
 def test_parse_gives_methods_formats_and_rules():
     recipe = Recipe.parse(" clip:q4_k | q5_0 , lm_head = q6_k, *.mlp.*=rtn:q8_0,embed=keep")
-    assert recipe.default == Choice("clip", ("q4_k", "q5_0"))
+    assert recipe.default == Choice(Step(METHODS["clip"]), ("q4_k", "q5_0"))
     assert [(r.pattern, r.choice) for r in recipe.rules] == [
-        ("lm_head", Choice("clip", ("q6_k",))),
-        ("*.mlp.*", Choice("rtn", ("q8_0",))),
-        ("embed", Choice("rtn", ("keep",))),
+        ("lm_head", Choice(Step(METHODS["clip"]), ("q6_k",))),
+        ("*.mlp.*", Choice(Step(METHODS["rtn"]), ("q8_0",))),
+        ("embed", Choice(Step(METHODS["rtn"]), ("keep",))),
     ]
 
 

@@ -27,6 +27,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def say(what: object) -> None:
+    """Prints a line on stderr, above the progress bar if there is one."""
+    if _bars:
+        _bars[-1](str(what))
+    else:
+        print(what, file=sys.stderr)
+
+
+_bars: list[Callable[[str], None]] = []  # of the bars on the screen, each a way to print above it
+
+
 @contextmanager
 def progress() -> Iterator[Report]:
     """Gives a function to call with (what, done, total); shows it on stderr until the block ends."""
@@ -39,13 +50,17 @@ def progress() -> Iterator[Report]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
+        _bars.append(lambda line: bar.console.print(line, markup=False, highlight=False))
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what.replace("[", "\\["), total=total)
             bar.update(tasks[what], completed=done, total=total, visible=done < total)
 
-        yield report
+        try:
+            yield report
+        finally:
+            _bars.pop()
 
 
 class _Lines:

@@ -16,6 +16,7 @@ from tersor.containers.safetensors_file import DTYPES, Entry, ShardWriter
 from tersor.errors import ContainerError
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
+PROVENANCE = "tersor.json"  # how the weights were made: recipe, calibration
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -82,7 +83,10 @@ class DirectoryWriter(Writer):
     def _write_side_files(self, description: ModelDescription) -> None:
         text = json.dumps(self.config(description), indent=2, sort_keys=True) + "\n"
         (self._temporary / "config.json").write_text(text, encoding="utf-8")
-        for name, data in description.files.items():
+        files = dict(description.files)
+        if description.provenance:
+            files[PROVENANCE] = (json.dumps(dict(description.provenance), indent=2) + "\n").encode()
+        for name, data in files.items():
             target = self._temporary / name
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(data)

@@ -6,6 +6,7 @@ config_to_gguf.py; tokenizers tokenizer_from_gguf.py and tokenizer_to_gguf.py.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf.constants import GGML_QUANT_VERSION
@@ -175,7 +176,7 @@ class GGUFWriter(Writer):
         self._check_shapes()
         kinds = {name: "f32" if len(info.shape) == 1 else info.format for name, info in self._plan.items()}
         metadata = _carried(description) or translated | write_tokenizer(where, description)
-        metadata |= _quantization_keys(self._plan.values())
+        metadata |= _quantization_keys(self._plan.values()) | _provenance_keys(description.provenance)
         tensors = [(self._names[name], BLOCK_TYPES[kinds[name]], info.shape) for name, info in self._plan.items()]
         if freqs is not None:
             tensors.insert(0, (ROPE_FREQS, BLOCK_TYPES["f32"], freqs.shape))
@@ -262,8 +263,17 @@ def _carried(description: ModelDescription) -> dict[str, KeyValue]:
     """Returns the key-values of a model that came from a GGUF file, verbatim but for those of `_quantization_keys`; of another none."""
     if "general.architecture" not in description.metadata:
         return {}
-    ours = ("split.", "tersor.", "general.file_type", "general.quantization_version")
+    ours = ("split.", "tersor.", "quantize.imatrix.", "general.file_type", "general.quantization_version")
     return {key: value for key, value in description.metadata.items() if not key.startswith(ours)}
+
+
+def _provenance_keys(provenance: Mapping[str, Any]) -> dict[str, KeyValue]:
+    """Returns how the weights were made: the recipe, and the calibration both as JSON and under the keys of llama.cpp's imatrix files."""
+    keys: dict[str, KeyValue] = {f"tersor.{name}": ("str", v if isinstance(v, str) else json.dumps(v)) for name, v in provenance.items()}
+    if calibration := provenance.get("calibration"):
+        keys["quantize.imatrix.dataset"] = ("str", str(calibration["source"]))
+        keys["quantize.imatrix.chunks_count"] = ("i32", int(calibration["samples"]))
+    return keys
 
 
 def _quantization_keys(plan: Iterable[TensorInfo]) -> dict[str, KeyValue]:

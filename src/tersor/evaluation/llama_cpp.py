@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tersor.errors import RecipeError
-from tersor.evaluation.speed import Contestant, prompt, resident_bytes
+from tersor.evaluation.speed import Contestant, prompt
+from tersor.memory import resident_bytes
 
 _KV_TYPES = {"f32": 0, "f16": 1, "int8": 8}  # ggml's F32, F16, Q8_0
 

@@ -10,7 +10,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from tersor.errors import RecipeError
 from tersor.evaluation.energy import EnergyMeter
 from tersor.evaluation.limits import Limits, LimitsMeter
 from tersor.evaluation.model import LanguageModel
+from tersor.memory import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -221,14 +221,3 @@ def ratios(ours: Speed, theirs: Speed) -> tuple[tuple[float, ...], tuple[float, 
 def prompt(n: int, vocab_size: int) -> list[int]:
     """Returns n tokens; any text costs the same. 7919 is a prime."""
     return [(i * 7919 + 1000) % vocab_size for i in range(n)]
-
-
-def resident_bytes() -> int:
-    """Returns the resident memory of this process; 0 where the system does not tell (no /proc)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    import resource
-
-    return pages * resource.getpagesize()

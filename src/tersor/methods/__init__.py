@@ -1,16 +1,32 @@
-"""The methods: how codes are chosen. METHODS maps a name to a function; adding one is one file and one line here."""
+"""The methods: how numbers are chosen. METHODS maps a name to a Method; adding one is one file and one line here."""
 
 from __future__ import annotations
 
 from tersor.errors import RecipeError, unknown
+from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
-from tersor.methods.method import Method
+from tersor.methods.gptq import GptqOptions, gptq
+from tersor.methods.method import Method, Step, parse_step
+from tersor.methods.rotate import RotateOptions, rotated
 from tersor.methods.rtn import rtn
+from tersor.methods.smoothquant import SmoothQuantOptions, smoothquant
 
-METHODS: dict[str, Method] = {
-    "rtn": rtn,
-    "clip": clip,
-}
+
+def _gptq_workspace(rows: int, columns: int) -> int:
+    return 12 * columns**2 + 40 * rows * columns
+
+
+_ALL = (
+    Method("rotate", "view", rotated, options=RotateOptions),
+    Method("awq", "scale", awq, needs="gram", options=AwqOptions),
+    Method("smoothquant", "scale", smoothquant, needs="importance", options=SmoothQuantOptions),
+    Method("rtn", "round", rtn),
+    Method("clip", "round", clip),
+    Method(
+        "gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=lambda options: options is not None and options.asymmetric > 0
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def get_method(name: str) -> Method:
@@ -20,4 +36,4 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "get_method"]
+__all__ = ["METHODS", "Method", "Step", "get_method", "parse_step"]

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from tersor.formats import Format
 from tersor.methods.rtn import require_encoder
-from tersor.tensor import Array, QuantizedTensor
+from tersor.tensor import Array, InputStatistics, QuantizedTensor
 
 
-def clip(w: Array, format: Format, importance: Array | None = None) -> QuantizedTensor:
-    """Returns w, (..., in) float32, on the searched grid; its weighted squared error is never above rtn's.
+def clip(w: Array, format: Format, statistics: InputStatistics | None = None, options: None = None) -> QuantizedTensor:
+    """Returns w, (..., in) float32, on the searched grid; its squared error, weighted by importance, is never above rtn's.
 
     Raises FormatError when the format is decode-only or does not fit the shape, or the importance has another length
     than the rows, or negative or non-finite values.
     """
     require_encoder(format, "clip")
-    return format.quantize_clipped(w, importance)
+    return format.quantize_clipped(w, None if statistics is None else statistics.importance)

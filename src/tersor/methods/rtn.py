@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from tersor.errors import FormatError
 from tersor.formats import Format
-from tersor.tensor import Array, QuantizedTensor
+from tersor.tensor import Array, InputStatistics, QuantizedTensor
 
 
-def rtn(w: Array, format: Format, importance: Array | None = None) -> QuantizedTensor:
+def rtn(w: Array, format: Format, statistics: InputStatistics | None = None, options: None = None) -> QuantizedTensor:
     """Returns w, (..., in) float32, rounded to nearest on the grid that `format.fit` gives.
 
-    Raises FormatError when the format is decode-only, does not fit the shape, or when there is an importance that its
-    grid cannot use (use `clip`, which can).
+    Raises FormatError when the format is decode-only or does not fit the shape.
     """
     require_encoder(format, "rtn")
-    return format.quantize(w, importance)
+    return format.quantize(w, statistics.importance if statistics is not None and format.uses_importance else None)
 
 
 def require_encoder(format: Format, method: str) -> None:

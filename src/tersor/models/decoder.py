@@ -18,7 +18,8 @@ import numpy as np
 
 from tersor import ops
 from tersor.formats import get_format
-from tersor.models.spec import DecoderSpec, Layer
+from tersor.models.layer import LayerVectors, add_product, has_bias, mix, read_vectors
+from tersor.models.spec import GROUPS, DecoderSpec
 from tersor.ops.program import LayerOps, Recorder
 from tersor.tensor import Array, QuantizedTensor
 
@@ -30,19 +31,13 @@ MOST_ROWS = 256  # tokens of one call: enough for full speed, and the activation
 
 @dataclass(frozen=True)
 class _LayerWeights:
-    """One layer, ready to run. Norm weights are (d,) or (head_dim,) float32 with the offset added; None = no such norm."""
+    """One layer, ready to run: its norms, and its matrices packed."""
 
-    spec: Layer
-    norm: Array
+    vectors: LayerVectors
     qkv: ops.Weight
     output: ops.Weight
-    mlp_norm: Array
     gate_up: ops.Weight
     down: ops.Weight
-    q_norm: Array | None
-    k_norm: Array | None
-    after_attention: Array | None
-    after_mlp: Array | None
 
 
 class Decoder:
@@ -55,43 +50,24 @@ class Decoder:
         self._activations = activations
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
-        self._norm = self._vector("model.norm.weight", spec.norm_offset)
+        self._norm = self._vector("model.norm.weight") + np.float32(spec.norm_offset)
         self._idle: dict[int, list[_Recording]] = {STEP_ROWS: [], MOST_ROWS: []}  # by rows; one caller at a time uses one
         self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
 
     def _layer(self, index: int) -> _LayerWeights:
         """Returns layer `index`, read and packed."""
-        s, prefix = self.spec, f"model.layers.{index}."
-
-        def norm(name: str, present: bool) -> Array | None:
-            return self._vector(f"{prefix}{name}.weight", s.norm_offset) if present else None
-
-        # In a sandwich post_attention_layernorm is what it says; elsewhere it is the name of the norm before the MLP.
-        before_mlp = "pre_feedforward_layernorm" if s.sandwich else "post_attention_layernorm"
-        return _LayerWeights(
-            spec=s.layers[index],
-            norm=self._vector(prefix + "input_layernorm.weight", s.norm_offset),
-            qkv=self._join(prefix, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), s.qkv_bias),
-            output=self._join(prefix, ("self_attn.o_proj",), s.output_bias),
-            mlp_norm=self._vector(f"{prefix}{before_mlp}.weight", s.norm_offset),
-            gate_up=self._join(prefix, ("mlp.gate_proj", "mlp.up_proj"), s.mlp_bias),
-            down=self._join(prefix, ("mlp.down_proj",), s.mlp_bias),
-            q_norm=norm("self_attn.q_norm", s.qk_norm),
-            k_norm=norm("self_attn.k_norm", s.qk_norm),
-            after_attention=norm("post_attention_layernorm", s.sandwich),
-            after_mlp=norm("post_feedforward_layernorm", s.sandwich),
-        )
+        packed = [self._join(f"model.layers.{index}.", names, has_bias(self.spec, group)) for group, names in enumerate(GROUPS)]
+        return _LayerWeights(read_vectors(self.spec, index, self._vector), *packed)
 
     def _join(self, prefix: str, names: tuple[str, ...], bias: bool) -> ops.Weight:
         """Returns the named projections as one matrix, their rows one after the other."""
         biases = np.concatenate([self._vector(f"{prefix}{name}.bias") for name in names]) if bias else None
         return ops.pack([self._read(f"{prefix}{name}.weight") for name in names], biases, self._activations)
 
-    def _vector(self, name: str, offset: float = 0.0) -> Array:
-        """Returns a norm's weight or a bias as float32, plus offset."""
+    def _vector(self, name: str) -> Array:
+        """Returns a norm's weight or a bias as float32."""
         tensor = self._read(name)
-        values: Array = get_format(tensor.format).dequantize(tensor).reshape(-1) + np.float32(offset)
-        return values
+        return get_format(tensor.format).dequantize(tensor).reshape(-1)
 
     def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
         """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
@@ -129,33 +105,15 @@ class Decoder:
 
     def _attend(self, o: LayerOps, x: Array, index: int, layer: _LayerWeights, cache: ops.KVCache) -> Array:
         """Returns x + attention."""
-        s, rope = self.spec, layer.spec.rope
-        joined = o.linear(o.rms_norm(x, layer.norm, s.norm_eps), layer.qkv)
-        by_head = joined.reshape(len(x), s.heads + 2 * s.kv_heads, s.head_dim)
-        rotated = s.heads + s.kv_heads
-        q, k, v = by_head[:, : s.heads], by_head[:, s.heads : rotated], by_head[:, rotated:]  # views
-        if layer.q_norm is None or layer.k_norm is None:
-            o.rope(by_head[:, :rotated], cache.length, rope.inv_freq, rope.scale)
-        else:
-            q = o.rms_norm(q, layer.q_norm, s.norm_eps)
-            k = o.rms_norm(k, layer.k_norm, s.norm_eps)
-            o.rope(q, cache.length, rope.inv_freq, rope.scale)
-            o.rope(k, cache.length, rope.inv_freq, rope.scale)
-        o.append(cache, index, k, v)
-        mixed = o.attention(q, cache, index, s.attention_scale, s.attention_softcap, layer.spec.window)
-        return self._into(o, x, mixed, layer.output, layer.after_attention)
+        s, v = self.spec, layer.vectors
+        mixed = mix(o, s, v, o.linear(o.rms_norm(x, v.norm, s.norm_eps), layer.qkv), index, cache)
+        return add_product(o, s, x, mixed, layer.output, v.after_attention)
 
     def _feed_forward(self, o: LayerOps, x: Array, layer: _LayerWeights) -> Array:
         """Returns x + MLP."""
-        joined = o.linear(o.rms_norm(x, layer.mlp_norm, self.spec.norm_eps), layer.gate_up)
-        return self._into(o, x, o.gated(joined, self.spec.activation), layer.down, layer.after_mlp)
-
-    def _into(self, o: LayerOps, x: Array, branch: Array, weight: ops.Weight, norm: Array | None) -> Array:
-        """Returns x + branch W^T, the product normed first where there is a norm."""
-        if norm is None:
-            return o.linear(branch, weight, x)
-        o.add(x, o.rms_norm(o.linear(branch, weight), norm, self.spec.norm_eps))
-        return x
+        s, v = self.spec, layer.vectors
+        joined = o.linear(o.rms_norm(x, v.mlp_norm, s.norm_eps), layer.gate_up)
+        return add_product(o, s, x, o.gated(joined, s.activation), layer.down, v.after_mlp)
 
     def _packed(self) -> list[ops.Weight]:
         """Returns every matrix that tokens are multiplied by, the head first."""

@@ -18,6 +18,14 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 LARGEST = 1 << 24  # of any size in a config: a hostile one must not make us allocate
 MOST_LAYERS = 4096
 
+# The linear layers by their names within a layer, those that multiply the same input together, in the order they run.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -92,13 +100,7 @@ def _layer_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
 
 def linear_groups(spec: DecoderSpec) -> tuple[tuple[str, ...], ...]:
     """Returns the linear layers' weights by name, those that multiply the same input together, in the order they run."""
-    within = (
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        ("self_attn.o_proj.weight",),
-        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        ("mlp.down_proj.weight",),
-    )
-    return tuple(tuple(f"model.layers.{i}.{name}" for name in group) for i in range(len(spec.layers)) for group in within)
+    return tuple(tuple(f"model.layers.{i}.{name}.weight" for name in group) for i in range(len(spec.layers)) for group in GROUPS)
 
 
 def check_tensors(spec: DecoderSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:

@@ -1,0 +1,71 @@
+// The column by column loops of the methods: checks shapes, calls native/methods.
+#include <nanobind/nanobind.h>
+
+#include "bindings/arrays.h"
+#include "methods/feedback.h"
+
+namespace nb = nanobind;
+
+namespace tersor::bindings {
+namespace {
+
+template <typename T>
+using Changed = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <typename A>
+bool has_shape(const A& array, int64_t rows, int64_t columns) {
+  return static_cast<int64_t>(array.shape(0)) == rows && static_cast<int64_t>(array.shape(1)) == columns;
+}
+
+LevelGrid grid_of(const Matrix<float>& step, const Matrix<float>& offset, const Vector<int32_t>& group_of,
+                  const Vector<float>& levels, int64_t rows, int64_t columns) {
+  const int64_t groups = step.shape(1);
+  const int n_levels = static_cast<int>(levels.shape(0));
+  require(has_shape(step, rows, groups) && has_shape(offset, rows, groups), "step and offset: need (rows, groups)");
+  require(static_cast<int64_t>(group_of.shape(0)) == columns, "group_of: need one value per column");
+  for (int64_t k = 0; k < columns; k++)
+    require(group_of.data()[k] >= 0 && group_of.data()[k] < groups, "group_of: need 0..groups-1");
+  require(levels.shape(0) >= 1 && levels.shape(0) <= 256, "levels: need 1 to 256");
+  bool integers = true;
+  for (int k = 1; k < n_levels; k++) integers = integers && levels.data()[k] - levels.data()[k - 1] == 1.0f;
+  return {levels.data(), n_levels, integers, step.data(), offset.data(), groups, group_of.data()};
+}
+
+void feed_back(const Matrix<float>& w, const Matrix<float>& feedback, const Matrix<float>& step,
+               const Matrix<float>& offset, const Vector<int32_t>& group_of, const Vector<float>& levels,
+               Changed<float> target, Changed<uint8_t> indices, Changed<float> errors) {
+  const int64_t rows = w.shape(0), columns = w.shape(1);
+  const LevelGrid grid = grid_of(step, offset, group_of, levels, rows, columns);
+  require(has_shape(feedback, columns, columns), "feedback: need (columns, columns)");
+  require(has_shape(target, rows, columns) && has_shape(indices, rows, columns) && has_shape(errors, rows, columns),
+          "target, indices and errors: need the shape of w");
+  nb::gil_scoped_release release;
+  tersor::feed_back(rows, columns, grid, w.data(), feedback.data(), target.data(), indices.data(), errors.data());
+}
+
+void descend(const Matrix<float>& hessian, const Matrix<float>& step, const Matrix<float>& offset,
+             const Vector<int32_t>& group_of, const Vector<float>& levels, Changed<float> gradient,
+             Changed<uint8_t> indices, Changed<float> changes) {
+  const int64_t rows = gradient.shape(0), columns = gradient.shape(1);
+  const LevelGrid grid = grid_of(step, offset, group_of, levels, rows, columns);
+  require(has_shape(hessian, columns, columns), "hessian: need (columns, columns)");
+  require(has_shape(indices, rows, columns) && has_shape(changes, rows, columns),
+          "indices and changes: need the shape of gradient");
+  for (int64_t i = 0; i < rows * columns; i++) require(indices.data()[i] < grid.n_levels, "indices: need 0..levels-1");
+  nb::gil_scoped_release release;
+  tersor::descend(rows, columns, grid, hessian.data(), gradient.data(), indices.data(), changes.data());
+}
+
+}  // namespace
+}  // namespace tersor::bindings
+
+void bind_methods(nb::module_& m) {
+  namespace b = tersor::bindings;
+  m.def("feed_back", &b::feed_back, nb::arg("w"), nb::arg("feedback"), nb::arg("step"), nb::arg("offset"),
+        nb::arg("group_of"), nb::arg("levels"), nb::arg("target"), nb::arg("indices"), nb::arg("errors"),
+        "Rounds the columns of w (rows, n) one by one, each one's error fed back into the targets (rows, n) of the "
+        "next; writes indices of levels and errors, both (rows, n).");
+  m.def("descend", &b::descend, nb::arg("hessian"), nb::arg("step"), nb::arg("offset"), nb::arg("group_of"),
+        nb::arg("levels"), nb::arg("gradient"), nb::arg("indices"), nb::arg("changes"),
+        "One sweep of coordinate descent over the columns of indices (rows, n); writes what their values moved by.");
+}

@@ -1,0 +1,300 @@
+"""The streaming loop with calibration: block by block, the inputs of each linear layer are looked at before it is rounded.
+
+    states = embedding of the calibration tokens
+    each block:  its weights as float32, folded where the recipe folds
+                 each group of linear layers that share an input, in the order they run:
+                     statistics of the inputs, which the already rounded part of the model has produced
+                     round each weight; put the decoded one in its place; go on through the block
+                 tune what stays float;  the block's tensors, and the states after it, go to disk
+
+True sequential order: an error that an earlier layer makes is seen, and may be made good, by all later ones (GPTQ, arXiv 2210.17323,
+section 3.3). Memory holds one block, one Gram matrix and one batch of sequences; all else lies in files (calibration/work.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tersor import ops
+from tersor.calibration.blocks import DecoderWalk
+from tersor.calibration.memory import Room, plan_room
+from tersor.calibration.statistics import StatisticsBuilder, check_statistics
+from tersor.calibration.work import Made, Work
+from tersor.containers.container import Checkpoint
+from tersor.errors import FormatError, ModelError
+from tersor.formats import get_format
+from tersor.memory import resident_bytes
+from tersor.models import DecoderSpec, check_tensors, spec_of
+from tersor.models.folding import apply_scale, layer_folds
+from tersor.models.layer import has_bias, read_vectors
+from tersor.models.spec import GROUPS
+from tersor.recipe import CASTS, Choice, Recipe
+from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
+
+Progress = Callable[[int, int, str], None]  # as pipeline.Progress
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What is told after each block. errors: relative RMS error of each linear layer's output on the calibration inputs."""
+
+    index: int
+    blocks: int
+    errors: Mapping[str, float]
+    seconds: float
+    seconds_left: float
+    resident: int  # bytes of this process
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{name.split('.')[-2].removesuffix('_proj')} {100 * error:.2g}" for name, error in self.errors.items())
+        where = f"block {self.index + 1} of {self.blocks}: output error in % {errors}"
+        return f"{where}; {self.seconds:.1f} s, {self.seconds_left:.0f} s left, {self.resident / 2**20:.0f} MiB"
+
+
+class Calibrator:
+    """One calibrated run over a model that tersor's own decoder describes."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        choices: Mapping[str, Choice],
+        plan: Sequence[TensorInfo],
+        tokens: Array,
+        max_ram: int | None = None,
+        report: Callable[[BlockReport], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """tokens: (sequences, length) int32. plan: every tensor as it will be stored.
+
+        Raises ModelError for a model that is not one of tersor's own, RecipeError when max_ram bytes are too few.
+        """
+        self._checkpoint, self._recipe, self._choices = checkpoint, recipe, choices
+        self._plan = {info.name: info for info in plan}
+        self._tokens = tokens
+        self._report, self._progress = report, progress
+        self._spec: DecoderSpec = spec_of(checkpoint.description.config)
+        check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
+        self._compares = any(step.method.compares(step.options) for step in recipe.steps)
+        self._room = self._plan_room(max_ram)
+        self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
+
+    def run(self, work: Work) -> None:
+        """Makes every tensor of the blocks, and the head if its method asks for statistics, into work."""
+        self._work = work
+        blocks, begun, first = len(self._spec.layers), time.perf_counter(), self._work.done
+        if first == 0:
+            self._embed()
+        for index in range(first, blocks):
+            start = time.perf_counter()
+            made = self._block(index)
+            self._work.save(made)
+            self._checkpoint.release()
+            now = time.perf_counter()
+            if self._report is not None:
+                errors = {name: m.output_error for name, m in made.items() if m.output_error is not None}
+                left = (now - begun) / (index + 1 - first) * (blocks - index - 1)
+                self._report(BlockReport(index, blocks, errors, now - start, left, resident_bytes()))
+        head = self._head_name
+        if self._work.done == blocks and not self._choices[head].is_cast and self._choices[head].step.method.needs != "nothing":
+            self._work.save({head: self._head()})
+
+    def _plan_room(self, max_ram: int | None) -> Room:
+        """Returns the batches of this run. Raises RecipeError when they do not fit."""
+        names = [f"model.layers.0.{part}.weight" for group in GROUPS for part in group]
+        methods = {name: self._choices[name].step.method for name in names}
+        scaled = any(step.method.needs == "gram" for step in self._recipe.before)
+        wanted = {name: method.needs == "gram" or scaled for name, method in methods.items()}
+        return plan_room(
+            self._spec,
+            self._tokens.shape[1],
+            workspaces={name: method.workspace(*self._plan[name].shape) for name, method in methods.items()},
+            grams={name: int(gram) * (1 + self._compares) for name, gram in wanted.items()},
+            streams=1 + self._compares,
+            max_ram=max_ram,
+        )
+
+    def _embed(self) -> None:
+        """Writes the states before the first block: the embedding as it will be stored, for every token."""
+        name, s = "model.embed_tokens.weight", self._spec
+        distinct, places = np.unique(self._tokens, return_inverse=True)
+        table = np.empty((len(distinct), s.hidden_size), np.float32)
+        stored = get_format(self._plan[name].format)
+        step = max(1, self._room.batch_bytes // (4 * s.hidden_size))
+        for begin in range(0, s.vocab_size, step):
+            span = slice(*np.searchsorted(distinct, [begin, min(begin + step, s.vocab_size)]))
+            if span.start == span.stop:
+                continue
+            rows = decoded(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
+            table[span] = rows
+        table *= np.float32(s.embedding_scale)
+        unrounded = table if self._compares else None
+        if stored.row_independent and not self._choices[name].is_cast:
+            scale, chosen = np.float32(s.embedding_scale), self._choices[name].step
+            table = stored.dequantize(chosen.method.run(table / scale, stored, None, chosen.options)) * scale
+        places = places.reshape(self._tokens.shape)
+        for stream, rows in (("quantized", table), ("float", unrounded)):
+            if rows is not None:
+                states = self._work.states(stream, 0, s.hidden_size)
+                for i, row in enumerate(places):
+                    states.write(i * len(row), rows[row])
+                states.close()
+
+    def _block(self, index: int) -> dict[str, Made]:
+        """Returns the block's tensors; the states after it are written."""
+        weights = self._read_block(index)
+        made = self._fold(index, weights)
+        walk = self._walk(index, weights, "quantized")
+        original = self._walk(index, weights, "float") if self._compares else None
+        for group in walk.groups:
+            statistics = self._statistics(walk, group, weights[group[0]].shape[1], original)
+            if original is not None:
+                original.advance([weights[name] for name in group])
+            for name in group:
+                made[name] = self._round(name, weights.pop(name), statistics)
+                self._advance(name)
+            del statistics
+            walk.advance([decoded(made[name].tensor) for name in group])
+        return made
+
+    def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
+        """Changes the block's weights as the recipe's scale step says, the function staying; returns the vectors that changed."""
+        steps = [step for step in self._recipe.before if step.method.stage == "scale"]
+        if not steps:
+            return {}
+        (step,), walk, scales = steps, self._walk(index, weights, "quantized", keep=False), []
+        folds = layer_folds(self._spec, index)
+        for group, fold in zip(walk.groups, folds):
+            statistics = self._statistics(walk, group, fold.columns)
+            formats = [get_format(self._plan[name].format) for name in group]
+            scales.append(step.method.run([weights[name] for name in group], formats, statistics, step.options, fold.sources))
+            walk.advance([weights[name] for name in group])
+        changed: dict[str, Made] = {}
+        for fold, scale in zip(folds, scales):
+            weights |= apply_scale(fold, weights, scale)
+            for name in fold.producer:
+                if name in self._plan and weights[name].ndim == 1:
+                    stored = get_format(self._plan[name].format).quantize(weights[name])
+                    weights[name] = decoded(stored).reshape(-1)
+                    changed[name] = Made(stored, step.method.name, 0.0, None)
+        return changed
+
+    def _read_block(self, index: int) -> dict[str, Array]:
+        """Returns every tensor of a block as float32, by name."""
+        prefix = f"model.layers.{index}."
+        names = [name for name in self._checkpoint.tensors if name.startswith(prefix) and name in self._plan]
+        return {name: np.array(decoded(self._checkpoint.read(name)), np.float32) for name in names}
+
+    def _walk(self, index: int, weights: Mapping[str, Array], stream: str, keep: bool = True) -> DecoderWalk:
+        """Returns a walk through block `index` on a stream's states. keep: whether the states after it are the stream's next."""
+        s, prefix = self._spec, f"model.layers.{index}."
+        biases = [
+            np.concatenate([weights[f"{prefix}{name}.bias"] for name in names]) if has_bias(s, group) else None
+            for group, names in enumerate(GROUPS)
+        ]
+        vectors = read_vectors(s, index, weights.__getitem__)
+        before = self._work.states(stream, index, s.hidden_size)
+        after = self._work.states(stream, index + 1, s.hidden_size) if keep else self._work.states("aside", 0, s.hidden_size)
+        scratch = self._work.scratch(stream)
+        sequences, length = self._tokens.shape
+        return DecoderWalk(s, index, vectors, biases, before, after, (sequences, length), scratch, self._room.sequences)
+
+    def _statistics(self, walk: DecoderWalk, group: Sequence[str], columns: int, original: DecoderWalk | None = None) -> InputStatistics:
+        """Returns statistics of a group's inputs, as much as the recipe asks for; with `cross` where the original walks along."""
+        steps = [self._choices[name].step for name in group if not self._choices[name].is_cast]
+        steps += [step for step in self._recipe.before if step.method.stage == "scale" and original is None]
+        cross = original is not None and any(step.method.compares(step.options) for step in steps)
+        builder = StatisticsBuilder(columns, gram=any(step.method.needs == "gram" for step in steps), cross=cross)
+        for x, y in zip(walk.inputs(), original.inputs() if cross and original is not None else repeat(None)):
+            builder.add(x, y)
+        statistics = builder.result()
+        check_statistics(statistics, group[0], rounded=any(not self._choices[name].is_cast for name in group))
+        return statistics
+
+    def _round(self, name: str, w: Array, statistics: InputStatistics) -> Made:
+        """Returns w as the plan stores it, by its method."""
+        choice, fmt = self._choices[name], get_format(self._plan[name].format)
+        if fmt.name in CASTS or choice.is_cast:
+            source = self._checkpoint.read(name)
+            tensor = source if source.format == fmt.name else fmt.quantize(w)
+            method = "keep" if source.format == fmt.name else "cast"
+        else:
+            try:
+                tensor = choice.step.method.run(w, fmt, statistics, choice.step.options)
+            except (FormatError, ModelError) as refusal:
+                raise type(refusal)(f"{name}: {refusal}") from None
+            method = str(choice.step)
+        error = decoded(tensor).reshape(w.shape) - w
+        return Made(tensor, method, _ratio(error, w), output_error(error, w, statistics))
+
+    @property
+    def _head_name(self) -> str:
+        return "model.embed_tokens.weight" if self._spec.tied else "lm_head.weight"
+
+    def _head(self) -> Made:
+        """Returns the head, its input being the last block's states after the final norm."""
+        s, name = self._spec, self._head_name
+        norm = decoded(self._checkpoint.read("model.norm.weight")).reshape(-1) + np.float32(s.norm_offset)
+        states = self._work.states("quantized", len(s.layers), s.hidden_size)
+        builder = StatisticsBuilder(s.hidden_size, gram=self._choices[name].step.method.needs == "gram")
+        step = self._room.sequences * self._tokens.shape[1]
+        for begin in range(0, self._tokens.size, step):
+            builder.add(ops.rms_norm(states.read(begin, min(begin + step, self._tokens.size)), norm, s.norm_eps))
+        states.close()
+        statistics = builder.result()
+        check_statistics(statistics, name, rounded=True)
+        return self._round(name, np.array(decoded(self._checkpoint.read(name)), np.float32), statistics)
+
+    def _advance(self, name: str) -> None:
+        self._weights_done += int(np.prod(self._plan[name].shape))
+        if self._progress is not None:
+            self._progress(self._weights_done, self._weights, name)
+
+
+def decoded(tensor: QuantizedTensor) -> Array:
+    """Returns the float32 values of a stored tensor, in its shape."""
+    return get_format(tensor.format).dequantize(tensor)
+
+
+def output_error(error: Array, w: Array, statistics: InputStatistics) -> float | None:
+    """Returns the relative RMS error of the products x W^T over the calibration inputs: sqrt(tr(E H E^T) / tr(W H W^T)).
+
+    error: E, w: W, (out, in) float32. Without a Gram matrix H is taken as diagonal.
+    """
+    if statistics.gram is None:
+        h = statistics.importance
+        return _root(*(float(((a * a) @ h).sum(dtype=np.float64)) for a in (error, w)))
+    gram = statistics.gram.astype(np.float32)
+    return _root(*(float(np.einsum("ij,ij->", a @ gram, a, dtype=np.float64)) for a in (error, w)))
+
+
+def _ratio(error: Array, w: Array) -> float:
+    """Returns |error| / |w|."""
+    return _root(*(float(np.einsum("ij,ij->", a, a, dtype=np.float64)) for a in (error, w)))
+
+
+def _root(over: float, under: float) -> float:
+    return sqrt(max(over, 0.0) / under) if under > 0 else 0.0
+
+
+def run_of(recipe: Recipe, provenance: Mapping[str, Any], source: Path, container: str) -> dict[str, Any]:
+    """Returns what identifies a run, so that another one does not go on from its work."""
+    from tersor import __version__, _native
+
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    return {
+        "recipe": str(recipe),
+        "container": container,
+        "calibration": dict(provenance),
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()],
+        "tersor": __version__,
+        "isa": _native.isa(),
+    }

@@ -1,0 +1,138 @@
+"""A walk through one block of a decoder that tersor itself runs, group by group: inputs are shown, then weights are given.
+
+The hidden states of all calibration sequences lie in files, so that memory holds one batch of sequences, whatever their number.
+Everything is float32, by the decoder's own ops (models/layer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tersor import ops
+from tersor.models.layer import LayerVectors, add_product, has_bias, mix
+from tersor.models.spec import GROUPS, DecoderSpec
+from tersor.tensor import Array, QuantizedTensor
+
+
+class Rows:
+    """(n, width) float32 in a file, written and read some rows at a time; not mapped, so that it does not count as memory."""
+
+    def __init__(self, path: Path, width: int) -> None:
+        """An existing file is opened, another made."""
+        self.path = path
+        self.width = width
+        path.touch()
+        self._file = path.open("r+b", buffering=0)
+
+    def write(self, begin: int, rows: Array) -> None:
+        """Stores rows (k, width) at begin."""
+        self._file.seek(begin * self.width * 4)
+        data = memoryview(np.ascontiguousarray(rows, np.float32).data).cast("B")
+        while data:
+            data = data[self._file.write(data) :]
+
+    def read(self, begin: int, end: int) -> Array:
+        """Returns rows begin to end."""
+        rows = np.empty((end - begin, self.width), np.float32)
+        view = memoryview(rows.data).cast("B")
+        self._file.seek(begin * self.width * 4)
+        while view:
+            got = self._file.readinto(view)
+            if not got:
+                raise OSError(f"{self.path} ends before row {end}")
+            view = view[got:]
+        return rows
+
+    def close(self) -> None:
+        """Closes the file, which stays."""
+        self._file.close()
+
+
+class Walk(Protocol):
+    """One block, walked through once: for each group of `groups` in order, inputs(), then advance()."""
+
+    groups: tuple[tuple[str, ...], ...]  # names of the weights that share an input, in the order they run
+
+    def inputs(self) -> Iterator[Array]:
+        """Yields the current group's inputs, (tokens, in) float32, batch by batch; may be called again before advance."""
+
+    def advance(self, weights: Sequence[Array]) -> None:
+        """Multiplies the inputs by the group's weights, (out, in) float32 each, and goes on to the next group."""
+
+
+class DecoderWalk:
+    """The Walk of one layer of a DecoderSpec."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        index: int,
+        vectors: LayerVectors,
+        biases: Sequence[Array | None],
+        states: Rows,
+        after: Rows,
+        shape: tuple[int, int],
+        scratch: Path,
+        batch: int,
+    ) -> None:
+        """vectors, biases: of the layer; one joined bias for each of GROUPS, None where it has none. states: hidden states before the
+        layer, (sequences * length, hidden), which stay; after: those after it, to be written. shape: (sequences, length).
+        scratch: folder for what is between. batch: sequences at a time. The walk closes all files at its end."""
+        self.groups = tuple(tuple(f"model.layers.{index}.{name}.weight" for name in group) for group in GROUPS)
+        self._spec, self._index, self._vectors, self._biases = spec, index, vectors, biases
+        self._states, self._after, self._shape, self._batch = states, after, shape, batch
+        self._between = {1: Rows(scratch / "mixed", spec.heads * spec.head_dim), 3: Rows(scratch / "gated", spec.intermediate_size)}
+        self._at = 0
+
+    def inputs(self) -> Iterator[Array]:
+        for begin, end in self._batches():
+            yield self._input(begin, end)
+
+    def advance(self, weights: Sequence[Array]) -> None:
+        s, v, group = self._spec, self._vectors, self._at
+        packed = pack_floats(weights, self._biases[group] if has_bias(s, group) else None)
+        for begin, end in self._batches():
+            x = self._input(begin, end)
+            if group == 0:
+                self._between[1].write(begin, self._mixed(ops.linear(x, packed)))
+            elif group == 2:
+                self._between[3].write(begin, ops.gated(ops.linear(x, packed), s.activation))
+            else:
+                before, norm = (self._states, v.after_attention) if group == 1 else (self._after, v.after_mlp)
+                self._after.write(begin, add_product(ops, s, before.read(begin, end), x, packed, norm))
+        self._at += 1
+        if self._at == len(GROUPS):
+            for rows in (*self._between.values(), self._states, self._after):
+                rows.close()
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        """Yields (first row, row after the last) of some whole sequences."""
+        sequences, length = self._shape
+        for begin in range(0, sequences, self._batch):
+            yield begin * length, min(begin + self._batch, sequences) * length
+
+    def _input(self, begin: int, end: int) -> Array:
+        """Returns rows of the current group's input."""
+        if self._at in self._between:
+            return self._between[self._at].read(begin, end)
+        states, norm = (self._states, self._vectors.norm) if self._at == 0 else (self._after, self._vectors.mlp_norm)
+        return ops.rms_norm(states.read(begin, end), norm, self._spec.norm_eps)
+
+    def _mixed(self, joined: Array) -> Array:
+        """Returns attention of joined q, k and v, sequence by sequence."""
+        s, length = self._spec, self._shape[1]
+        cache = ops.KVCache(1, s.kv_heads, s.head_dim, length, "f32")
+        parts = []
+        for begin in range(0, len(joined), length):
+            cache.truncate(0)
+            parts.append(mix(ops, s, self._vectors, joined[begin : begin + length], 0, cache))
+        return np.concatenate(parts)
+
+
+def pack_floats(weights: Sequence[Array], bias: Array | None) -> ops.Weight:
+    """Returns float32 weights (out, in), joined along rows, packed for this CPU."""
+    return ops.pack([QuantizedTensor("f32", w.shape, {"values": w}) for w in weights], bias, "float")

@@ -1,0 +1,214 @@
+"""The calibration doctor: is this data enough, and does the model see anything on it? It is asked before hours are spent.
+
+Stability. With a_j and b_j the mean of x_j^2 over the first and over the second half of the samples, a column's two estimates
+differ by 2 |a_j - b_j| / (a_j + b_j) of their mean; an input's `spread` is the median of that over its columns. Half of it is the error
+to expect of the mean of both halves, which is what methods use. Columns that are zero in both halves do not count.
+
+Rank. H = X^T X / n of n tokens has rank n at most: where n is less than the width, what a column's error costs is not known from the
+data, and damping decides in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from tersor.calibration.samples import Samples
+from tersor.errors import ModelError
+from tersor.tensor import InputStatistics
+
+THIN_SPREAD = 0.25
+BAD_SPREAD = 1.0
+WORST = 5  # inputs that are named
+Halves = tuple[str, InputStatistics, InputStatistics]
+
+
+@dataclass(frozen=True)
+class InputHealth:
+    """One input of linear layers. spread: see above, in [0, 2]; dead: columns that are zero on every token; finite: no NaN, no infinity."""
+
+    name: str
+    width: int
+    tokens: int
+    spread: float
+    dead: int
+    finite: bool
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What the doctor found. verdict: good, thin (it works, more or other data would be better) or bad (see refuse); reasons: why
+    it is not good; advice: what would mend it.
+
+    source: provenance of the samples. distinct: different tokens among them; vocabulary: tokens that the model knows.
+    repeated: windows that are equal to an earlier one. experts: tokens that each expert saw, by name.
+    """
+
+    verdict: str
+    reasons: tuple[str, ...]
+    advice: tuple[str, ...]
+    source: Mapping[str, Any]
+    tokens: int
+    distinct: int
+    vocabulary: int
+    repeated: int
+    inputs: tuple[InputHealth, ...]
+    experts: Mapping[str, int]
+
+    @property
+    def worst(self) -> tuple[InputHealth, ...]:
+        """The least stable inputs, the worst first; those that are not finite or all zero are not among them."""
+        alive = [i for i in self.inputs if i.finite and i.dead < i.width]
+        return tuple(sorted(alive, key=lambda i: -i.spread)[:WORST])
+
+    @property
+    def spread(self) -> float:
+        """The median of the inputs' spreads, 0 without any."""
+        return float(np.median([i.spread for i in self.inputs])) if self.inputs else 0.0
+
+    @property
+    def rank_limited(self) -> tuple[int, ...]:
+        """Widths of inputs that saw fewer tokens than they have columns, ascending."""
+        return tuple(sorted({i.width for i in self.inputs if i.tokens < i.width}))
+
+    @property
+    def never_hit(self) -> tuple[str, ...]:
+        """Experts without tokens."""
+        return tuple(name for name, tokens in self.experts.items() if tokens == 0)
+
+    def refuse(self, force: bool = False) -> None:
+        """Raises ModelError for what calibration cannot go on with; names block and layer.
+
+        Activations that are NaN or infinite: always. Inputs that are all zero and experts without tokens: unless force.
+        """
+        broken = [place(i.name) for i in self.inputs if not i.finite]
+        if broken:
+            raise ModelError(
+                f"calibration: activations are NaN or infinite at the input of {_few(broken)}; the model overflows on this text,"
+                " or its weights are damaged: judge it first with tersor eval"
+            )
+        if force:
+            return
+        zero = [place(i.name) for i in self.inputs if i.dead == i.width]
+        if zero:
+            raise ModelError(f"calibration: only zeros reach {_few(zero)}; give other text, or --force to round them without calibration")
+        if self.never_hit:
+            raise ModelError(
+                f"calibration: {len(self.never_hit)} of {len(self.experts)} experts saw no token: {_few(list(map(place, self.never_hit)))};"
+                " give more or other text, or --force to round them without calibration"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values for JSON."""
+        return asdict(self) | {"source": dict(self.source), "experts": dict(self.experts), "spread": self.spread}
+
+    def __str__(self) -> str:
+        s = self.source
+        share = 100 * self.distinct / max(1, self.vocabulary)
+        dead = [i for i in self.inputs if i.dead]
+        rows = [
+            ("calibration", f"{s['source']}: {s['samples']} samples of {s['seqlen']} tokens, seed {s['seed']}"),
+            ("verdict", ": ".join(filter(None, (self.verdict, "; ".join(self.reasons))))),
+            *(("advice", line) for line in self.advice),
+            ("tokens", f"{self.tokens:,}, {self.distinct:,} different ones: {share:.1f} % of the vocabulary"),
+            ("repeated samples", str(self.repeated)),
+            ("chat template", _TEMPLATE[s["chat_template"]]),
+            ("stability", f"importance differs by {100 * self.spread:.1f} % between the halves of the samples (median input and column)"),
+            *((f"  {rank}. least stable", f"{place(i.name)}, {100 * i.spread:.1f} %") for rank, i in enumerate(self.worst, 1)),
+            ("dead columns", f"{sum(i.dead for i in dead)}, in {_few([place(i.name) for i in dead])}" if dead else "none"),
+        ]
+        if self.experts:
+            least = min(self.experts, key=lambda name: self.experts[name])
+            few = f"the fewest tokens of {len(self.experts)}: {self.experts[least]:,}, {place(least)}"
+            rows.append(("experts", f"{len(self.never_hit)} never hit; {few}"))
+        return "\n".join(f"{title:<20}  {value}" for title, value in rows)
+
+
+_TEMPLATE = {
+    "used": "used",
+    "unused": "not used, though the model has one",
+    "none": "the model has none",
+    "unknown": "not known, tokens came from outside",
+}
+
+
+def examine(samples: Samples, vocab_size: int, halves: Sequence[Halves], experts: Mapping[str, int] | None = None) -> Examination:
+    """Returns what the samples are worth. halves: (name of the input, its statistics on the first and on the second half of the
+    samples); the name is that of a layer that reads it, model.layers.0.self_attn.q_proj. experts: tokens of each, by name."""
+    inputs = tuple(_health(*half) for half in halves)
+    tokens = samples.tokens
+    found = Examination(
+        verdict="",
+        reasons=(),
+        advice=(),
+        source=samples.provenance,
+        tokens=int(tokens.size),
+        distinct=len(np.unique(tokens)),
+        vocabulary=vocab_size,
+        repeated=len(tokens) - len(np.unique(tokens, axis=0)),
+        inputs=inputs,
+        experts=dict(experts or {}),
+    )
+    return _judged(found)
+
+
+def _health(name: str, first: InputStatistics, second: InputStatistics) -> InputHealth:
+    """Returns what two halves say about one input; a half without tokens says zero."""
+    a, b = (half.mean_square.astype(np.float64) if half.tokens else np.zeros(half.mean_square.shape) for half in (first, second))
+    finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
+    total = a + b
+    alive = total > 0
+    spread = float(np.median(2 * np.abs(a - b)[alive] / total[alive])) if finite and alive.any() else 0.0
+    return InputHealth(name, len(a), first.tokens + second.tokens, spread, int((total == 0).sum()), finite)
+
+
+def _judged(e: Examination) -> Examination:
+    """Returns the examination with its verdict."""
+    bad, thin, advice = _bad(e), [], []
+    if THIN_SPREAD < e.spread <= BAD_SPREAD:
+        thin.append(f"the halves of the samples differ by {100 * e.spread:.0f} %")
+    if e.spread > THIN_SPREAD:
+        need = ceil(e.source["samples"] * (e.spread / THIN_SPREAD) ** 2)
+        advice.append(f"--samples {need} would bring the difference to about {100 * THIN_SPREAD:.0f} %, if the text is of one kind")
+    if e.rank_limited:
+        thin.append(f"inputs of {', '.join(map(str, e.rank_limited))} columns saw fewer tokens than that, so gptq rests on damping there")
+        advice.append(f"give at least {max(e.rank_limited)} tokens")
+    if e.repeated:
+        thin.append(f"{e.repeated} samples repeat an earlier one")
+    if e.source["chat_template"] == "unused" and e.source["kind"] != "self":
+        advice.append("the model has a chat template: if it is for chat, give conversations in a .jsonl file, or --calib self")
+    verdict = "bad" if bad else "thin" if thin else "good"
+    return replace(e, verdict=verdict, reasons=tuple(bad + thin), advice=tuple(advice))
+
+
+def _bad(e: Examination) -> list[str]:
+    """Returns the reasons for which the data will not do."""
+    broken = [place(i.name) for i in e.inputs if not i.finite]
+    zero = [place(i.name) for i in e.inputs if i.dead == i.width]
+    reasons = []
+    if broken:
+        reasons.append(f"activations are NaN or infinite at the input of {_few(broken)}")
+    if zero:
+        reasons.append(f"only zeros reach {_few(zero)}")
+    if e.never_hit:
+        reasons.append(f"{len(e.never_hit)} of {len(e.experts)} experts saw no token")
+    if e.spread > BAD_SPREAD:
+        reasons.append(f"the halves of the samples differ by {100 * e.spread:.0f} %")
+    return reasons
+
+
+def place(name: str) -> str:
+    """Returns a tensor or layer as block and layer: `block 3 mlp.down_proj` for model.layers.3.mlp.down_proj.weight."""
+    found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+?)(?:\.weight)?", name)
+    return f"block {found[1]} {found[2]}" if found else name
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    """Returns the names in one line: the first few and how many more."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

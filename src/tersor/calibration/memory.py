@@ -1,0 +1,66 @@
+"""How much memory a calibrated run takes, and how large its batches may be for it to stay within --max-ram.
+
+peak = what the process holds already
+     + the largest block as float32 (twice where the float model walks along)
+     + the largest linear layer: its Gram matrix in float64, the product of one batch in float32, what its method works in
+     + one batch of sequences: its widest activations
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from tersor.errors import RecipeError
+from tersor.memory import resident_bytes
+from tersor.models.spec import GROUPS, DecoderSpec, expected_tensors
+
+BATCH_TOKENS = 4096  # at most, in one batch: more brings no speed
+_SPARE_BYTES = 96 << 20  # of the native libraries' own buffers and of what the allocator keeps
+
+
+@dataclass(frozen=True)
+class Room:
+    """sequences: of one batch. batch_bytes: its memory. peak: predicted largest resident memory of the process, bytes."""
+
+    sequences: int
+    batch_bytes: int
+    peak: int
+
+
+def plan_room(
+    spec: DecoderSpec, length: int, *, workspaces: Mapping[str, int], grams: Mapping[str, int], streams: int, max_ram: int | None
+) -> Room:
+    """Returns batches that keep the run within max_ram bytes, None = no limit.
+
+    length: tokens of a sequence. workspaces: bytes that the method of a matrix works in, by name. grams: Gram-like matrices that are
+    kept for it (0, 1 or 2). streams: hidden states that walk along, 1 or 2. Raises RecipeError, with the figure needed, when not even
+    single sequences fit.
+    """
+    shapes = expected_tensors(spec)
+    block = 4 * sum(prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
+    heaviest, most = "", 0
+    for group in GROUPS:
+        for part in group:
+            name = f"model.layers.0.{part}.weight"
+            columns = shapes[name][1]
+            need = workspaces[name] + grams[name] * 8 * columns**2 + (4 * columns**2 if grams[name] else 0)
+            if need > most:
+                heaviest, most = name, need
+    widest = (
+        2 * spec.intermediate_size
+        + max(2 * spec.intermediate_size, (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
+        + 3 * spec.hidden_size
+    )
+    sequence = 4 * length * widest * streams
+    fixed = resident_bytes() + streams * block + most + _SPARE_BYTES
+    sequences = max(1, BATCH_TOKENS // length)
+    if max_ram is not None:
+        sequences = min(sequences, (max_ram - fixed) // sequence)
+        if sequences < 1:
+            raise RecipeError(
+                f"--max-ram {max_ram / 2**30:.2f} GiB is too little: {heaviest.removeprefix('model.layers.0.')} of a block needs "
+                f"{(fixed + sequence) / 2**30:.2f} GiB; give that much, or use fewer tokens a sample (--seqlen)"
+            )
+    return Room(sequences, sequences * sequence, fixed + sequences * sequence)

@@ -1,0 +1,146 @@
+"""What a calibrated run has done so far, on disk: so that a run that was killed goes on where it was, to the same bytes.
+
+run.json            what the run is: recipe, samples, source; another run does not go on from it
+block-7.safetensors what became of the tensors of block 7, renamed to this name when whole: from then on block 7 is done
+float-8, quantized-8  hidden states before block 8, of the unquantized model (if needed) and of the quantized one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tersor.calibration.blocks import Rows
+from tersor.containers.output import disk_errors
+from tersor.errors import OutputError
+from tersor.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Made:
+    """One tensor as it will be stored, and what is said of it. error: relative RMS error of the weights; output_error: of their product
+    with the calibration inputs, or None where there were none."""
+
+    tensor: QuantizedTensor
+    method: str
+    error: float
+    output_error: float | None
+
+
+class Work:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], resume: bool) -> None:
+        """Begins a run or, with resume, goes on with the one that lies in the folder. run: what identifies it, as JSON values.
+
+        Raises OutputError when there is a run and not resume, or nothing or another run to resume.
+        """
+        self.folder = folder
+        known = folder / "run.json"
+        if known.exists() and not resume:
+            raise OutputError(f"{folder} holds an interrupted run; go on with --resume, or remove the folder to begin anew")
+        if resume:
+            _check_same(known, run)
+        with disk_errors(folder, 0):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not known.exists():
+                _write_whole(known, json.dumps(run, indent=1, sort_keys=True).encode())
+        self._places: dict[str, Path] = {}
+        self.done = 0
+        while (path := self._block(self.done)).exists():
+            self._add(path)
+            self.done += 1
+
+    def _block(self, index: int) -> Path:
+        return self.folder / f"block-{index}.safetensors"
+
+    def _add(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        with safe_open(str(path), "numpy") as file:
+            self._places.update(dict.fromkeys(json.loads(file.metadata()["tensors"]), path))
+
+    def states(self, stream: str, index: int, width: int) -> Rows:
+        """Returns the hidden states before block `index`. stream: `float` or `quantized`; `aside` for states that nobody goes on from."""
+        return Rows(self.folder / f"{stream}-{index}", width)
+
+    def scratch(self, stream: str) -> Path:
+        """Returns a folder for what a walk of this stream writes between groups."""
+        folder = self.folder / f"between-{stream}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def save(self, made: Mapping[str, Made]) -> None:
+        """Stores the next block's tensors; it is done then, and the states before it are removed. States must be complete."""
+        from safetensors.numpy import save
+
+        index = self.done
+        arrays = {f"{name}|{field}": array for name, m in made.items() for field, array in m.tensor.fields.items()}
+        about = {
+            name: {
+                "format": m.tensor.format,
+                "shape": m.tensor.shape,
+                "method": m.method,
+                "error": m.error,
+                "output_error": m.output_error,
+            }
+            for name, m in made.items()
+        }
+        with disk_errors(self.folder, sum(array.nbytes for array in arrays.values())):
+            for stream in ("float", "quantized"):
+                if (states := self.folder / f"{stream}-{index + 1}").exists():
+                    _sync(states)
+            _write_whole(self._block(index), save(arrays, {"tensors": json.dumps(about)}))
+        self._places.update(dict.fromkeys(made, self._block(index)))
+        self.done += 1
+        for stream in ("float", "quantized"):
+            (self.folder / f"{stream}-{index}").unlink(missing_ok=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def read(self, name: str) -> Made:
+        """Returns what became of a tensor."""
+        from safetensors import safe_open
+
+        with safe_open(str(self._places[name]), "numpy") as file:
+            about = json.loads(file.metadata()["tensors"])[name]
+            fields = {key.partition("|")[2]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}|")}  # noqa: SIM118
+        tensor = QuantizedTensor(about["format"], tuple(about["shape"]), fields)
+        return Made(tensor, about["method"], about["error"], about["output_error"])
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_same(known: Path, run: Mapping[str, Any]) -> None:
+    """Raises OutputError unless the run that lies there is this one."""
+    try:
+        before = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise OutputError(f"{known.parent}: there is no run to resume; start it without --resume") from None
+    differing = sorted(key for key in before.keys() | run.keys() if before.get(key) != json.loads(json.dumps(run.get(key))))
+    if differing:
+        key = differing[0]
+        raise OutputError(
+            f"{known.parent} holds another run, whose {key} was {before.get(key)}, not {run.get(key)}; repeat its command or remove it"
+        )
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it when it is on disk."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    _sync(part)
+    part.rename(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,100 @@
+"""gptq: rounds column by column and lets the columns to come make up for the errors, by the inputs' second moments.
+
+    least  tr((W - W_hat) H (W - W_hat)^T),   H = X^T X / n
+
+Sources: Frantar et al., GPTQ (arXiv 2210.17323, Algorithm 1), in the form of LDLQ (Chee et al., QuIP, arXiv 2307.13304,
+Theorem 6; see hessian.py); refinement after it in refine.py; the asymmetric target of Li et al., GPTAQ (arXiv 2504.02692).
+
+Group parameters are fitted when a group's first column is reached, from the weights as the errors so far have changed
+them, and stay as they are while the group's columns are rounded. Deviations from the paper: no inverse of H is made;
+ranges are searched for least D-weighted error (D of H = U D U^T, which is how much a miss of that column costs once the
+later ones make up for it); damping adapts; a column without inputs (H_kk = 0) keeps its weight and rounds to nearest,
+where the paper's code sets it to 0, since calibration cannot prove that it never has any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tersor.errors import RecipeError
+from tersor.formats import Format, as_rows, get_format
+from tersor.formats.floats import FloatFormat
+from tersor.formats.lookup import DoubleLookupFormat
+from tersor.methods.feedback import feed_back, fit
+from tersor.methods.hessian import Factor, checked_gram, factorize
+from tersor.methods.refine import refine
+from tersor.methods.rtn import require_encoder
+from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """act_order:  columns by falling diagonal of H; the parameters of all groups are then fitted first, on the columns as they
+                lie in the file (static groups), so that no list of groups per column need be stored.
+    damp:       share of H's mean diagonal added to it, > 0; grows tenfold while H is not positive definite.
+    search:     ranges of least weighted error instead of min-max.
+    refine:     rounds of coordinate descent and least squares afterwards, 0 = none.
+    asymmetric: how far the target moves from W towards the weights that undo the errors of earlier layers, 0..1; needs
+                statistics.cross when it is there, and is not used without.
+    """
+
+    act_order: bool = False
+    damp: float = 0.01
+    search: bool = True
+    refine: int = 3
+    asymmetric: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp <= 1:
+            raise RecipeError(f"gptq: damp={self.damp:g}; need more than 0 and at most 1, a share of the mean diagonal")
+        if not 0 <= self.refine <= 100:
+            raise RecipeError(f"gptq: refine={self.refine}; need 0 to 100 rounds")
+        if not 0 <= self.asymmetric <= 1:
+            raise RecipeError(f"gptq: asymmetric={self.asymmetric:g}; need 0 to 1")
+
+
+def gptq(w: Array, format: Format, statistics: InputStatistics | None, options: GptqOptions | None = None) -> QuantizedTensor:
+    """Returns w, (..., in) float32 and finite, rounded with error feedback under statistics.gram. Casts round to nearest.
+
+    Raises FormatError when the format is decode-only or does not fit the shape; ModelError when the Hessian is missing, of
+    another size, not finite, zero, or not positive definite.
+    """
+    options = options or GptqOptions()
+    require_encoder(format, "gptq")
+    format.check(w.shape)
+    rows = as_rows(w)
+    where = f"gptq:{format.name}"
+    gram = checked_gram(statistics, rows.shape[1], where)
+    if isinstance(format, FloatFormat):
+        return format.quantize(w)
+    order = np.argsort(-np.diagonal(gram), kind="stable") if options.act_order else np.arange(len(gram))
+    factor = factorize(gram, order, options.damp, where)
+    if options.asymmetric > 0 and statistics is not None and statistics.cross is not None:
+        rows = asymmetric_target(rows, gram, statistics.cross, factor, options.asymmetric)
+    codes, params = _solve(rows, format, gram, factor, options)
+    return format.pack(codes, params, w.shape)
+
+
+def asymmetric_target(w: Array, gram: Array, cross: Array, factor: Factor, share: float) -> Array:
+    """Returns W + share (W* - W), float32, with W* = W C H^-1 the least of |W X~^T - W* X^T|, X~ being the unquantized model's inputs.
+
+    cross: C = X~^T X / n, (in, in) float64. H^-1 is that of the damped H, so W* - W = W (C - H) H^-1 stays small where
+    calibration says little. Source: GPTAQ (arXiv 2504.02692, equation 4), in closed form.
+    """
+    moved = w.astype(np.float64) @ (cross - gram)
+    return (w + share * factor.solve(moved)).astype(np.float32)
+
+
+def _solve(w: Array, format: Format, gram: Array, factor: Factor, options: GptqOptions) -> tuple[Array, Params]:
+    """Returns (codes, params) of w, (rows, in) float32."""
+    params = None
+    if isinstance(format, DoubleLookupFormat):
+        # Its absmax are stored relative to those of all rows: found by the single format, then stored, then rounded to.
+        single = _solve(w, get_format(format.name.removesuffix("_dq")), gram, factor, options)[1]
+        params = format.nest(single["absmax"])
+    elif options.act_order or not format.row_independent:
+        params = fit(format, w, np.diagonal(gram), options.search)
+    codes, params = feed_back(w, format, factor, params, options.search)
+    return refine(w, format, codes, params, gram, options.refine)

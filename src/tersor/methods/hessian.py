@@ -1,0 +1,92 @@
+"""The factor of a Hessian that error feedback needs, with damping that adapts.
+
+H = U D U^T with U unit upper triangular: the reversed Cholesky factorization, made in place in one float64 copy of H.
+Then for a row of errors e = w - w_hat
+
+    e H e^T = sum_k D_k (w_k + sum_{j<k} e_j U_jk - w_hat_k)^2,
+
+so column k, rounded after the columns before it, aims at w_k + sum_{j<k} e_j U_jk, and D_k weighs what it misses.
+Source: LDLQ, QuIP (arXiv 2307.13304, section 3 and Theorem 6), which shows that this is what GPTQ (arXiv 2210.17323,
+Algorithm 1) computes through the inverse Hessian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg.lapack import dpotrf, dpotrs
+
+from tersor.errors import ModelError
+from tersor.tensor import Array, InputStatistics
+
+LARGEST_DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U D U^T = H[order][:, order] + damp * mean(diag H) * I. reversed_lower: (n, n) float64, Fortran order, see `factorize`."""
+
+    reversed_lower: Array
+    order: Array
+    damp: float
+
+    @property
+    def diagonal(self) -> Array:
+        """D, (n,) float64, > 0, in the order of the factor."""
+        d: Array = np.square(np.diagonal(self.reversed_lower)[::-1])
+        return d
+
+    def feedback(self, above: slice, columns: slice) -> Array:
+        """Returns U[above, columns], (len, len) float32 in C order. Entries below U's diagonal are not defined."""
+        upper = self.reversed_lower[::-1, ::-1]
+        block = upper[above, columns] / np.diagonal(upper)[columns]
+        return np.ascontiguousarray(block, dtype=np.float32)
+
+    def solve(self, rows: Array) -> Array:
+        """Returns rows (r, n) float64, in the original order of columns, times the inverse of the damped H."""
+        reversed_order = self.order[::-1]
+        solution, _ = dpotrs(self.reversed_lower, np.asfortranarray(rows[:, reversed_order].T), lower=1)
+        result = np.empty_like(rows)
+        result[:, reversed_order] = solution.T
+        return result
+
+
+def checked_gram(statistics: InputStatistics | None, columns: int, where: str) -> Array:
+    """Returns H of the statistics. Raises ModelError when there is none, or it has another size, is not finite, or is all zero."""
+    gram = statistics.gram if statistics is not None else None
+    if gram is None:
+        raise ModelError(f"{where}: no Hessian; it needs the statistics of a calibration with gram")
+    if gram.shape != (columns, columns):
+        raise ModelError(f"{where}: the Hessian has shape {gram.shape}; need ({columns}, {columns}), one row per column of the weights")
+    diagonal = np.diagonal(gram)
+    if not np.isfinite(gram).all():
+        raise ModelError(f"{where}: the Hessian is not finite; the layer's inputs hold NaN or overflow during calibration")
+    if not (diagonal >= 0).all():
+        raise ModelError(f"{where}: the Hessian is not positive definite: its diagonal holds {diagonal.min():g}; it must be X^T X / n")
+    if not diagonal.any():
+        raise ModelError(f"{where}: the Hessian is zero; the layer saw only zeros in {statistics.tokens if statistics else 0} tokens")
+    return gram
+
+
+def factorize(gram: Array, order: Array, damp: float, where: str) -> Factor:
+    """Returns the factor of H with its columns in this order. gram: (n, n) float64, symmetric, finite; it is not changed.
+
+    damp is the share of the mean diagonal that is added to the diagonal; it grows tenfold until the factorization
+    succeeds, up to 1. Raises ModelError when it does not succeed even then.
+    """
+    mean = float(np.mean(np.diagonal(gram)))
+    backwards = order[::-1]
+    tries = [damp * 10.0**k for k in range(64) if damp * 10.0**k < LARGEST_DAMP] if damp > 0 else [0.0]
+    for share in (*tries, max(damp, LARGEST_DAMP)):
+        work = gram[np.ix_(backwards, backwards)]
+        work[np.diag_indices_from(work)] += share * mean
+        # The transposed view of a symmetric matrix is the same matrix in Fortran order, so LAPACK works in place.
+        lower, info = dpotrf(work.T, lower=1, clean=0, overwrite_a=1)
+        if info == 0 and np.isfinite(np.diagonal(lower)).all():
+            return Factor(lower, order, share)
+        del work, lower
+    raise ModelError(
+        f"{where}: the Hessian is not positive definite, even with {LARGEST_DAMP:g} times its mean diagonal added; "
+        "it must be X^T X / n of the layer's inputs"
+    )

@@ -1,0 +1,138 @@
+"""Refinement of codes and stored floats after error feedback, under the same objective, which it never raises.
+
+    least  e H e^T,  e = w_hat - w, for every row by itself
+
+Rounds of two steps, kept row by row when the objective falls:
+- coordinate descent: column k moves to the level nearest to w_hat_k - (e H)_k / H_kk, its minimum with all others as they
+  are; e H is kept up to date (natively within a tile of columns, by a matrix product beyond it);
+- least squares: for given codes w_hat = sum_p theta_p b_p (formats/grid.py), with one theta_p for each unit of columns,
+  so the best thetas (scales, minima, d, dmin, absmax, ...) solve (B H B^T) delta = -B H e^T, a small system a row, and are
+  rounded to how they are stored.
+
+Sources: the coordinate descent of "Quantease" (arXiv 2309.01885, section 3, here on stored grids), and ggml's
+make_qkx2_quants for least squares with given codes, here with the whole H instead of its diagonal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tersor import _native
+from tersor.formats import Format
+from tersor.formats.grid import Grid, basis, free_parameters, grid_of
+from tersor.tensor import Array, Params
+
+TILE = 64  # columns that descend natively between two matrix products
+_RIDGE = 1e-9  # of the mean diagonal, added to the systems: units whose codes are all 0 leave them singular
+
+
+def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Array, rounds: int) -> tuple[Array, Params]:
+    """Returns (codes, params) of w, (rows, n) float32, whose objective under the hessian (n, n) float64 is no larger in any row."""
+    grid = grid_of(format, params, len(w))
+    if grid is None or rounds == 0:
+        return codes, params
+    state = _State(w, format, codes, params, hessian)
+    for _ in range(rounds):
+        before = state.objective.sum()
+        state.keep(*state.descended())
+        if free_parameters(format):
+            state.keep(state.codes, state.solved())
+        if not state.objective.sum() < before * (1 - 1e-3):
+            break
+    return state.codes, state.params
+
+
+class _State:
+    """The best so far: codes (rows, n), params, their gradient e H (rows, n) float32 and objective (rows,) float64."""
+
+    def __init__(self, w: Array, format: Format, codes: Array, params: Params, hessian: Array) -> None:
+        self.w, self.format, self.hessian = w, format, hessian
+        self.codes, self.params = codes, params
+        self.gradient, self.objective = self._measure(codes, params)
+
+    def _measure(self, codes: Array, params: Params) -> tuple[Array, Array]:
+        errors = self.format.decode(codes, params) - self.w
+        gradient = np.empty_like(errors)
+        for begin in range(0, errors.shape[1], 4 * TILE):
+            part = slice(begin, begin + 4 * TILE)
+            gradient[:, part] = errors @ self.hessian[:, part].astype(np.float32)
+        return gradient, np.einsum("rc,rc->r", gradient, errors, dtype=np.float64)
+
+    def keep(self, codes: Array, params: Params) -> None:
+        """Takes the rows of codes and params whose objective is smaller; all or none when rows share params."""
+        gradient, objective = self._measure(codes, params)
+        if self.format.row_independent:
+            better = objective < self.objective
+        else:
+            better = np.full(len(objective), objective.sum() < self.objective.sum())
+        self.codes = np.where(better[:, None], codes, self.codes)
+        self.gradient = np.where(better[:, None], gradient, self.gradient)
+        self.objective = np.where(better, objective, self.objective)
+        if self.format.row_independent:
+            of_row = {name: better.reshape(-1, *[1] * (value.ndim - 1)) for name, value in params.items()}
+            self.params = {name: np.where(of_row[name], params[name], value) for name, value in self.params.items()}
+        elif better[0]:
+            self.params = params
+
+    def descended(self) -> tuple[Array, Params]:
+        """Returns (codes, params) after one sweep of coordinate descent over all columns."""
+        grid = grid_of(self.format, self.params, len(self.w))
+        assert grid is not None
+        columns = self.w.shape[1]
+        indices = _indices(grid, self.codes)
+        group_of = (np.arange(columns) // (columns // grid.step.shape[1])).astype(np.int32)
+        gradient = self.gradient.copy()
+        for begin in range(0, columns, TILE):
+            tile = slice(begin, min(begin + TILE, columns))
+            hessian = self.hessian[tile].astype(np.float32)
+            chosen = np.ascontiguousarray(indices[:, tile])
+            moved = np.ascontiguousarray(gradient[:, tile])
+            changes = np.empty_like(moved)
+            within = np.ascontiguousarray(hessian[:, tile])
+            _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, changes)
+            indices[:, tile] = chosen
+            gradient[:, tile.stop :] += changes @ hessian[:, tile.stop :]
+        return grid.codes[indices], self.params
+
+    def solved(self) -> Params:
+        """Returns params with the floats that are the least-squares solution for the codes, as they are stored."""
+        names = free_parameters(self.format)
+        shape = self.params[names[0]].shape
+        units = shape[1]
+        spans = basis(self.format, self.codes, self.params)
+        n_rows, columns = self.w.shape
+        size = columns // units
+        system = np.empty((n_rows, len(names), units, len(names), units))
+        for q, span in enumerate(spans):
+            for unit in range(units):
+                part = slice(unit * size, (unit + 1) * size)
+                swept = span[:, part] @ self.hessian[part].astype(np.float32)
+                for p, other in enumerate(spans):
+                    system[:, p, :, q, unit] = (swept * other).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64)
+        wish = np.stack([(self.gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
+        if not self.format.row_independent:
+            system, wish = system.sum(axis=0, keepdims=True), wish.sum(axis=0, keepdims=True)
+        n = len(names) * units
+        system = system.reshape(-1, n, n)
+        ridge = _RIDGE * np.trace(system, axis1=1, axis2=2)[:, None, None] / n + 1e-300
+        delta = np.linalg.solve(system + ridge * np.eye(n), -wish.reshape(-1, n, 1)).reshape(-1, len(names), units)
+        params = dict(self.params)
+        for p, name in enumerate(names):
+            params[name] = _stored(self.params[name], delta[:, p].reshape(shape))
+        return params
+
+
+def _stored(old: Array, delta: Array) -> Array:
+    """Returns old + delta in old's dtype, or old where that is not finite."""
+    with np.errstate(over="ignore"):
+        new = (old.astype(np.float64) + delta).astype(old.dtype)
+    kept: Array = np.where(np.isfinite(new), new, old)
+    return kept
+
+
+def _indices(grid: Grid, codes: Array) -> Array:
+    """Returns the index of the level of every code, uint8."""
+    table = np.zeros(256, dtype=np.uint8)
+    table[grid.codes.view(np.uint8)] = np.arange(len(grid.codes), dtype=np.uint8)
+    indices: Array = table[codes.view(np.uint8)]
+    return indices

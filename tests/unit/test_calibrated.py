@@ -1,0 +1,160 @@
+"""Calibrated runs from end to end: what they write, how they refuse, and how they go on after they were stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tersor
+from tersor.calibrated import BlockReport
+from tersor.errors import ModelError, OutputError, RecipeError
+from tiny import tiny_model
+
+RECIPE = "clip:int4_g32"
+OPTIONS = {"calib": "pydoc", "samples": 4, "seqlen": 32}
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()} if path.is_dir() else {path.name: path.read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("calibrated") / "model", layers=3)
+
+
+def test_the_result_names_its_calibration_and_its_errors(model, tmp_path):
+    reports: list[BlockReport] = []
+    result = tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS, report=reports.append)
+    assert [r.index for r in reports] == [0, 1, 2] and all(len(r.errors) == 7 for r in reports)
+    assert "block 2 of 3: output error in % q " in str(reports[1]) and reports[2].seconds_left == 0
+    assert result.calibration["kind"] == "pydoc" and result.calibration["tokens"] == 128
+    assert result.output_error is not None and 0 < result.output_error < 1
+    layers = [t for t in result.tensors if ".layers." in t.name and len(t.shape) > 1]
+    assert all(t.output_error is not None and t.method == "clip" for t in layers)
+    assert not (tmp_path / "out.work").exists()
+    assert tersor.load(tmp_path / "out").generate("def", max_tokens=2).tokens
+
+
+def test_importance_lowers_the_error_of_the_outputs(model, tmp_path):
+    """The same format with and without calibration, both judged on the same statistics of the first block."""
+    weighted = tersor.quantize(model, tmp_path / "a", RECIPE, **OPTIONS)
+    plain = tersor.quantize(model, tmp_path / "b", RECIPE + ", layers.2=clip:int4_g16", calib="pydoc", samples=4, seqlen=32)
+    assert {t.name for t in weighted.tensors} == {t.name for t in plain.tensors}
+    assert weighted.error >= tersor.quantize(model, tmp_path / "c", RECIPE).error  # of the weights alone the unweighted search is best
+
+
+@pytest.mark.parametrize("target", ["out", "out.gguf"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(model, tmp_path, target):
+    recipe = RECIPE if target == "out" else "clip:q4_0"
+    (tmp_path / "undisturbed").mkdir()
+    tersor.quantize(model, tmp_path / "undisturbed" / target, recipe, **OPTIONS)
+
+    def stop(report: BlockReport) -> None:
+        if report.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tersor.quantize(model, tmp_path / target, recipe, **OPTIONS, report=stop)
+    assert not (tmp_path / target).exists()
+    with pytest.raises(OutputError, match=r"out.*\.work holds an interrupted run; go on with --resume"):
+        tersor.quantize(model, tmp_path / target, recipe, **OPTIONS)
+    with pytest.raises(OutputError, match=r"another run, whose calibration was .*; repeat its command"):
+        tersor.quantize(model, tmp_path / target, recipe, **OPTIONS | {"seed": 1}, resume=True)
+    went_on: list[BlockReport] = []
+    tersor.quantize(model, tmp_path / target, recipe, **OPTIONS, resume=True, report=went_on.append)
+    assert [r.index for r in went_on] == [2]
+    assert files(tmp_path / target) == files(tmp_path / "undisturbed" / target)
+    assert not (tmp_path / f"{target}.work").exists()
+
+
+def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
+    model = tiny_model(tmp_path / "model", layers=12)
+    arguments = ["--recipe", RECIPE, "--calib", "pydoc", "--samples", "4", "--seqlen", "64"]
+    command = [sys.executable, "-m", "tersor.cli", "quantize", str(model), *arguments]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.work" / "block-1.safetensors").exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+    subprocess.run([*command, "-o", str(tmp_path / "out"), "--resume"], check=True, capture_output=True)
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_nothing_to_resume(model, tmp_path):
+    with pytest.raises(OutputError, match="there is no run to resume; start it without --resume"):
+        tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "says"),
+    [
+        ("rtn:int4_g32", {"calib": "pydoc"}, "has no use for calibration data; use clip or gptq"),
+        (RECIPE, {"max_ram": 1 << 30}, "--max-ram is for calibrated runs"),
+        (RECIPE, {"resume": True}, "--resume is for calibrated runs"),
+        (RECIPE, {**OPTIONS, "max_ram": 1 << 20}, r"--max-ram 0.00 GiB is too little: .* needs [0-9.]+ GiB; give that much"),
+    ],
+)
+def test_refusals(model, tmp_path, recipe, options, says):
+    with pytest.raises(RecipeError, match=says):
+        tersor.quantize(model, tmp_path / "out", recipe, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def changed(path: Path, name: str, change) -> Path:
+    """A tiny model one of whose tensors is changed."""
+    import tiny
+
+    config = tiny.tiny_config("llama", 64, 128, 2, 4, 2, True)
+    tensors = tiny.tiny_tensors(config | {"dtype": "float32"}, 0)
+    return tiny_model(path, change={name: change(tensors[name].copy())})
+
+
+def test_an_activation_that_is_not_finite_names_block_and_layer(tmp_path):
+    def huge(w: np.ndarray) -> np.ndarray:
+        w[:] = 1e38
+        return w
+
+    path = changed(tmp_path / "model", "model.layers.0.self_attn.o_proj.weight", huge)
+    with pytest.raises(ModelError, match=r"model.layers.0.mlp.gate_proj.weight: an input is (nan|inf) in column \d+"):
+        tersor.quantize(path, tmp_path / "out", RECIPE + ", layers.0.o_proj=f32", **OPTIONS)
+
+
+def test_an_input_that_is_always_zero_names_block_and_layer(tmp_path):
+    path = changed(tmp_path / "model", "model.layers.1.mlp.up_proj.weight", lambda w: w * 0)
+    with pytest.raises(ModelError, match=r"model.layers.1.mlp.down_proj.weight: its input is zero for all 128 calibration tokens"):
+        tersor.quantize(path, tmp_path / "out", RECIPE, **OPTIONS)
+    assert not (tmp_path / "out.work").exists()
+    tersor.quantize(path, tmp_path / "out", RECIPE + ", layers.1.down_proj=f32", **OPTIONS)
+
+
+def test_a_model_calibrates_on_what_it_writes_itself(model, tmp_path):
+    first = tersor.quantize(model, tmp_path / "a", RECIPE, calib="self", samples=2, seqlen=16)
+    again = tersor.quantize(model, tmp_path / "b", RECIPE, calib="self", samples=2, seqlen=16)
+    assert first.calibration["kind"] == "self" and files(tmp_path / "a") == files(tmp_path / "b")
+    assert first.calibration["sha256"] == again.calibration["sha256"]
+
+
+def test_the_output_says_how_it_was_made(model, tmp_path):
+    import json
+
+    from gguf import GGUFReader
+
+    tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS)
+    said = json.loads((tmp_path / "out" / "tersor.json").read_text())
+    assert said["recipe"] == RECIPE and said["calibration"]["samples"] == 4 and len(said["calibration"]["sha256"]) == 64
+    tersor.quantize(model, tmp_path / "out.gguf", "clip:q4_0", **OPTIONS)
+    fields = GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["tersor.recipe"].contents() == "clip:q4_0"
+    assert json.loads(fields["tersor.calibration"].contents())["seqlen"] == 32
+    assert fields["quantize.imatrix.dataset"].contents() == "pydoc_data.topics"
+    tersor.quantize(tmp_path / "out.gguf", tmp_path / "again.gguf", "q4_0")  # what it came from was calibrated, this is not
+    assert "quantize.imatrix.dataset" not in GGUFReader(tmp_path / "again.gguf").fields
