@@ -11,6 +11,7 @@ Columns: ours / ggml's sum of weight * (w - decoded)^2 over all tensors, and the
     by ggml        what ggml minimizes without importance: rms of 32 + |x| (Q4_K, Q5_K), |x| (Q2_K), x^2 (other searched types)
     plain          the importance; both encoders with it. It is log-normal noise (sigma 1), one value per column, fixed seed
     by ggml        what ggml minimizes with it: importance * sqrt(c * mean square + x^2); c = 2, 1 for Q2_K and blocks of 32
+and the CPU nanoseconds that a weight takes.
 Below 1 is better than ggml. Types that ggml's rule for the extremes defines (Q4_0 ... MXFP4) give 1 without importance.
 Exit code 1 when a searched type has a total above 1 without importance, by either weight.
 """
@@ -53,9 +54,10 @@ def main() -> int:
     print(
         f"{options.model}: {len(tensors)} matrices, {sum(w.size for w in tensors) / 1e6:.1f} million weights, one thread, {_native.isa()}"
     )
-    print(f"{'':8}{'without importance':^31}{'with importance':^31}{'ns per weight':^24}")
+    print(f"{'':8}{'without importance':^31}{'with importance':^31}{'ns without importance':^23}{'ns with importance':^23}")
     ratios = f"{'plain (worst)':>15}" + f"{'by ggml (worst)':>16}"
-    print(f"{'type':8}{ratios * 2}{'ours':>8}{'ggml':>8}{'ratio':>8}")
+    times = f"{'ours':>8}{'ggml':>8}{'ratio':>7}"
+    print(f"{'type':8}{ratios * 2}{times * 2}")
     lost = [name for name in options.types.split(",") if compare(name, tensors, theirs)]
     print(f"above ggml without importance: {', '.join(lost) or 'none'}")
     return 1 if lost else 0
@@ -65,7 +67,7 @@ def compare(name: str, tensors: list[Array], theirs: Encoder) -> bool:
     """Prints the row of one type; returns whether a searched type has a total above ggml's without importance."""
     rng = np.random.default_rng(1)
     errors = np.zeros((len(tensors), 2, 2, 2))  # tensor, without or with importance, weight, ours or theirs
-    seconds = np.zeros(2)
+    seconds = np.zeros((2, 2))  # without or with importance, ours or theirs
     for i, w in enumerate(tensors):
         importance = np.exp(rng.standard_normal(w.shape[1])).astype(np.float32)
         for j, given in enumerate((None, importance)):
@@ -74,14 +76,14 @@ def compare(name: str, tensors: list[Array], theirs: Encoder) -> bool:
             for k, encode in enumerate((_native.ggml_encode, theirs)):
                 start = time.thread_time()
                 blocks = encode(name, w, given)
-                seconds[k] += time.thread_time() - start
+                seconds[j, k] += time.thread_time() - start
                 square = (_native.ggml_decode(name, blocks, w.shape[1]).astype(np.float64) - w) ** 2
                 errors[i, j, :, k] = (flat * square).sum(), (ggmls * square).sum()
     total = errors.sum(axis=0)
     ratio, worst = total[..., 0] / total[..., 1], (errors[..., 0] / errors[..., 1]).max(axis=0)
     cells = "".join(f"{r:>7.4f} ({x:.4f})" for r, x in zip(ratio.ravel(), worst.ravel(), strict=True))
-    ours, ggmls = seconds / (2 * sum(w.size for w in tensors)) * 1e9
-    print(f"{name:8}{cells}{ours:>8.1f}{ggmls:>8.1f}{ours / ggmls:>8.2f}", flush=True)
+    times = "".join(f"{ours:>8.1f}{ggmls:>8.1f}{ours / ggmls:>7.2f}" for ours, ggmls in seconds / sum(w.size for w in tensors) * 1e9)
+    print(f"{name:8}{cells}{times}", flush=True)
     return name in SEARCHED and bool((ratio[0] > 1).any())
 
 

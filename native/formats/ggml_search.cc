@@ -17,11 +17,15 @@
 namespace tersor::search_avx2 {
 void search_row(SearchType type, const float* w, const float* importance, uint8_t* blocks, int64_t n_blocks);
 }
+namespace tersor::search_avx512vnni {
+void search_row(SearchType type, const float* w, const float* importance, uint8_t* blocks, int64_t n_blocks);
+}
 
 namespace tersor {
 
 void search_row(SearchType type, const float* w, const float* importance, uint8_t* blocks, int64_t n_blocks) {
 #if defined(__x86_64__)
+  if (active_isa() >= Isa::kAvx512Vnni) return search_avx512vnni::search_row(type, w, importance, blocks, n_blocks);
   if (active_isa() >= Isa::kAvx2) return search_avx2::search_row(type, w, importance, blocks, n_blocks);
 #endif
   search_baseline::search_row(type, w, importance, blocks, n_blocks);

@@ -37,6 +37,7 @@ from tersor.models.folding import apply_scale, layer_folds
 from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
 from tersor.recipe import CASTS, Choice, Recipe
+from tersor.slabs import dequantize
 from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
 
 Progress = Callable[[int, int, str], None]  # as pipeline.Progress
@@ -133,7 +134,7 @@ class Calibrator:
             span = slice(*np.searchsorted(distinct, [begin, min(begin + step, s.vocab_size)]))
             if span.start == span.stop:
                 continue
-            rows = decoded(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
+            rows = dequantize(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
             table[span] = rows
         table *= np.float32(s.embedding_scale)
         unrounded = table if self._compares else None
@@ -157,12 +158,10 @@ class Calibrator:
         for group in walk.groups:
             statistics = self._statistics(walk, group, weights[group[0]].shape[1], original)
             if original is not None:
-                original.advance([weights[name] for name in group])
-            for name in group:
-                made[name] = self._round(name, weights.pop(name), statistics)
-                self._advance(name)
+                original.advance([as_float(weights[name]) for name in group])
+            made |= self._round_group({name: weights.pop(name) for name in group}, statistics)
             del statistics
-            walk.advance([decoded(made[name].tensor) for name in group])
+            walk.advance([made[name].tensor for name in group])
         return made
 
     def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
@@ -176,14 +175,14 @@ class Calibrator:
             statistics = self._statistics(walk, group, fold.columns)
             formats = [get_format(self._plan[name].format) for name in group]
             scales.append(step.method.run([weights[name] for name in group], formats, statistics, step.options, fold.sources))
-            walk.advance([weights[name] for name in group])
+            walk.advance([as_float(weights[name]) for name in group])
         changed: dict[str, Made] = {}
         for fold, scale in zip(folds, scales):
             weights |= apply_scale(fold, weights, scale)
             for name in fold.producer:
                 if name in self._plan and weights[name].ndim == 1:
                     stored = get_format(self._plan[name].format).quantize(weights[name])
-                    weights[name] = decoded(stored).reshape(-1)
+                    weights[name] = dequantize(stored).reshape(-1)
                     changed[name] = Made(stored, step.method.name, 0.0, None)
         return changed
 
@@ -191,7 +190,7 @@ class Calibrator:
         """Returns every tensor of a block as float32, by name."""
         prefix = f"model.layers.{index}."
         names = [name for name in self._checkpoint.tensors if name.startswith(prefix) and name in self._plan]
-        return {name: np.array(decoded(self._checkpoint.read(name)), np.float32) for name in names}
+        return {name: np.array(dequantize(self._checkpoint.read(name)), np.float32) for name in names}
 
     def _walk(self, index: int, weights: Mapping[str, Array], stream: str, keep: bool = True) -> DecoderWalk:
         """Returns a walk through block `index` on a stream's states. keep: whether the states after it are the stream's next."""
@@ -204,8 +203,11 @@ class Calibrator:
         before = self._work.states(stream, index, s.hidden_size)
         after = self._work.states(stream, index + 1, s.hidden_size) if keep else self._work.states("aside", 0, s.hidden_size)
         scratch = self._work.scratch(stream)
-        sequences, length = self._tokens.shape
-        return DecoderWalk(s, index, vectors, biases, before, after, (sequences, length), scratch, self._room.sequences)
+        # What is rounded to few bits goes on through the integer kernels that will run it; their error is far below the rounding's.
+        few = stream == "quantized" and all(get_format(self._plan[name].format).bits <= 6 for name in weights if weights[name].ndim > 1)
+        activations = "int8" if few else "float"
+        shape, sequences = self._tokens.shape, self._room.sequences
+        return DecoderWalk(s, index, vectors, biases, before, after, shape, scratch, sequences, activations)
 
     def _statistics(self, walk: DecoderWalk, group: Sequence[str], columns: int, original: DecoderWalk | None = None) -> InputStatistics:
         """Returns statistics of a group's inputs, as much as the recipe asks for; with `cross` where the original walks along."""
@@ -219,20 +221,44 @@ class Calibrator:
         check_statistics(statistics, group[0], rounded=any(not self._choices[name].is_cast for name in group))
         return statistics
 
-    def _round(self, name: str, w: Array, statistics: InputStatistics) -> Made:
-        """Returns w as the plan stores it, by its method."""
+    def _round_group(self, weights: Mapping[str, Array], statistics: InputStatistics) -> dict[str, Made]:
+        """Returns the weights of a group as the plan stores them; those of one format and method as one matrix: the same, but faster."""
+        tensors: dict[str, tuple[QuantizedTensor, str]] = {}
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name in weights:
+            choice, format = self._choices[name], self._plan[name].format
+            single = choice.is_cast or format in CASTS or not get_format(format).row_independent
+            alike.setdefault((name, "") if single else (str(choice.step), format), []).append(name)
+        for names in alike.values():
+            if len(names) == 1:
+                tensors[names[0]] = self._round(names[0], weights[names[0]], statistics)
+                continue
+            joined, method = self._round(names[0], np.concatenate([weights[name] for name in names]), statistics)
+            begin = 0
+            for name in names:
+                rows = slice(begin, begin + len(weights[name]))
+                fields = {key: array[rows] for key, array in joined.fields.items()}
+                tensors[name] = QuantizedTensor(joined.format, weights[name].shape, fields), method
+                begin = rows.stop
+        for name in weights:
+            self._advance(name)
+        return {name: self._judged(*tensors[name], w, statistics) for name, w in weights.items()}
+
+    def _round(self, name: str, w: Array, statistics: InputStatistics) -> tuple[QuantizedTensor, str]:
+        """Returns w as the plan stores the named weight, and by which method."""
         choice, fmt = self._choices[name], get_format(self._plan[name].format)
         if fmt.name in CASTS or choice.is_cast:
             source = self._checkpoint.read(name)
-            tensor = source if source.format == fmt.name else fmt.quantize(w)
-            method = "keep" if source.format == fmt.name else "cast"
-        else:
-            try:
-                tensor = choice.step.method.run(w, fmt, statistics, choice.step.options)
-            except (FormatError, ModelError) as refusal:
-                raise type(refusal)(f"{name}: {refusal}") from None
-            method = str(choice.step)
-        error = decoded(tensor).reshape(w.shape) - w
+            return (source, "keep") if source.format == fmt.name else (fmt.quantize(w), "cast")
+        try:
+            return choice.step.method.run(w, fmt, statistics, choice.step.options), str(choice.step)
+        except (FormatError, ModelError) as refusal:
+            raise type(refusal)(f"{name}: {refusal}") from None
+
+    @staticmethod
+    def _judged(tensor: QuantizedTensor, method: str, w: Array, statistics: InputStatistics) -> Made:
+        """Returns a tensor with what is said of it beside the weights that it stands for."""
+        error = dequantize(tensor).reshape(w.shape) - w
         return Made(tensor, method, _ratio(error, w), output_error(error, w, statistics))
 
     @property
@@ -242,7 +268,7 @@ class Calibrator:
     def _head(self) -> Made:
         """Returns the head, its input being the last block's states after the final norm."""
         s, name = self._spec, self._head_name
-        norm = decoded(self._checkpoint.read("model.norm.weight")).reshape(-1) + np.float32(s.norm_offset)
+        norm = dequantize(self._checkpoint.read("model.norm.weight")).reshape(-1) + np.float32(s.norm_offset)
         states = self._work.states("quantized", len(s.layers), s.hidden_size)
         builder = StatisticsBuilder(s.hidden_size, gram=self._choices[name].step.method.needs == "gram")
         step = self._room.sequences * self._tokens.shape[1]
@@ -251,7 +277,8 @@ class Calibrator:
         states.close()
         statistics = builder.result()
         check_statistics(statistics, name, rounded=True)
-        return self._round(name, np.array(decoded(self._checkpoint.read(name)), np.float32), statistics)
+        w = np.array(dequantize(self._checkpoint.read(name)), np.float32)
+        return self._judged(*self._round(name, w, statistics), w, statistics)
 
     def _advance(self, name: str) -> None:
         self._weights_done += int(np.prod(self._plan[name].shape))
@@ -259,9 +286,9 @@ class Calibrator:
             self._progress(self._weights_done, self._weights, name)
 
 
-def decoded(tensor: QuantizedTensor) -> Array:
-    """Returns the float32 values of a stored tensor, in its shape."""
-    return get_format(tensor.format).dequantize(tensor)
+def as_float(w: Array) -> QuantizedTensor:
+    """Returns float32 weights as a tensor."""
+    return QuantizedTensor("f32", w.shape, {"values": w})
 
 
 def output_error(error: Array, w: Array, statistics: InputStatistics) -> float | None:

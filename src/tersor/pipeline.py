@@ -15,16 +15,15 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint, Container
 from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
-from tersor.formats import Format, get_format
+from tersor.formats import get_format
 from tersor.methods import Step
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
-from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
+from tersor.slabs import keep_tensor, quantize_tensor
+from tersor.tensor import ModelDescription, TensorInfo
 from tersor.threads import set_threads
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from tersor.calibration.samples import Samples
     from tersor.calibration.work import Work
 
-SLAB_BYTES = 32 << 20  # float32 bytes of the rows that are worked on at once
-FLOAT16_MAX = 65504.0
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
 
@@ -362,9 +359,9 @@ def _write(
                 )
                 continue
             if source.format == info.format and (choice.is_cast or source.format in CASTS):
-                tensor, error = _keep(checkpoint, info, report), 0.0
+                tensor, error = keep_tensor(checkpoint, info, report), 0.0
             else:
-                tensor, error = _quantize_tensor(checkpoint, source, info.format, choice.step, report)
+                tensor, error = quantize_tensor(checkpoint, source, info.format, choice.step, report)
             method = (
                 choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
             )
@@ -381,100 +378,6 @@ def _described(description: ModelDescription, plan: Sequence[TensorInfo]) -> Mod
     key = "torch_dtype" if "torch_dtype" in description.config else "dtype"
     name = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[most]
     return replace(description, config={**description.config, key: name})
-
-
-def _keep(checkpoint: Checkpoint, info: TensorInfo, report: Callable[[int], None]) -> QuantizedTensor:
-    """Returns the tensor as stored, checked for NaN and infinities slab by slab when it is float."""
-    if info.format in CASTS:
-        for rows in _slabs(info.shape):
-            w = dequantize(checkpoint.read(info.name, rows))
-            check_finite(w, info.name, rows.start)
-            checkpoint.release()
-            report(w.size)
-    else:
-        report(prod(info.shape))
-    return checkpoint.read(info.name)
-
-
-def _quantize_tensor(
-    checkpoint: Checkpoint, source: TensorInfo, format: str, step: Step, report: Callable[[int], None]
-) -> tuple[QuantizedTensor, float]:
-    """Returns one tensor in the format, and its relative RMS error."""
-    fmt = get_format(format)
-    fields: dict[str, Array] = {}
-    squared_error = squares = 0.0
-    for rows in _slabs(source.shape) if fmt.row_independent else [slice(0, prod(source.shape[:-1]))]:
-        w = np.ascontiguousarray(dequantize(checkpoint.read(source.name, rows)).reshape(-1, source.shape[-1]), dtype=np.float32)
-        largest = check_finite(w, source.name, rows.start)
-        part = _encode(w, fmt, step, source.name)
-        decoded = fmt.dequantize(part).reshape(w.shape)
-        if largest > FLOAT16_MAX:
-            _check_range(w, decoded, format, source.name, rows.start)
-        squares += _sum_of_squares(w)
-        squared_error += _sum_of_squares(decoded - w)  # not in place: a cast to f32 may share w's memory
-        for key, values in part.fields.items():
-            if not fmt.row_independent:
-                fields[key] = values
-                continue
-            if key not in fields:
-                fields[key] = np.empty((prod(source.shape[:-1]), *values.shape[1:]), values.dtype)
-            fields[key][rows] = values
-        checkpoint.release()
-        report(w.size)
-    return QuantizedTensor(format, source.shape, fields), sqrt(squared_error / squares) if squares else 0.0
-
-
-def _encode(w: Array, fmt: Format, step: Step, name: str) -> QuantizedTensor:
-    """Returns w in the format by the method; a refusal names the tensor."""
-    try:
-        return fmt.quantize(w) if fmt.name in CASTS else step.method.run(w, fmt, None, step.options)
-    except FormatError as error:
-        raise FormatError(f"{name}: {error}") from None
-
-
-def dequantize(tensor: QuantizedTensor) -> Array:
-    """Returns the float32 values of a stored tensor, in its shape."""
-    return get_format(tensor.format).dequantize(tensor)
-
-
-def check_finite(w: Array, name: str, first_row: int = 0) -> float:
-    """Returns the largest magnitude in w. Raises ModelError naming tensor and position of the first NaN or infinity.
-
-    first_row: row of the tensor that w begins with.
-    """
-    largest = max(float(w.max()), -float(w.min()))  # either is NaN when w holds one
-    if not np.isfinite(largest):
-        bad = np.argwhere(~np.isfinite(w.reshape(-1, w.shape[-1])))
-        row, column = (int(i) for i in bad[0])
-        value = w.reshape(-1, w.shape[-1])[row, column]
-        what = f"{name} holds {value} at row {first_row + row}, column {column} ({len(bad)} such weights in these rows)"
-        raise ModelError(f"{what}; the checkpoint is damaged: fetch or export it again")
-    return largest
-
-
-def _check_range(w: Array, decoded: Array, format: str, name: str, first_row: int) -> None:
-    """Raises FormatError when a weight beyond float16's range was lost, because its value or the scale of its group saturated."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        lost = np.argwhere((np.abs(w) > FLOAT16_MAX) & ~(np.abs(decoded - w) <= 0.5 * np.abs(w)))
-    if len(lost):
-        row, column = (int(i) for i in lost[0])
-        where = f"{name} holds {w[row, column]:g} at row {first_row + row}, column {column}"
-        raise FormatError(
-            f"{format}: {where}, beyond what a float16 value or scale can hold ({FLOAT16_MAX:g}); use bf16, f32 or keep for it"
-        )
-
-
-def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yields row ranges of at most SLAB_BYTES of float32, at least one row each."""
-    rows = prod(shape[:-1])
-    step = max(1, SLAB_BYTES // (4 * shape[-1]))
-    for begin in range(0, rows, step):
-        yield slice(begin, min(rows, begin + step))
-
-
-def _sum_of_squares(x: Array) -> float:
-    """Returns the sum of squares: float32 along a row, float64 across rows."""
-    return float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64))
 
 
 def _advice(container: Container, chosen: str, format: str) -> str:

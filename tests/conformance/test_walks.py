@@ -35,9 +35,13 @@ def test_statistics_are_those_of_the_inputs_that_the_rounded_model_computes(mode
     path = tiny_model(tmp_path / "model", model_type, layers=3)
     seen: dict[str, InputStatistics] = {}
     run = calibrator(path, "clip:int4_g16, layers.0.o_proj=f32")
-    monkeypatch.setattr(
-        run, "_round", lambda name, w, statistics, inner=run._round: (seen.update({name: statistics}), inner(name, w, statistics))[1]
-    )
+    round_group = run._round_group
+
+    def spy(weights, statistics):
+        seen.update(dict.fromkeys(weights, statistics))
+        return round_group(weights, statistics)
+
+    monkeypatch.setattr(run, "_round_group", spy)
     work = Work(tmp_path / "work", {}, resume=False)
     run.run(work)
 

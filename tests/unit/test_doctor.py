@@ -78,14 +78,21 @@ def test_verdict_on_the_spread(spread: float, verdict: str) -> None:
     assert found.verdict == verdict
     assert found.reasons == (() if verdict == "good" else (f"the halves of the samples differ by {100 * spread:.0f} %",))
     if verdict == "thin":
-        assert found.advice[0].startswith(f"--samples {math.ceil(2 * 1.1**2)} would bring")  # by the square root
+        assert found.advice[0].startswith(f"--samples {math.ceil(2 * 1.1**2.5)} would bring")
     found.refuse()  # it is the user's choice
+
+
+def test_few_tokens_for_the_width() -> None:
+    found = check(half(Q, [1.0] * 5, [1.0] * 5, 19), half(DOWN, [1.0] * 4, [1.0] * 4, 16), half(DOWN, [1.0] * 6, [1.0] * 6, 19))
+    assert found.rank_limited == () and found.verdict == "thin"
+    assert found.reasons == ("inputs of 5, 6 columns saw few tokens, 6.3 a column",)  # 38 / 6; 4 columns saw 8 each
+    assert found.advice == ("methods with error feedback (gptq) want 8 tokens a column: 48 tokens",)
 
 
 def test_rank() -> None:
     found = check(half(Q, [1.0] * 5, [1.0] * 5, 2), half(DOWN, [1.0] * 4, [1.0] * 4, 2), half(DOWN, [1.0] * 9, [1.0] * 9, 2))
     assert found.rank_limited == (5, 9) and found.verdict == "thin"
-    assert "inputs of 5, 9 columns saw fewer tokens" in found.reasons[0] and "at least 9 tokens" in found.advice[0]
+    assert found.reasons[1] == "a Hessian of 5, 9 columns cannot have full rank"
 
 
 def test_repeated_samples() -> None:

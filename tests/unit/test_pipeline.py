@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize as gguf_dequantize
 from safetensors.torch import load_file
 
-from tersor import pipeline
+from tersor import slabs
 from tersor.containers import open_checkpoint
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError
 from tersor.pipeline import quantize
@@ -54,7 +54,7 @@ def test_slabs_give_the_same_bytes(tmp_path, monkeypatch):
     model = tiny_model(tmp_path / "m", dtype="bf16")
     for recipe, name in (("q4_0", "a.gguf"), ("clip:int4_g32", "a")):
         quantize(model, tmp_path / name, recipe)
-        monkeypatch.setattr(pipeline, "SLAB_BYTES", 4 * 64 * 7)  # 7 rows of 64 columns
+        monkeypatch.setattr(slabs, "SLAB_BYTES", 4 * 64 * 7)  # 7 rows of 64 columns
         quantize(model, tmp_path / f"slabs-{name}", recipe)
         monkeypatch.undo()
         with open_checkpoint(tmp_path / name) as a, open_checkpoint(tmp_path / f"slabs-{name}") as b:
@@ -66,7 +66,7 @@ def test_slabs_give_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "SLAB_BYTES", 1 << 18)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 1 << 18)
     peaks = []
     for layers in (2, 12):
         model = tiny_model(tmp_path / f"m{layers}", hidden=256, intermediate=1024, layers=layers)
@@ -132,7 +132,7 @@ def test_casts_round_once_and_exactly(tmp_path, source, target):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("recipe", ["q4_0", "q4_0, mlp=keep"])
 def test_bad_weights_are_named_and_nothing_is_left(tmp_path, value, recipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "SLAB_BYTES", 4 * 128 * 8)
+    monkeypatch.setattr(slabs, "SLAB_BYTES", 4 * 128 * 8)
     w = weights()[DOWN]
     w[21, 5] = value
     model = tiny_model(tmp_path / "m", change={DOWN: w})
@@ -146,7 +146,7 @@ def test_weights_whose_sum_overflows_are_not_taken_for_infinite(tmp_path):
     model = tiny_model(tmp_path / "m", change={DOWN: w})
     quantize(model, tmp_path / "a", "bf16")
     with open_checkpoint(tmp_path / "a") as checkpoint:
-        assert pipeline.dequantize(checkpoint.read(DOWN)).min() > 2.9e38
+        assert slabs.dequantize(checkpoint.read(DOWN)).min() > 2.9e38
 
 
 @pytest.mark.parametrize("recipe", ["f16", "q4_0", "int4_g64"])

@@ -158,6 +158,8 @@ def test_self_goes_on_with_another_text_after_eos(tmp_path: Path) -> None:
     tokens = generator(tersor.load(path, activations="float"))(2, 40, 0)
     assert tokens.shape == (2, 40) and (tokens == EOS).sum() > 4
     assert (tokens[:, 1:][tokens[:, :-1] == EOS] == BOS).all()
+    texts = " ".join(map(str, tokens[0].tolist())).split(f" {EOS} ")
+    assert len(set(texts)) > 1  # not the same one again
 
 
 def test_self_begins_with_a_random_token_where_there_is_no_bos(tmp_path: Path) -> None:

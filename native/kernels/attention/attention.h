@@ -1,6 +1,7 @@
 // The key-value cache and attention over it.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -11,7 +12,9 @@
 namespace tersor::attention {
 
 // Keys and values of every layer for positions [0, length); layout in kernels.h. Memory is reserved for `capacity`
-// positions and touched only as positions are appended.
+// positions and touched as positions are appended, in segments: the first kSegment positions of all layers and heads,
+// then always as many as came before. So large pages, which spare address translations, cost at most about as much
+// again as what is held, and a head's positions still lie in a few long runs.
 class Cache {
  public:
   // Throws std::bad_alloc.
@@ -27,24 +30,38 @@ class Cache {
   int64_t length = 0;
   int64_t fixed = 0;  // positions that stay as they are: those of the origin, and those that forks read here
 
-  int64_t nbytes() const { return int64_t(layers) * kv_heads * head_bytes(); }
-  // Where positions from `shared` on are, and are to be written.
-  Head head(int layer, int kv_head) const;
-  // Where this position is, and all up to the end given back by `piece`, a multiple of kKeys or the largest int64.
+  int64_t nbytes() const {
+    const int64_t first = segment_begin(capacity - 1);
+    return bytes_before(first) + bytes_of(capacity - first);
+  }
+  // Where this position is, and is to be written, and all up to the end given back, a multiple of kKeys.
   Head piece(int layer, int kv_head, int64_t position, int64_t& end) const;
 
  private:
   struct Free {
     void operator()(uint8_t* p) const { std::free(p); }
   };
-  int64_t head_bytes() const { return 2 * codes_bytes_ + key_scales_bytes_ + value_scales_bytes_; }
+  static constexpr int64_t kSegment = 256;  // a power of two
+
+  static int64_t segment_begin(int64_t position) {
+    return position < kSegment ? 0 : int64_t(std::bit_floor(uint64_t(position)));
+  }
+
+  // Of one layer and head in a segment of so many positions.
+  struct Sizes {
+    int64_t codes;  // of the keys, and as many of the values
+    int64_t key_scales, value_scales;
+    int64_t all() const { return 2 * codes + key_scales + value_scales; }
+  };
+  Sizes sizes(int64_t positions) const;
+  int64_t bytes_of(int64_t positions) const { return int64_t(layers) * kv_heads * sizes(positions).all(); }
+  // Of the segments before the one that begins at `first`.
+  int64_t bytes_before(int64_t first) const { return first / kSegment * bytes_of(kSegment); }
 
   const Cache* origin_ = nullptr;  // of positions below shared_
   int64_t shared_ = 0;
-  int64_t codes_bytes_;  // of the keys, and as much for the values, of one layer and head
-  int64_t key_scales_bytes_, value_scales_bytes_;
   std::unique_ptr<uint8_t, Free> memory_;
-  uint8_t* data_;  // in it, at a multiple of 64
+  uint8_t* data_;  // in it, at a multiple of 64, or of a large page
 };
 
 // Rows of heads: row i is at data + i * stride; each is (heads, head_dim), contiguous.

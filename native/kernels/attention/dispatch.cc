@@ -1,10 +1,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "base/isa_table.h"
 #include "base/threads.h"
@@ -19,6 +22,7 @@ constexpr int64_t kChunk = 256;
 constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth waking a thread: a few microseconds
 constexpr int kUnitsPerThread = 4;     // enough that the last units do not leave threads idle
 constexpr int kFewRows = 16;           // rows of a tile whose queries one thread loads for all
+constexpr int64_t kHugePage = 2 << 20;
 constexpr float kLog2e = 1.44269504088896341f;
 
 // Floats at a multiple of 64 bytes, kept from call to call.
@@ -231,15 +235,14 @@ Cache::Cache(int layers, int kv_heads, int head_dim, int64_t capacity, Type type
       width((head_dim + 15) / 16 * 16),
       capacity(capacity),
       type(type) {
-  const int64_t positions = (capacity + 15) / 16 * 16;
-  codes_bytes_ = positions * width * type_bytes(type);
-  codes_bytes_ = (codes_bytes_ + 63) / 64 * 64;
-  key_scales_bytes_ = type == kInt8 ? positions * key_groups(width) * 4 : 0;
-  value_scales_bytes_ = type == kInt8 ? positions * value_groups(width) * 4 : 0;
+  const int64_t alignment = nbytes() >= kHugePage ? kHugePage : 64;
   // calloc: untouched pages cost no memory, and read as zeros.
-  memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + 64, 1)));
+  memory_.reset(static_cast<uint8_t*>(std::calloc(nbytes() + alignment, 1)));
   if (!memory_) throw std::bad_alloc();
-  data_ = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+  data_ = memory_.get() + (alignment - reinterpret_cast<uintptr_t>(memory_.get()) % alignment) % alignment;
+#ifdef __linux__
+  if (alignment == kHugePage) madvise(data_, nbytes() / kHugePage * kHugePage, MADV_HUGEPAGE);  // only a hint
+#endif
 }
 
 Cache::Cache(const Cache& origin, int64_t n)
@@ -248,23 +251,30 @@ Cache::Cache(const Cache& origin, int64_t n)
   origin_ = &origin;
 }
 
-Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const {
-  end = std::numeric_limits<int64_t>::max();
-  if (position >= shared_) return head(layer, kv_head);
-  const Head found = origin_->piece(layer, kv_head, position, end);
-  end = std::min(end, shared_);
-  return found;
+Cache::Sizes Cache::sizes(int64_t positions) const {
+  positions = (positions + 15) / 16 * 16;
+  return {(positions * width * type_bytes(type) + 63) / 64 * 64, type == kInt8 ? positions * key_groups(width) * 4 : 0,
+          type == kInt8 ? positions * value_groups(width) * 4 : 0};
 }
 
-Head Cache::head(int layer, int kv_head) const {
-  uint8_t* keys = data_ + (int64_t(layer) * kv_heads + kv_head) * head_bytes();
-  uint8_t* scales = keys + 2 * codes_bytes_;
+Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const {
+  if (position < shared_) {
+    const Head found = origin_->piece(layer, kv_head, position, end);
+    end = std::min(end, shared_);
+    return found;
+  }
+  const int64_t first = segment_begin(position);
+  end = std::max(2 * first, kSegment);
+  const Sizes size = sizes(std::min(end, capacity) - first);
+  uint8_t* keys = data_ + bytes_before(first) + (int64_t(layer) * kv_heads + kv_head) * size.all();
+  uint8_t* scales = keys + 2 * size.codes;
   return {keys,
-          keys + codes_bytes_,
+          keys + size.codes,
           reinterpret_cast<float*>(scales),
-          reinterpret_cast<float*>(scales + key_scales_bytes_),
+          reinterpret_cast<float*>(scales + size.key_scales),
           head_dim,
-          width};
+          width,
+          first};
 }
 
 void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values) {
@@ -275,12 +285,15 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
     // Whole panels of 16 positions to a thread, since neighbours share cache lines.
     parallel_for(span.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
       for (int h = 0; h < cache.kv_heads; ++h) {
-        const Head head = cache.head(layer, h);
         const int64_t at = span.row * keys.stride + int64_t(h) * cache.head_dim,
                       value_at = span.row * values.stride + int64_t(h) * cache.head_dim;
-        for (int64_t i = begin; i < end; ++i) {
-          kernels.append[cache.type](keys.data + at + i * keys.stride, values.data + value_at + i * values.stride,
-                                     cache.length + i, head);
+        for (int64_t i = begin, piece_end; i < end; i = piece_end) {
+          const Head head = cache.piece(layer, h, cache.length + i, piece_end);
+          piece_end = std::min(end, piece_end - cache.length);
+          for (; i < piece_end; ++i) {
+            kernels.append[cache.type](keys.data + at + i * keys.stride, values.data + value_at + i * values.stride,
+                                       cache.length + i - head.first, head);
+          }
         }
       }
     });

@@ -405,13 +405,14 @@ void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, cons
   float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
   for (int64_t at = begin; at < end; at += kKeys) {
     const int count = least(kKeys, end - at);
-    Block b = {at, count, nullptr, offset(head.values, at * head.width, kType), nullptr, nullptr};
+    const int64_t held = at - head.first;
+    Block b = {at, count, nullptr, offset(head.values, held * head.width, kType), nullptr, nullptr};
     if constexpr (kType == kInt8) {
-      b.k = offset(head.keys, at * head.width, kType);
-      b.key_scales = head.key_scales + at * key_groups(head.width);
-      b.value_scales = head.value_scales + at * value_groups(head.width);
+      b.k = offset(head.keys, held * head.width, kType);
+      b.key_scales = head.key_scales + held * key_groups(head.width);
+      b.value_scales = head.value_scales + held * value_groups(head.width);
     } else {
-      b.k = offset(head.keys, at * head.head_dim, kType);
+      b.k = offset(head.keys, held * head.head_dim, kType);
     }
     if (q.rows <= 2 * kWideRows) {
       attend_block<kType>(head, q, b, kWideRows, weights, state);

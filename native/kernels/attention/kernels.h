@@ -35,6 +35,7 @@ struct Head {
   float* key_scales;  // of int8 only, as the next
   float* value_scales;
   int head_dim, width;
+  int64_t first;  // the position that these point to
 };
 
 // Rows of queries as `load_query` wrote them, scaled by log2(e) too, since powers of two are cheaper than of e; and the
@@ -68,7 +69,7 @@ struct Kernels {
   // Adds keys [begin, end) to the state, which the caller began; begin is a multiple of kKeys.
   void (*attend[kTypes])(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state,
                          float* scratch);
-  // Writes a key (head_dim) and a value at a position of a head's cache.
+  // Writes a key (head_dim) and a value at a position of a head's cache, counted from head.first.
   void (*append[kTypes])(const float* key, const float* value, int64_t position, const Head& head);
   // Writes a query (head_dim) times factor as attend wants it.
   void (*load_query[kTypes])(const float* x, float factor, int head_dim, int width, float* to);

@@ -204,15 +204,18 @@ void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, in
 // ---- Floats ----
 
 void multiply_floats(const Kernels& kernels, const Part& part, const float* x, int64_t n, const Output& out) {
-  // The unit of work is one panel for one block of activation rows; the blocks of a panel follow each other.
-  const int64_t blocks = (n + kMaxRows - 1) / kMaxRows;
-  const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * std::min<int64_t>(n, kMaxRows)));
-  parallel_for(part.panel_count() * blocks, grain, [&](int64_t begin, int64_t end) {
+  // The unit of work is kFloatPanels panels for one block of activation rows; their blocks follow each other.
+  const int64_t blocks = (n + kMaxRows - 1) / kMaxRows, units = (part.panel_count() + kFloatPanels - 1) / kFloatPanels;
+  const int64_t macs = part.columns * kPanelRows * kFloatPanels * std::min<int64_t>(n, kMaxRows);
+  parallel_for(units * blocks, std::max<int64_t>(1, kMinMacs / macs), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t panel = unit / blocks, row = unit % blocks * kMaxRows;
-      kernels.floating[part.floating](part.panels.data() + panel * part.panel_bytes, part.columns,
+      const int64_t panel = unit / blocks * kFloatPanels, row = unit % blocks * kMaxRows;
+      Finish finish = out.finish(part, panel, row);
+      finish.rows = int(std::min<int64_t>(kPanelRows * kFloatPanels, part.rows - panel * kPanelRows));
+      kernels.floating[part.floating](part.panels.data() + panel * part.panel_bytes, part.panel_bytes,
+                                      int(std::min<int64_t>(kFloatPanels, part.panel_count() - panel)), part.columns,
                                       x + row * part.columns, part.columns, int(std::min<int64_t>(kMaxRows, n - row)),
-                                      out.finish(part, panel, row));
+                                      finish);
     }
   });
 }

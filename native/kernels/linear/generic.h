@@ -25,15 +25,15 @@ inline constexpr int kKernelClass = kDotIsInt && kClass == 1 ? 0 : kClass;
       tile<kKernelClass<code_class>, 2, false>, tile<kKernelClass<code_class>, 2, true>    \
     }                                                                                      \
   }
-#define TERSOR_LINEAR_KERNELS                                     \
-  {                                                               \
-      quantize_fine,                                              \
-      quantize_tile,                                              \
-      fine,                                                       \
-      kSignedBias,                                                \
-      open,                                                       \
-      {TERSOR_TILES(0), TERSOR_TILES(1), TERSOR_TILES(2)},        \
-      {float_panel<kF32>, float_panel<kF16>, float_panel<kBF16>}, \
+#define TERSOR_LINEAR_KERNELS                                        \
+  {                                                                  \
+      quantize_fine,                                                 \
+      quantize_tile,                                                 \
+      fine,                                                          \
+      kSignedBias,                                                   \
+      open,                                                          \
+      {TERSOR_TILES(0), TERSOR_TILES(1), TERSOR_TILES(2)},           \
+      {float_panels<kF32>, float_panels<kF16>, float_panels<kBF16>}, \
   }
 
 }  // namespace

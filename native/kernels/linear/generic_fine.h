@@ -79,11 +79,19 @@ struct FineCodes {
   int64_t chunks;
 };
 
+// Bytes of codes are read so fast that the CPU's own reading ahead does not keep up: 1.5 times the speed on a Zen 4.
+// For fewer bits, for more rows, and at more than 2 KiB, asking for what comes is slower.
+inline constexpr int kAhead = 1536;
+
 // The dots of a block, chunk after chunk.
 template <Code kCode, int kParts, int M>
 void block_dots(const uint8_t* p, int64_t chunks, const Table& table, const FineCodes& x, int32_t* out) {
   const int8_t* codes = x.codes;
   for (int64_t c = 0; c < chunks; ++c, p += 64 * code_bits(kCode), codes += 64, out += 16 * kParts * M) {
+    if constexpr (kCode == kS8 && M == 1) {
+#pragma GCC unroll 8
+      for (int line = 0; line < 8; ++line) __builtin_prefetch(p + 64 * line + kAhead, 0, 2);
+    }
     if constexpr (code_bits(kCode) <= kCoarseBits) {
       uint8_t low = 0;
       for (int m = 0; m < M; ++m) low |= x.low[m * x.chunks + c];

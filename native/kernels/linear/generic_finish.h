@@ -6,6 +6,13 @@
 namespace tersor::linear {
 namespace {
 
+// Of panel p of consecutive ones, when f is of the first and f.rows counts the rows of all.
+inline Finish finish_of(const Finish& f, int p) {
+  const int at = p * kPanelRows, left = f.rows - at;
+  return {f.scale + at, f.bias ? f.bias + at : nullptr,       f.residual ? f.residual + at : nullptr, f.y + at,
+          f.stride,     left < kPanelRows ? left : kPanelRows};
+}
+
 inline void finish_row(const F& sums, const Finish& f, int64_t row) {
   F y = mul(sums, load(f.scale));
   if (f.bias) y = add(y, load(f.bias));

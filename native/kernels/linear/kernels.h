@@ -27,10 +27,11 @@ inline constexpr int kPanelRows = 16;
 inline constexpr int kChunk = 32;  // columns of a chunk; activations share a scale within it
 inline constexpr int kBlockColumns = 256;
 inline constexpr int kBlockChunks = kBlockColumns / kChunk;
-inline constexpr int kMaxRows = 96;    // activation rows of one call of a float kernel
-inline constexpr int kFineRows = 16;   // up to so many activation rows are quantized to 15 bits, more to 8 bits
-inline constexpr int kCoarseBits = 2;  // codes of so many bits or fewer see 15 bits in outliers only
-inline constexpr int kTileRows = 8;    // rows of a tile of 8-bit activations; a multiple of every register tile
+inline constexpr int kFloatPanels = 4;  // panels of one call of a float kernel
+inline constexpr int kMaxRows = 96;     // activation rows of one call of a float kernel
+inline constexpr int kFineRows = 16;    // up to so many activation rows are quantized to 15 bits, more to 8 bits
+inline constexpr int kCoarseBits = 2;   // codes of so many bits or fewer see 15 bits in outliers only
+inline constexpr int kTileRows = 8;     // rows of a tile of 8-bit activations; a multiple of every register tile
 
 // How a code becomes an integer. kU1: 0 or 2; kU2 .. kU6: unsigned; kS8: -128..127; kT4: table of 16 int8.
 enum Code { kU1, kU2, kU3, kU4, kU5, kU6, kS8, kT4, kCodes };
@@ -138,8 +139,10 @@ struct Finish {
 using FineKernel = void (*)(const IntegerPanel& panel, const FineActivations& x, int n, const Finish& finish);
 // The panel times the first n rows of a tile, 1 <= n <= kTileRows.
 using TileKernel = void (*)(const OpenPanel& panel, const Tile& x, int n, const Finish& finish);
-// The panel times n rows, 1 <= n <= kMaxRows.
-using FloatKernel = void (*)(const void* panel, int64_t k, const float* x, int64_t stride, int n, const Finish& finish);
+// Some panels, up to kFloatPanels, panel_bytes apart, times n rows, 1 <= n <= kMaxRows; finish is of the first, but
+// counts the rows of all.
+using FloatKernel = void (*)(const void* panels, int64_t panel_bytes, int count, int64_t k, const float* x,
+                             int64_t stride, int n, const Finish& finish);
 
 struct Kernels {
   // Quantizes one row of k values; the padding becomes 0. sums (chunks, 2). always_low: all chunks get low codes, not

@@ -60,8 +60,8 @@ class Walk(Protocol):
     def inputs(self) -> Iterator[Array]:
         """Yields the current group's inputs, (tokens, in) float32, batch by batch; may be called again before advance."""
 
-    def advance(self, weights: Sequence[Array]) -> None:
-        """Multiplies the inputs by the group's weights, (out, in) float32 each, and goes on to the next group."""
+    def advance(self, weights: Sequence[QuantizedTensor]) -> None:
+        """Multiplies the inputs by the group's weights and goes on to the next group."""
 
 
 class DecoderWalk:
@@ -78,13 +78,16 @@ class DecoderWalk:
         shape: tuple[int, int],
         scratch: Path,
         batch: int,
+        activations: str = "float",
     ) -> None:
         """vectors, biases: of the layer; one joined bias for each of GROUPS, None where it has none. states: hidden states before the
         layer, (sequences * length, hidden), which stay; after: those after it, to be written. shape: (sequences, length).
-        scratch: folder for what is between. batch: sequences at a time. The walk closes all files at its end."""
+        scratch: folder for what is between. batch: sequences at a time. activations: as of ops.pack.
+        The walk closes all files at its end."""
         self.groups = tuple(tuple(f"model.layers.{index}.{name}.weight" for name in group) for group in GROUPS)
         self._spec, self._index, self._vectors, self._biases = spec, index, vectors, biases
         self._states, self._after, self._shape, self._batch = states, after, shape, batch
+        self._activations = activations
         self._between = {1: Rows(scratch / "mixed", spec.heads * spec.head_dim), 3: Rows(scratch / "gated", spec.intermediate_size)}
         self._at = 0
 
@@ -92,9 +95,9 @@ class DecoderWalk:
         for begin, end in self._batches():
             yield self._input(begin, end)
 
-    def advance(self, weights: Sequence[Array]) -> None:
+    def advance(self, weights: Sequence[QuantizedTensor]) -> None:
         s, v, group = self._spec, self._vectors, self._at
-        packed = pack_floats(weights, self._biases[group] if has_bias(s, group) else None)
+        packed = ops.pack(weights, self._biases[group] if has_bias(s, group) else None, self._activations)
         for begin, end in self._batches():
             x = self._input(begin, end)
             if group == 0:
@@ -131,8 +134,3 @@ class DecoderWalk:
             cache.truncate(0)
             parts.append(mix(ops, s, self._vectors, joined[begin : begin + length], 0, cache))
         return np.concatenate(parts)
-
-
-def pack_floats(weights: Sequence[Array], bias: Array | None) -> ops.Weight:
-    """Returns float32 weights (out, in), joined along rows, packed for this CPU."""
-    return ops.pack([QuantizedTensor("f32", w.shape, {"values": w}) for w in weights], bias, "float")

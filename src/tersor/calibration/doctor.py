@@ -4,8 +4,14 @@ Stability. With a_j and b_j the mean of x_j^2 over the first and over the second
 differ by 2 |a_j - b_j| / (a_j + b_j) of their mean; an input's `spread` is the median of that over its columns. Half of it is the error
 to expect of the mean of both halves, which is what methods use. Columns that are zero in both halves do not count.
 
-Rank. H = X^T X / n of n tokens has rank n at most: where n is less than the width, what a column's error costs is not known from the
-data, and damping decides in its place.
+Spread of SmolLM2-135M on wikitext-2 (samples of 512 tokens, median of all inputs): 2 samples 23 %, 4 18 %, 8 14 %, 16 10 %, 32 7.6 %: it
+falls with the samples to the power of 0.4, because texts are not independent tokens. 100 % means that a typical column is three
+times as large in one half as in the other.
+
+Tokens a column. H = X^T X / n of n tokens has rank n at most; with fewer tokens than columns, damping decides what the data does not
+say. With more, error feedback still learns the sample: GPTQ of int4_g64 on a 576-column input of SmolLM2 (rotated) leaves on held-out
+text, against what it leaves with 57 tokens a column, 2.0 times the error with 0.9 a column, 1.6 with 1.8, 1.34 with 3.6, 1.18 with 7,
+1.08 with 14, 1.02 with 28.
 """
 
 from __future__ import annotations
@@ -22,8 +28,10 @@ from tersor.calibration.samples import Samples
 from tersor.errors import ModelError
 from tersor.tensor import InputStatistics
 
-THIN_SPREAD = 0.25
+THIN_SPREAD = 0.15
 BAD_SPREAD = 1.0
+FALL = 0.4  # of the spread: samples to the power of minus this
+TOKENS_PER_COLUMN = 8  # below it, data is thin
 WORST = 5  # inputs that are named
 Halves = tuple[str, InputStatistics, InputStatistics]
 
@@ -173,11 +181,17 @@ def _judged(e: Examination) -> Examination:
     if THIN_SPREAD < e.spread <= BAD_SPREAD:
         thin.append(f"the halves of the samples differ by {100 * e.spread:.0f} %")
     if e.spread > THIN_SPREAD:
-        need = ceil(e.source["samples"] * (e.spread / THIN_SPREAD) ** 2)
+        need = ceil(e.source["samples"] * (e.spread / THIN_SPREAD) ** (1 / FALL))
         advice.append(f"--samples {need} would bring the difference to about {100 * THIN_SPREAD:.0f} %, if the text is of one kind")
+    wide = sorted({i.width for i in e.inputs if i.tokens < TOKENS_PER_COLUMN * i.width})
+    if wide:
+        least = min(i.tokens / i.width for i in e.inputs)
+        thin.append(f"inputs of {', '.join(map(str, wide))} columns saw few tokens, {least:.1f} a column")
+        advice.append(
+            f"methods with error feedback (gptq) want {TOKENS_PER_COLUMN} tokens a column: {TOKENS_PER_COLUMN * max(wide)} tokens"
+        )
     if e.rank_limited:
-        thin.append(f"inputs of {', '.join(map(str, e.rank_limited))} columns saw fewer tokens than that, so gptq rests on damping there")
-        advice.append(f"give at least {max(e.rank_limited)} tokens")
+        thin.append(f"a Hessian of {', '.join(map(str, e.rank_limited))} columns cannot have full rank")
     if e.repeated:
         thin.append(f"{e.repeated} samples repeat an earlier one")
     if e.source["chat_template"] == "unused" and e.source["kind"] != "self":

@@ -29,10 +29,13 @@ class StatisticsBuilder:
             magnitudes = np.abs(rows)
             self._tokens += len(rows)
             self._magnitudes += magnitudes.sum(axis=0, dtype=np.float64)
-            self._squares += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
             np.maximum(self._absmax, magnitudes.max(axis=0), out=self._absmax)
             if self._gram is not None:
-                self._gram += rows.T @ rows
+                products = rows.T @ rows
+                self._gram += products
+                self._squares += np.diagonal(products)
+            else:
+                self._squares += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
             if self._cross is not None and unquantized is not None:
                 self._cross += unquantized[begin : begin + BLOCK_ROWS].T @ rows
 

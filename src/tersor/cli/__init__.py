@@ -19,6 +19,8 @@ from tersor.errors import TersorError
 def main() -> None:
     """The `tersor` command."""
     signal.signal(signal.SIGTERM, _terminated)
+    # BLAS threads that wait for work give up their CPU soon (2^8 cycles): between its products our own threads need it.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "8")
     raise SystemExit(execute(sys.argv[1:]))
 
 

@@ -6,6 +6,7 @@ from tersor.errors import RecipeError, unknown
 from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
 from tersor.methods.gptq import GptqOptions, gptq
+from tersor.methods.hqq import HqqOptions, hqq
 from tersor.methods.method import Method, Step, parse_step
 from tersor.methods.rotate import RotateOptions, rotated
 from tersor.methods.rtn import rtn
@@ -22,6 +23,7 @@ _ALL = (
     Method("smoothquant", "scale", smoothquant, needs="importance", options=SmoothQuantOptions),
     Method("rtn", "round", rtn),
     Method("clip", "round", clip),
+    Method("hqq", "round", hqq, options=HqqOptions),
     Method(
         "gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=lambda options: options is not None and options.asymmetric > 0
     ),

@@ -34,20 +34,21 @@ def feed_back(w: Array, format: Format, factor: Factor, params: Params | None, s
     """Returns (codes, params) of one pass over w, (rows, n) float32, in the factor's order.
 
     params: those of the whole w, which stay as they are; or None, to fit those of a group when its first column is
-    reached, from the targets of its columns. That needs the columns in the order in which they are stored.
+    reached, from what its weights would best be after the errors so far. That needs the columns in stored order.
     """
     columns = w.shape[1]
     sweep = _Pass(np.ascontiguousarray(w[:, factor.order]), factor)
     if params is None and format.group_size <= 0:
         params = fit(format, w, factor.diagonal[np.argsort(factor.order)], search)
     if params is not None:
-        return sweep.round(0, columns, sweep.targets(0, columns), format, params), params
+        return sweep.round(0, columns, sweep.w, format, params), params
     codes, fitted = [], []
     for first in range(0, columns, format.group_size):
         last = first + format.group_size
-        target = sweep.targets(first, last)
-        fitted.append(fit(format, target, factor.diagonal[first:last], search))
-        codes.append(sweep.round(first, last, target, format, fitted[-1]))
+        made_up = sweep.made_up(first, last)
+        expected = w[:, first:last] + factor.expected(made_up, slice(first, last))
+        fitted.append(fit(format, expected, factor.diagonal[first:last], search))
+        codes.append(sweep.round(first, last, w[:, first:last] + made_up, format, fitted[-1]))
     return np.concatenate(codes, axis=1), {name: np.concatenate([p[name] for p in fitted], axis=1) for name in fitted[0]}
 
 
@@ -58,10 +59,9 @@ class _Pass:
         self.w, self.factor = w, factor
         self.errors = np.zeros_like(w)
 
-    def targets(self, first: int, last: int) -> Array:
-        """Returns what the columns [first, last) aim at after the errors of the columns before `first`, (rows, last - first)."""
-        made_up = self.errors[:, :first] @ self.factor.feedback(slice(0, first), slice(first, last))
-        return np.ascontiguousarray(self.w[:, first:last] + made_up)
+    def made_up(self, first: int, last: int) -> Array:
+        """Returns what the errors of the columns before `first` add to the targets of the columns [first, last), (rows, last - first)."""
+        return self.errors[:, :first] @ self.factor.feedback(slice(0, first), slice(first, last))
 
     def round(self, first: int, last: int, target: Array, format: Format, params: Params) -> Array:
         """Returns the codes (rows, last - first), as they are stored, of the columns [first, last), whose params these are."""

@@ -31,9 +31,10 @@ from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """act_order:  columns by falling diagonal of H; the parameters of all groups are then fitted first, on the columns as they
-                lie in the file (static groups), so that no list of groups per column need be stored.
-    damp:       share of H's mean diagonal added to it, > 0; grows tenfold while H is not positive definite.
+    """act_order:  a second pass over the columns by falling diagonal of H, with the group parameters of the first, which
+                goes through them as they are stored: so no list of groups per column need be stored.
+    damp:       share of H's mean diagonal added to it, > 0; grows tenfold while H is not positive definite. On inputs that
+                calibration had not seen, 0.05 was better than 0.001, 0.01 and 0.1 (16,384 tokens, 576 and 1,536 columns).
     search:     ranges of least weighted error instead of min-max.
     refine:     rounds of coordinate descent and least squares afterwards, 0 = none.
     asymmetric: how far the target moves from W towards the weights that undo the errors of earlier layers, 0..1; needs
@@ -41,7 +42,7 @@ class GptqOptions:
     """
 
     act_order: bool = False
-    damp: float = 0.01
+    damp: float = 0.05
     search: bool = True
     refine: int = 3
     asymmetric: float = 0.0
@@ -69,11 +70,14 @@ def gptq(w: Array, format: Format, statistics: InputStatistics | None, options: 
     gram = checked_gram(statistics, rows.shape[1], where)
     if isinstance(format, FloatFormat):
         return format.quantize(w)
-    order = np.argsort(-np.diagonal(gram), kind="stable") if options.act_order else np.arange(len(gram))
-    factor = factorize(gram, order, options.damp, where)
+    factor = factorize(gram, np.arange(len(gram)), options.damp, where)
     if options.asymmetric > 0 and statistics is not None and statistics.cross is not None:
         rows = asymmetric_target(rows, gram, statistics.cross, factor, options.asymmetric)
-    codes, params = _solve(rows, format, gram, factor, options)
+    codes, params = _solve(rows, format, gram, factor, None, options)
+    if options.act_order:
+        del factor  # one at a time in memory
+        factor = factorize(gram, np.argsort(-np.diagonal(gram), kind="stable"), options.damp, where)
+        codes, params = _solve(rows, format, gram, factor, params, options)
     return format.pack(codes, params, w.shape)
 
 
@@ -87,14 +91,14 @@ def asymmetric_target(w: Array, gram: Array, cross: Array, factor: Factor, share
     return (w + share * factor.solve(moved)).astype(np.float32)
 
 
-def _solve(w: Array, format: Format, gram: Array, factor: Factor, options: GptqOptions) -> tuple[Array, Params]:
-    """Returns (codes, params) of w, (rows, in) float32."""
-    params = None
-    if isinstance(format, DoubleLookupFormat):
-        # Its absmax are stored relative to those of all rows: found by the single format, then stored, then rounded to.
-        single = _solve(w, get_format(format.name.removesuffix("_dq")), gram, factor, options)[1]
-        params = format.nest(single["absmax"])
-    elif options.act_order or not format.row_independent:
-        params = fit(format, w, np.diagonal(gram), options.search)
+def _solve(w: Array, format: Format, gram: Array, factor: Factor, params: Params | None, options: GptqOptions) -> tuple[Array, Params]:
+    """Returns (codes, params) of w, (rows, in) float32, in the factor's order. params: frozen ones to begin with, or None."""
+    if params is None and not format.row_independent:
+        if isinstance(format, DoubleLookupFormat):
+            # Its absmax are stored relative to those of all rows: found by the single format, then stored, then rounded to.
+            single = _solve(w, get_format(format.name.removesuffix("_dq")), gram, factor, None, options)[1]
+            params = format.nest(single["absmax"])
+        else:
+            params = fit(format, w, np.diagonal(gram), options.search)
     codes, params = feed_back(w, format, factor, params, options.search)
-    return refine(w, format, codes, params, gram, options.refine)
+    return refine(w, format, codes, params, gram, factor.damping, options.refine)

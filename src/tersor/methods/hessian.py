@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg.lapack import dpotrf, dpotrs
+from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
 
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
@@ -25,11 +25,12 @@ LARGEST_DAMP = 1.0
 
 @dataclass(frozen=True)
 class Factor:
-    """U D U^T = H[order][:, order] + damp * mean(diag H) * I. reversed_lower: (n, n) float64, Fortran order, see `factorize`."""
+    """U D U^T = H[order][:, order] + damping * I, damping = damp * mean(diag H). reversed_lower: (n, n) float64, see `factorize`."""
 
     reversed_lower: Array
     order: Array
     damp: float
+    damping: float
 
     @property
     def diagonal(self) -> Array:
@@ -42,6 +43,18 @@ class Factor:
         upper = self.reversed_lower[::-1, ::-1]
         block = upper[above, columns] / np.diagonal(upper)[columns]
         return np.ascontiguousarray(block, dtype=np.float32)
+
+    def expected(self, made_up: Array, group: slice) -> Array:
+        """Returns made_up (rows, len) times the inverse of U[group, group], float32.
+
+        made_up = e_P U[P, group], with e_P the errors of all columns P before the group. With R the columns not yet rounded, the
+        objective is least where they change by e_P H_PR H_RR^-1 = e_P U_PR U_RR^-1, whose part in the group is this: what
+        GPTQ's weights are when it reaches the group. (A column's own target also has the errors to come inside the group.)
+        """
+        upper = self.reversed_lower[::-1, ::-1][group, group]
+        triangle = np.asfortranarray(upper / np.diagonal(upper))
+        solution, _ = dtrtrs(triangle, np.asfortranarray(made_up.T, dtype=np.float64), lower=0, trans=1, unitdiag=1)
+        return np.ascontiguousarray(solution.T, dtype=np.float32)
 
     def solve(self, rows: Array) -> Array:
         """Returns rows (r, n) float64, in the original order of columns, times the inverse of the damped H."""
@@ -84,7 +97,7 @@ def factorize(gram: Array, order: Array, damp: float, where: str) -> Factor:
         # The transposed view of a symmetric matrix is the same matrix in Fortran order, so LAPACK works in place.
         lower, info = dpotrf(work.T, lower=1, clean=0, overwrite_a=1)
         if info == 0 and np.isfinite(np.diagonal(lower)).all():
-            return Factor(lower, order, share)
+            return Factor(lower, order, share, share * mean)
         del work, lower
     raise ModelError(
         f"{where}: the Hessian is not positive definite, even with {LARGEST_DAMP:g} times its mean diagonal added; "

@@ -1,6 +1,7 @@
 """Refinement of codes and stored floats after error feedback, under the same objective, which it never raises.
 
-    least  e H e^T,  e = w_hat - w, for every row by itself
+    least  e H e^T,  e = w_hat - w, for every row by itself; H with the damping of the pass, which also judges better on
+                     inputs that calibration has not seen
 
 Rounds of two steps, kept row by row when the objective falls:
 - coordinate descent: column k moves to the level nearest to w_hat_k - (e H)_k / H_kk, its minimum with all others as they
@@ -26,12 +27,16 @@ TILE = 64  # columns that descend natively between two matrix products
 _RIDGE = 1e-9  # of the mean diagonal, added to the systems: units whose codes are all 0 leave them singular
 
 
-def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Array, rounds: int) -> tuple[Array, Params]:
-    """Returns (codes, params) of w, (rows, n) float32, whose objective under the hessian (n, n) float64 is no larger in any row."""
+def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Array, damping: float, rounds: int) -> tuple[Array, Params]:
+    """Returns (codes, params) of w, (rows, n) float32, with an objective under the hessian + damping * I that is no larger in any row.
+
+    hessian: (n, n) float64, symmetric. Where rows share parameters it is the sum over all rows that is no larger. A format
+    without a grid stays as it is.
+    """
     grid = grid_of(format, params, len(w))
     if grid is None or rounds == 0:
         return codes, params
-    state = _State(w, format, codes, params, hessian)
+    state = _State(w, format, codes, params, hessian, damping)
     for _ in range(rounds):
         before = state.objective.sum()
         state.keep(*state.descended())
@@ -45,17 +50,24 @@ def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Arra
 class _State:
     """The best so far: codes (rows, n), params, their gradient e H (rows, n) float32 and objective (rows,) float64."""
 
-    def __init__(self, w: Array, format: Format, codes: Array, params: Params, hessian: Array) -> None:
-        self.w, self.format, self.hessian = w, format, hessian
+    def __init__(self, w: Array, format: Format, codes: Array, params: Params, hessian: Array, damping: float) -> None:
+        self.w, self.format, self.hessian, self.damping = w, format, hessian, damping
         self.codes, self.params = codes, params
         self.gradient, self.objective = self._measure(codes, params)
+
+    def _damped(self, part: slice) -> Array:
+        """Returns rows of the damped Hessian, (len, n) float32."""
+        rows = self.hessian[part].astype(np.float32)
+        own = np.arange(part.start, part.start + len(rows))
+        rows[np.arange(len(rows)), own] += np.float32(self.damping)
+        return rows
 
     def _measure(self, codes: Array, params: Params) -> tuple[Array, Array]:
         errors = self.format.decode(codes, params) - self.w
         gradient = np.empty_like(errors)
         for begin in range(0, errors.shape[1], 4 * TILE):
             part = slice(begin, begin + 4 * TILE)
-            gradient[:, part] = errors @ self.hessian[:, part].astype(np.float32)
+            gradient[:, part] = errors @ self._damped(part).T
         return gradient, np.einsum("rc,rc->r", gradient, errors, dtype=np.float64)
 
     def keep(self, codes: Array, params: Params) -> None:
@@ -84,7 +96,7 @@ class _State:
         gradient = self.gradient.copy()
         for begin in range(0, columns, TILE):
             tile = slice(begin, min(begin + TILE, columns))
-            hessian = self.hessian[tile].astype(np.float32)
+            hessian = self._damped(tile)
             chosen = np.ascontiguousarray(indices[:, tile])
             moved = np.ascontiguousarray(gradient[:, tile])
             changes = np.empty_like(moved)
@@ -103,12 +115,15 @@ class _State:
         n_rows, columns = self.w.shape
         size = columns // units
         system = np.empty((n_rows, len(names), units, len(names), units))
-        for q, span in enumerate(spans):
-            for unit in range(units):
-                part = slice(unit * size, (unit + 1) * size)
-                swept = span[:, part] @ self.hessian[part].astype(np.float32)
+        for unit in range(units):
+            hessian = self._damped(slice(unit * size, (unit + 1) * size))[:, : (unit + 1) * size]
+            for q, span in enumerate(spans):
+                swept = span[:, unit * size : (unit + 1) * size] @ hessian
                 for p, other in enumerate(spans):
-                    system[:, p, :, q, unit] = (swept * other).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64)
+                    products = swept * other[:, : (unit + 1) * size]
+                    sums = products.reshape(n_rows, unit + 1, size).sum(axis=2)
+                    system[:, p, : unit + 1, q, unit] = sums
+                    system[:, q, unit, p, : unit + 1] = sums
         wish = np.stack([(self.gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
         if not self.format.row_independent:
             system, wish = system.sum(axis=0, keepdims=True), wish.sum(axis=0, keepdims=True)
