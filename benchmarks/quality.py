@@ -3,7 +3,8 @@
     python -m benchmarks quality calib MODEL OUT --text valid.txt                  OUT/calib.npy: token windows, the same for everybody
     python -m benchmarks quality peer MODEL OUT TOOL FORMAT... [--samples 128]     llmcompressor, gptqmodel, auto-round, bitsandbytes
     python -m benchmarks quality recipe MODEL OUT RECIPE... [--samples 128]        ours
-    python -m benchmarks quality gguf MODEL.gguf OUT FILE.gguf...                  GGUF files, judged by llama.cpp itself
+    python -m benchmarks quality imatrix MODEL OUT ORIGINAL.gguf                   llama.cpp's files with importance, from ORIGINAL
+    python -m benchmarks quality gguf ORIGINAL.gguf OUT FILE.gguf...               GGUF files, judged by llama.cpp itself
     python -m benchmarks quality speed MODEL OUT [--rounds 3]                      GPTQ, int4_g64s, 32 samples: ours and the peers' in turns
     python -m benchmarks quality report                                            the tables, into benchmarks/README.md
 
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe
+from benchmarks.quality_gguf import LLAMA_TYPES, LlamaJudge, block_bits, importance, llama_quantize
 from benchmarks.quality_judge import Judge
 from benchmarks.quality_report import write
 from benchmarks.runtimes import ROOT, NotHere, python_of
@@ -107,7 +109,9 @@ def run_recipe(recipe: str, model: Path, out: Path, samples: int) -> dict[str, A
     """Runs `tersor quantize` in a process of its own and returns its cost and true bits per weight."""
     command = [sys.executable, "-m", "tersor", "quantize", str(model), "-o", str(out), "--recipe", recipe, "--force", "--json"]
     if needs_text(recipe):
-        command += ["--calib", str(out.parent / "calib.npy"), "--samples", str(samples), "--seqlen", str(LENGTH)]
+        tokens = out.parent / f"calib-{samples}.npy"  # of a longer file it would draw samples; the peers take the first
+        np.save(tokens, np.load(out.parent / "calib.npy")[:samples])
+        command += ["--calib", str(tokens), "--samples", str(samples), "--seqlen", str(LENGTH)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     answer = process.stdout.read()
@@ -146,8 +150,6 @@ def results_of(name: str) -> dict[str, Any]:
 
 def run_gguf(a: argparse.Namespace) -> int:
     """Judges GGUF files by llama.cpp and appends their figures."""
-    from benchmarks.quality_gguf import LlamaJudge, block_bits
-
     judged = LlamaJudge(a.model, a.judge, a.windows, a.out, a.threads)
     for file in map(Path, a.what):
         told = judged.judge(file) | {"bits_per_weight": block_bits(file), "file_bytes": file.stat().st_size, "original": a.model.name}
@@ -180,12 +182,18 @@ def run_speed(a: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
-    for mode in ("calib", "peer", "recipe", "gguf"):
+    for mode in ("calib", "imatrix", "peer", "recipe", "gguf"):
         one = modes.add_parser(mode)
         one.add_argument("model", type=Path)
         one.add_argument("out", type=Path)
         if mode == "calib":
             one.add_argument("--text", type=Path, required=True)
+            continue
+        if mode == "imatrix":
+            one.add_argument("original", type=Path)
+            one.add_argument("--types", default=",".join(LLAMA_TYPES))
+            one.add_argument("--samples", type=int, default=128)
+            one.add_argument("--threads", type=int, default=2)
             continue
         if mode == "peer":
             one.add_argument("tool", choices=TOOLS)
@@ -210,6 +218,12 @@ def main() -> int:
         return 0
     if a.mode == "report":
         return write()
+    if a.mode == "imatrix":
+        name = a.model.name.removesuffix("-hf")
+        matrix = importance(a.model, np.load(a.out / "calib.npy")[: a.samples], a.out / f"{name}-{a.samples}.imatrix.gguf")
+        for kind in a.types.split(","):
+            print(llama_quantize(a.original, a.out / f"{name}-{kind}-imatrix.gguf", kind, matrix, a.threads), flush=True)
+        return 0
     if a.mode == "speed":
         return run_speed(a)
     return run_gguf(a) if a.mode == "gguf" else run(a)
