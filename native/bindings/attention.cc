@@ -56,10 +56,12 @@ void make_cache(Cache* self, int layers, int kv_heads, int head_dim, int64_t cap
   require(layers > 0 && kv_heads > 0 && head_dim > 0 && capacity > 0,
           "KVCache: layers, kv_heads, head_dim and capacity must be positive");
   require(head_dim <= attention::kMaxWidth, "KVCache: head_dim ", head_dim, ", need at most ", attention::kMaxWidth);
-  require(dtype == "f16" || dtype == "f32" || dtype == "int8", "KVCache: dtype '", dtype, "', need f16, f32 or int8");
-  const attention::Type type = dtype == "f16"   ? attention::kFloat16
-                               : dtype == "f32" ? attention::kFloat32
-                                                : attention::kInt8;
+  require(dtype == "f16" || dtype == "f32" || dtype == "int8" || dtype == "int4", "KVCache: dtype '", dtype,
+          "', need f16, f32, int8 or int4");
+  const attention::Type type = dtype == "f16"    ? attention::kFloat16
+                               : dtype == "f32"  ? attention::kFloat32
+                               : dtype == "int8" ? attention::kInt8
+                                                 : attention::kInt4;
   new (self) Cache(layers, kv_heads, head_dim, capacity, type);
 }
 
@@ -138,9 +140,9 @@ void bind_attention(nb::module_& m) {
   nb::class_<Cache>(
       m, "KVCache",
       "Keys and values of every layer for positions [0, length). append writes at length; advance moves it.\n\n"
-      "capacity: positions; dtype: f16 | f32 | int8, the type that keys and values are rounded to; int8 has a float "
-      "scale for "
-      "every 32 values of a key and 64 of a value. Memory is touched as it is filled.")
+      "capacity: positions; dtype: f16 | f32 | int8 | int4, the type that keys and values are rounded to. int8 has a "
+      "float scale for every 32 values of a key and 64 of a value, int4 a float16 scale and minimum for every 32. "
+      "Memory is touched as it is filled.")
       .def("__init__", &make_cache, nb::arg("layers"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("capacity"),
            nb::arg("dtype") = "f16")
       .def_ro("length", &Cache::length, "Positions held.")

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -62,7 +63,16 @@ Stored read_stored(const std::string& format, int64_t rows, int64_t columns, nb:
   return t;
 }
 
-Weight* pack(nb::list tensors, nb::object bias) {
+linear::Rounding rounding_of(const std::string& name, float value) {
+  if (name == "groups") return {linear::kGroups, 0};
+  if (name == "token") return {linear::kToken, 0};
+  require(name == "tensor" || name == "outlier", "pack: rounding '", name, "', need groups, token, tensor or outlier");
+  require(value > 0 && value < std::numeric_limits<float>::infinity(),
+          "pack: ", name == "tensor" ? "scale" : "threshold", " ", value, ", need a positive number");
+  return {name == "tensor" ? linear::kTensor : linear::kOutlier, value};
+}
+
+Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, float value) {
   std::vector<Stored> stored;
   for (nb::handle h : tensors) {
     auto t = nb::cast<nb::tuple>(h);
@@ -71,6 +81,7 @@ Weight* pack(nb::list tensors, nb::object bias) {
   }
   require(!stored.empty(), "pack: no tensors");
   auto weight = std::make_unique<Weight>();
+  weight->rounding = rounding_of(rounding, value);
   weight->columns = stored[0].columns;
   for (const Stored& t : stored) {
     require_size("pack", "columns", t.columns, weight->columns);
@@ -197,8 +208,11 @@ void bind_linear(nb::module_& m) {
         return find_float(format) >= 0 || linear::find_scheme(format, columns).has_value();
       },
       nb::arg("format"), nb::arg("columns"), "Whether pack and embed read this format for rows of this many columns.");
-  m.def("pack", &pack, nb::arg("tensors"), nb::arg("bias").none(), nb::rv_policy::take_ownership,
-        "tensors: list of (format, rows, columns, {field: uint8 (rows, bytes of a row)}) -> Weight");
+  m.def("pack", &pack, nb::arg("tensors"), nb::arg("bias").none(), nb::arg("rounding") = "groups",
+        nb::arg("value") = 0.0f, nb::rv_policy::take_ownership,
+        "tensors: list of (format, rows, columns, {field: uint8 (rows, bytes of a row)}) -> Weight\n\n"
+        "rounding of the input: groups, token, tensor (value: its scale) or outlier (value: the threshold); see "
+        "tersor.ops.pack.");
   m.def("linear", &multiply, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none(),
         "y = x W^T + bias + residual");
   m.def("embed", &embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"), nb::arg("tokens"),

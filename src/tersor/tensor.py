@@ -82,6 +82,17 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class ActivationScheme:
+    """How a file wants the inputs of its quantized linear layers rounded at run time: to symmetric integers in 8 bits (W8A8, W4A8).
+
+    scales: None = dynamic, one scale per token, from the token itself; else static, from calibration: module name (a weight's
+    name without `.weight`) -> scale > 0 of the whole input, x ~ round(x / scale) * scale.
+    """
+
+    scales: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class ModelDescription:
     """All of a model but its tensors, in Hugging Face terms, whatever container it came from.
 
@@ -91,9 +102,11 @@ class ModelDescription:
     metadata: key-values of the source container with no Hugging Face counterpart, carried over verbatim when the
               target container is of the same kind (for GGUF: all key-values, as {key: (value_type, value)}).
     provenance: how a quantized model was made, plain values: recipe, calibration (Samples.provenance). Empty otherwise.
+    activations: what the source says about rounding inputs, None if nothing; only compressed-tensors can say it.
     """
 
     config: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    activations: ActivationScheme | None = None

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from oracles import llm_int8_loops
 from tersor import _native, ops
 from tersor.errors import FormatError
 from tersor.formats import FORMATS, get_format
+from tersor.ops import reference
 from tersor.tensor import QuantizedTensor
 
 EPS = 2.0**-24  # half a unit in the last place of float32
@@ -247,6 +249,63 @@ def test_parts_bias_and_residual(isa: str) -> None:
     np.testing.assert_array_equal(ops.linear(x, ops.pack(tensors), residual), plain + residual)
 
 
+ROUNDINGS = {"int8_token": None, "int8_static": 0.02, "llm_int8": None}
+
+
+def with_outliers(n: int, columns: int) -> np.ndarray:
+    x = normal(9, n, columns)
+    x[1::2, :: max(1, columns // 3)] *= np.float32(30)
+    x[2::5] = 0
+    return x
+
+
+@pytest.mark.parametrize("activations", ROUNDINGS)
+@pytest.mark.parametrize(("name", "columns"), [("int8_row", 300), ("int8_cs", 33), ("int4_g32", 96), ("q2_k", 256), ("nf4", 64)])
+def test_one_scale_for_a_row(name: str, columns: int, activations: str, isa: str) -> None:
+    tensor, scale = make(name, ROWS, columns), ROUNDINGS[activations]
+    weight = ops.pack([tensor], activations=activations, scale=scale)
+    assert weight.kernel.endswith({"int8_token": " by token", "int8_static": " by tensor", "llm_int8": " outliers apart"}[activations])
+    x = with_outliers(40, columns)
+    want = reference.linear(x, reference.pack([tensor], activations=activations, scale=scale))
+    # Fixed-point outliers are half a step of 15 bits off, and as large as 100; the table of nf4 has 15 bits.
+    atol = (1e-4 if name != "nf4" else 2e-2) * np.abs(x).max(axis=1, keepdims=True).clip(1)
+    for n in (1, 16, 17, 40):
+        got = ops.linear(np.ascontiguousarray(x[:n]), weight)
+        assert (np.abs(got - want[:n]) <= atol[:n]).all(), np.abs(got - want[:n]).max()
+        alone = [ops.linear(x[i : i + 1], weight) for i in range(n)] if activations == "llm_int8" else [got]
+        np.testing.assert_array_equal(got, np.concatenate(alone))  # a token's result does not depend on those beside it
+
+
+@pytest.mark.parametrize("threshold", [6.0])
+def test_llm_int8_against_the_paper(threshold: float, isa: str) -> None:
+    """Token by token, and for a batch whose outliers are in the same columns; where they are not, the paper keeps more in 16 bits."""
+    w = normal(1, 18, 70)
+    tensor = get_format("int8_row").quantize(w)
+    codes, constants = llm_int8_loops.quantize_rows(w.astype(float).tolist())
+    np.testing.assert_array_equal(tensor.fields["codes"], codes)
+    x = normal(2, 20, 70).clip(-4, 4)
+    x[:, [3, 40, 41, 69]] = np.sign(x[:, [3, 40, 41, 69]]) * (6 + 20 * np.abs(x[:, [3, 40, 41, 69]]))
+    want, outliers = llm_int8_loops.decomposed_product(x.astype(float).tolist(), codes, constants, threshold)
+    assert outliers == [3, 40, 41, 69]
+    weight = ops.pack([tensor], activations="llm_int8")
+    for n in (1, 20):
+        np.testing.assert_allclose(ops.linear(np.ascontiguousarray(x[:n]), weight), want[:n], rtol=0, atol=0.03)
+    plain = ops.linear(x, ops.pack([tensor], activations="int8_token"))
+    assert np.abs(plain - want).max() > 10 * np.abs(ops.linear(x, weight) - want).max()
+    x[5, 7] = 7  # of one token only
+    want, outliers = llm_int8_loops.decomposed_product(x[5:6].astype(float).tolist(), codes, constants, threshold)
+    assert outliers == [3, 7, 40, 41, 69]
+    np.testing.assert_allclose(ops.linear(x, weight)[5:6], want, rtol=0, atol=0.03)
+
+
+def test_static_scales_cut_off(isa: str) -> None:
+    tensor = get_format("int8_row").quantize(np.eye(32, dtype=np.float32))
+    x = np.linspace(-3, 3, 32, dtype=np.float32)[None].repeat(20, axis=0)
+    for rows in (1, 20):
+        got = ops.linear(x[:rows], ops.pack([tensor], activations="int8_static", scale=1 / 127))
+        np.testing.assert_allclose(got, np.rint(x[:rows].clip(-1, 1) * 127) / 127, atol=1e-6)
+
+
 def test_zeros_tiny_and_huge_inputs(isa: str) -> None:
     tensor = make("q4_0", 16, 64)
     weight, w = ops.pack([tensor]), get_format("q4_0").dequantize(tensor).astype(np.float64)
@@ -279,8 +338,18 @@ def test_absmax_beyond_float16(isa: str) -> None:
 
 def test_bad_arguments() -> None:
     weight = ops.pack([make("q8_0", 16, 64)])
-    with pytest.raises(FormatError, match="activations 'int4'; need int8 or float"):
+    with pytest.raises(FormatError, match="unknown activations 'int4'; known: float, int8, int8_static, int8_token, llm_int8"):
         ops.pack([make("q8_0", 16, 64)], activations="int4")
+    for activations, scale in (("int8_static", None), ("int8_token", 0.1), ("float", 0.1)):
+        with pytest.raises(FormatError, match=f"activations {activations}: scale is .*; int8_static needs one"):
+            ops.pack([make("q8_0", 16, 64)], activations=activations, scale=scale)
+    for scale in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(FormatError, match=r"activations int8_static: scale .*; need a positive number"):
+            ops.pack([make("q8_0", 16, 64)], activations="int8_static", scale=scale)
+    with pytest.raises(ValueError, match="pack: rounding 'row', need groups, token, tensor or outlier"):
+        _native.pack([ops._stored(make("q8_0", 16, 64))], None, "row", 0.0)
+    with pytest.raises(ValueError, match="pack: threshold 0, need a positive number"):
+        _native.pack([ops._stored(make("q8_0", 16, 64))], None, "outlier", 0.0)
     with pytest.raises(ValueError, match="pack: columns: got 32, need 64"):
         ops.pack([make("q8_0", 16, 64), make("q8_0", 16, 32)])
     with pytest.raises(ValueError, match="pack: bias: got 15, need 16"):

@@ -13,7 +13,8 @@ COLUMNS = 768
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
 
 
-DATA_FREE = [name for name, method in METHODS.items() if method.stage == "round" and method.needs == "nothing"]
+SOME_FORMATS = {"llm_int8"}  # refuse most formats; tested in tests/unit/test_activation_schemes.py
+DATA_FREE = [name for name, method in METHODS.items() if method.stage == "round" and method.needs == "nothing" and name not in SOME_FORMATS]
 
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:
@@ -121,5 +122,5 @@ def test_rtn_minds_importance_where_its_grid_is_a_search(name):
 
 def test_unknown_method_lists_the_known():
     assert get_method("clip") is METHODS["clip"]
-    with pytest.raises(RecipeError, match="unknown method 'gptp'; known: clip, rtn"):
+    with pytest.raises(RecipeError, match="unknown method 'gptp'; known: awq, clip, gptq"):
         get_method("gptp")

@@ -105,13 +105,23 @@ def test_eval(small, model, text, capsys):
     assert "same top-1" in out
 
 
+def test_inputs_may_be_rounded_as_others_do(small, text, capsys):
+    found = []
+    for how in ("int8", "int8_token", "llm_int8", "float"):
+        assert run("eval", small, "--text", text, "--window", 32, "-n", 2, "--activations", how, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out)["perplexity"])
+    assert len(set(found)) == 4 and max(found) / min(found) < 1.02
+    assert run("run", small, "-p", "the", "-n", 2, "--raw", "--activations", "int8_static") == 2
+    assert "has no calibrated input scales" in capsys.readouterr().err
+
+
 def test_the_cache_may_be_int8(small, text, capsys):
     ratios = {}
-    for kv in ("f16", "f32", "int8"):
+    for kv in ("f16", "f32", "int8", "int4"):
         assert run("eval", small, "--text", text, "--window", 32, "-n", 4, "--kv", kv, "--json") == 0
         ratios[kv] = json.loads(capsys.readouterr().out)["perplexity"]
-    assert ratios["int8"] != ratios["f16"] != ratios["f32"]
-    assert abs(ratios["int8"] / ratios["f32"] - 1) < 0.01
+    assert len(set(ratios.values())) == 4
+    assert abs(ratios["int8"] / ratios["f32"] - 1) < 0.01 and abs(ratios["int4"] / ratios["f32"] - 1) < 0.05
     assert run("run", small, "-p", "the", "-n", 2, "--raw", "--kv", "int8") == 0
     assert run("bench", small, "--prefill", 4, "--decode", 2, "--repeats", 1, "--kv", "int8", "--json") == 0
 

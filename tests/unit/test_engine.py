@@ -230,8 +230,8 @@ def test_a_cache_beyond_the_context_is_refused(model: Model, capacity: int) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activations": "int4"}, "unknown activations 'int4'; known: float, int8"),
-        ({"kv": "q8_0"}, "unknown kv type 'q8_0'; known: f16, f32, int8"),
+        ({"activations": "int4"}, "unknown activations 'int4'; known: float, int8, int8_static, int8_token, llm_int8"),
+        ({"kv": "q8_0"}, "unknown kv type 'q8_0'; known: f16, f32, int4, int8"),
         ({"threads": 0}, "threads"),
         ({"threads": 100_000}, "threads"),
     ],

@@ -209,6 +209,13 @@ inline Pairs load_pairs(const int8_t* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
           _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
 }
+inline __m256i nibble_pairs(__m256i x) {
+  return _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi32(x, 12)), _mm256_set1_epi32(0x000f000f));
+}
+inline Pairs load_nibble_pairs(const uint8_t* p) {
+  const I x = widen_u8(p);
+  return {nibble_pairs(x.a), nibble_pairs(x.b)};
+}
 inline Pairs set_pair(const int16_t* p) {
   int32_t x;
   memcpy(&x, p, 4);

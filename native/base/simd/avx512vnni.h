@@ -157,6 +157,10 @@ struct Pairs {
   __m512i a;
 };
 inline Pairs load_pairs(const int8_t* p) { return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p))}; }
+inline Pairs load_nibble_pairs(const uint8_t* p) {
+  const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  return {_mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), _mm512_set1_epi32(0x000f000f))};
+}
 inline Pairs set_pair(const int16_t* p) {
   int32_t x;
   memcpy(&x, p, 4);

@@ -201,6 +201,13 @@ inline Pairs load_pairs(const int8_t* p) {
   const int8x16_t low = vld1q_s8(p), high = vld1q_s8(p + 16);
   return {vmovl_s8(vget_low_s8(low)), vmovl_high_s8(low), vmovl_s8(vget_low_s8(high)), vmovl_high_s8(high)};
 }
+inline int16x8_t widen_codes(uint8x8_t x) { return vreinterpretq_s16_u16(vmovl_u8(x)); }
+inline Pairs load_nibble_pairs(const uint8_t* p) {
+  const uint8x16_t x = vld1q_u8(p), low = vandq_u8(x, vdupq_n_u8(15)), high = vshrq_n_u8(x, 4);
+  const uint8x16_t first = vzip1q_u8(low, high), second = vzip2q_u8(low, high);
+  return {widen_codes(vget_low_u8(first)), widen_codes(vget_high_u8(first)), widen_codes(vget_low_u8(second)),
+          widen_codes(vget_high_u8(second))};
+}
 inline Pairs set_pair(const int16_t* p) {
   int32_t x;
   memcpy(&x, p, 4);

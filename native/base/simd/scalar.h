@@ -276,6 +276,12 @@ inline Pairs load_pairs(const int8_t* p) {
   for (int i = 0; i < 32; ++i) r.v[i] = p[i];
   return r;
 }
+// Of 16 bytes: the low half of each and then its high half, unsigned.
+inline Pairs load_nibble_pairs(const uint8_t* p) {
+  Pairs r;
+  for (int i = 0; i < 32; ++i) r.v[i] = p[i / 2] >> (i % 2 * 4) & 15;
+  return r;
+}
 inline Pairs set_pair(const int16_t* p) {
   Pairs r;
   for (int i = 0; i < 32; ++i) r.v[i] = p[i % 2];

@@ -50,8 +50,8 @@ class Cache {
   // Of one layer and head in a segment of so many positions.
   struct Sizes {
     int64_t codes;  // of the keys, and as many of the values
-    int64_t key_scales, value_scales;
-    int64_t all() const { return 2 * codes + key_scales + value_scales; }
+    int64_t key_scales, value_scales, anchors;
+    int64_t all() const { return 2 * codes + key_scales + value_scales + anchors; }
   };
   Sizes sizes(int64_t positions) const;
   int64_t bytes_of(int64_t positions) const { return int64_t(layers) * kv_heads * sizes(positions).all(); }

@@ -26,7 +26,7 @@ struct Shape {
 
 constexpr Shape kShapes[] = {{"smollm2", 30, 9, 3, 64}, {"32 heads", 22, 32, 4, 64}, {"qwen 1.5b", 28, 12, 2, 128}};
 // A 512-bit fused multiply-add each cycle at 3.44 GHz: a core of Zen 4. Of 16-bit integers twice as many.
-constexpr double flops_per_core(Type type) { return type == kInt8 ? 220e9 : 110e9; }
+constexpr double flops_per_core(Type type) { return is_integer(type) ? 220e9 : 110e9; }
 
 std::vector<float> values(int64_t n) {
   std::vector<float> x(n);
@@ -87,12 +87,13 @@ int main(int argc, char** argv) {
     if (argc > 2 ? std::strcmp(argv[2], isa_name(isa)) != 0 : isa == Isa::kScalar) continue;
     force_isa(isa_name(isa));
     for (const Shape& s : kShapes) {
-      for (Type type : {kFloat32, kFloat16, kInt8}) {
+      for (Type type : {kFloat32, kFloat16, kInt8, kInt4}) {
         std::printf("%s, %s, %d layers, %d heads, %d kv heads, head_dim %d, cache %s\n", isa_name(isa), s.name,
                     s.layers, s.heads, s.kv_heads, s.head_dim,
                     type == kFloat32   ? "f32"
                     : type == kFloat16 ? "f16"
-                                       : "int8");
+                    : type == kInt8    ? "int8"
+                                       : "int4");
         time_prefill(s, type, 512);
         for (int64_t context : {0, 512, 1024, 4096}) time_decode(s, type, context, bandwidth);
       }

@@ -24,10 +24,11 @@ struct Shape {
 
 // A sequence's keys and values, (positions, kv_heads, head_dim), and as a cache holds them, (positions, kv_heads,
 // width). An int8 cache rotates keys, and has a step for each value. `doubt`: how far off a key may be, a step where it
-// lies so near the middle between two codes that the roundings of the rotation decide.
+// lies so near the middle between two codes that the roundings of the rotation decide. `reach`: what a value is the sum
+// of, in magnitude, and its codes at their largest.
 struct Sequence {
   int64_t before, n;
-  std::vector<float> keys, values, held_keys, held_values, key_doubt, value_step;
+  std::vector<float> keys, values, held_keys, held_values, key_doubt, value_step, key_reach, value_reach;
 };
 
 int width_of(int head_dim) { return (head_dim + 15) / 16 * 16; }
@@ -47,7 +48,7 @@ std::vector<double> rotated(const float* x, int head_dim, double scale) {
 // x, runs of head_dim, as the cache holds it: runs of width. Int8 has codes in [-127, 127] per group of values.
 std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, bool keys, std::vector<float>& steps,
                         std::vector<float>& doubt) {
-  const int width = width_of(head_dim), group = keys ? attention::kKeyGroup : attention::kValueGroup;
+  const int width = width_of(head_dim), group = keys ? attention::kKeyGroup : attention::value_group(type);
   std::vector<float> y;
   for (size_t run = 0; run < x.size(); run += head_dim) {
     std::vector<float> row(x.begin() + run, x.begin() + run + head_dim);
@@ -76,6 +77,45 @@ std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, bo
   return y;
 }
 
+float half(float x) { return f16_to_f32(f32_to_f16(x)); }
+
+// x, positions of kv_heads runs of head_dim, as an int4 cache holds it: runs of width. Codes in [0, 15] times a float16
+// scale plus a float16 minimum; keys rotated, less the first of 64, which is float16. x is a multiple of 1/8 and small,
+// so that the rotation is exact and no doubt remains.
+std::vector<float> held_nibbles(const std::vector<float>& x, int kv_heads, int head_dim, bool keys,
+                                std::vector<float>& steps, std::vector<float>& reach) {
+  const int width = width_of(head_dim), power = width & -width;
+  float root = 4;
+  while (4 * root * root <= float(power)) root *= 2;
+  std::vector<float> y, anchors(kv_heads * width);
+  for (size_t run = 0; run < x.size() / head_dim; ++run) {
+    std::vector<float> row(x.begin() + run * head_dim, x.begin() + (run + 1) * head_dim);
+    row.resize(width);
+    float* anchor = &anchors[run % kv_heads * width];
+    if (keys) {
+      const std::vector<double> turned = rotated(&x[run * head_dim], head_dim, power);
+      for (int d = 0; d < width; ++d) {
+        row[d] = float(turned[d]) / root;
+        if (run / kv_heads % 64 == 0) anchor[d] = half(row[d]);
+        row[d] -= anchor[d];
+      }
+    }
+    for (int first = 0; first < width; first += 32) {
+      const int end = std::min(width, first + 32);
+      const auto [low, high] = std::minmax_element(row.begin() + first, row.begin() + end);
+      const float minimum = half(*low), step = half((*high - minimum) * (1.0f / 15));
+      for (int d = first; d < end; ++d) {
+        const float code = std::nearbyint((row[d] - minimum) / (step == 0 ? 1 : step));
+        const float unit = keys ? root : 1;
+        y.push_back(unit * (anchor[d] + (step * std::clamp(code, 0.0f, 15.0f) + minimum)));
+        steps.push_back(unit * step);
+        reach.push_back(unit * (std::fabs(anchor[d]) + std::fabs(minimum) + 15 * step));
+      }
+    }
+  }
+  return y;
+}
+
 // softmax(scale q k^T) v for one query and head that sees keys [first, end); `at` is where its head's values begin.
 //
 // A score errs by head_dim + 4 roundings of the sum of its terms' magnitudes, with a cap by those of tanh too; a weight
@@ -85,7 +125,7 @@ std::vector<float> held(const std::vector<float>& x, Type type, int head_dim, bo
 // 16 bits per group of dimensions, and weights times the values' scales to 16 bits per 64 keys.
 void expect_head(const float* query, const Sequence& sequence, int64_t stride, int64_t at, int64_t first, int64_t end,
                  float scale, const Shape& s, Type type, Expected& want) {
-  const bool integer = type == attention::kInt8;
+  const bool integer = attention::is_integer(type);
   std::vector<double> q, score, error, weight;
   for (int d = 0; d < s.head_dim; ++d) q.push_back(double(query[d]) * double(scale));
   double rotation = 0;  // the largest error of a rotated query's value, in roundings
@@ -96,19 +136,19 @@ void expect_head(const float* query, const Sequence& sequence, int64_t stride, i
   }
   double largest = -1e300, largest_error = 0, total = 0;
   for (int64_t j = first; j < end; ++j) {
-    const float *key = &sequence.held_keys[j * stride + at], *doubt = &sequence.key_doubt[j * stride + at];
+    const float *key = &sequence.held_keys[j * stride + at], *doubt = &sequence.key_doubt[j * stride + at],
+                *reach = &sequence.key_reach[j * stride + at];
     double sum = 0, e = 0;
     for (size_t d = 0; d < q.size(); ++d) {
       const double term = q[d] * double(key[d]);
       sum += term;
-      e += kRounding * ((s.head_dim + (integer ? 30 : 4)) * std::fabs(term));
+      e += kRounding * ((s.head_dim + (integer ? 30 : 4)) * std::fabs(q[d]) * double(reach[d]));
       if (!integer) continue;
       double top = 0;  // of the query's group, rounded to 32767 steps
       for (size_t i = d / attention::kKeyGroup * attention::kKeyGroup;
            i < std::min(q.size(), (d / attention::kKeyGroup + 1) * attention::kKeyGroup); ++i)
         top = std::max(top, std::fabs(q[i]));
-      e +=
-          std::fabs(double(key[d])) * (0.501 * top / 32767 + kRounding * rotation) + std::fabs(q[d]) * double(doubt[d]);
+      e += double(reach[d]) * (0.501 * top / 32767 + kRounding * rotation) + std::fabs(q[d]) * double(doubt[d]);
     }
     if (s.softcap > 0) {
       sum = double(s.softcap) * std::tanh(sum / double(s.softcap));
@@ -130,7 +170,7 @@ void expect_head(const float* query, const Sequence& sequence, int64_t stride, i
     const auto value = [&](size_t j) { return double(sequence.held_values[(first + int64_t(j)) * stride + at + d]); };
     for (size_t j = 0; j < score.size(); ++j) mean += weight[j] / total * value(j);
     for (size_t j = 0; j < score.size(); ++j) {
-      magnitude += weight[j] / total * std::fabs(value(j));
+      magnitude += weight[j] / total * double(sequence.value_reach[(first + int64_t(j)) * stride + at + d]);
       moved += weight[j] / total * error[j] * std::fabs(value(j) - mean);
     }
     if (integer) {
@@ -140,7 +180,7 @@ void expect_head(const float* query, const Sequence& sequence, int64_t stride, i
         const int64_t position = first + int64_t(j), block = position / 64;
         const auto step = double(sequence.value_step[position * stride + at + d]);
         top[block] = std::max(top[block], weight[j] / total * step);
-        codes[block] += step > 0 ? std::fabs(value(j)) / step : 0;
+        codes[block] += type == attention::kInt4 ? 15 : step > 0 ? std::fabs(value(j)) / step : 0;
       }
       for (size_t b = 0; b < top.size(); ++b) rounded += 0.501 * top[b] / 32767 * codes[b];
     }
@@ -177,10 +217,22 @@ void test_shape(const Shape& s, Type type) {
   int64_t row = 0;
   for (const auto& [before, n] : s.sequences) {
     const int64_t count = (before + n) * stride;
-    Sequence sequence{before, n, random.bells(count), random.bells(count), {}, {}, {}, {}};
+    Sequence sequence{before, n, random.bells(count), random.bells(count), {}, {}, {}, {}, {}, {}};
     std::vector<float> unused;
-    sequence.held_keys = held(sequence.keys, type, s.head_dim, true, unused, sequence.key_doubt);
-    sequence.held_values = held(sequence.values, type, s.head_dim, false, sequence.value_step, unused);
+    if (type == attention::kInt4) {
+      for (auto* x : {&sequence.keys, &sequence.values}) {
+        for (float& v : *x) v = std::nearbyint(8 * v) / 8;
+      }
+      sequence.held_keys = held_nibbles(sequence.keys, s.kv_heads, s.head_dim, true, unused, sequence.key_reach);
+      sequence.held_values =
+          held_nibbles(sequence.values, s.kv_heads, s.head_dim, false, sequence.value_step, sequence.value_reach);
+      sequence.key_doubt.assign(sequence.held_keys.size(), 0);
+    } else {
+      sequence.held_keys = held(sequence.keys, type, s.head_dim, true, unused, sequence.key_doubt);
+      sequence.held_values = held(sequence.values, type, s.head_dim, false, sequence.value_step, unused);
+      for (float v : sequence.held_keys) sequence.key_reach.push_back(std::fabs(v));
+      for (float v : sequence.held_values) sequence.value_reach.push_back(std::fabs(v));
+    }
     for (int64_t i = 0; i < n; ++i, ++row) {
       const int64_t end = before + i + 1, first = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
       for (int h = 0; h < s.heads; ++h) {
@@ -218,7 +270,7 @@ void test_shape(const Shape& s, Type type) {
 }  // namespace
 
 void test_attention() {
-  for (Type type : {attention::kFloat32, attention::kFloat16, attention::kInt8}) {
+  for (Type type : {attention::kFloat32, attention::kFloat16, attention::kInt8, attention::kInt4}) {
     for (int head_dim : {1, 8, 15, 16, 17, 24, 33, 64, 80, 130}) test_shape({2, 1, head_dim, {{5, 3}}, 0, 0}, type);
     for (int64_t before : {0, 1, 14, 15, 16, 17, 63, 64, 65}) {
       test_shape({3, 3, 32, {{before, 1}}, 0, 0}, type);

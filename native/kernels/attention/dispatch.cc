@@ -137,10 +137,10 @@ struct Problem {
     }
   }
 
-  static int64_t queries_size(const Tile& t) { return int64_t(t.rows()) * query_floats(t.cache->width); }
+  static int64_t queries_size(const Tile& t) { return int64_t(t.rows()) * query_floats(t.cache->type, t.cache->width); }
   void load_queries(const Tile& t, float* to) const {
     const Cache& cache = *t.cache;
-    for (int r = 0; r < t.rows(); ++r, to += query_floats(cache.width)) {
+    for (int r = 0; r < t.rows(); ++r, to += query_floats(cache.type, cache.width)) {
       kernels.load_query[cache.type](
           queries.data + (t.first_row + r / t.heads) * queries.stride + (t.first_head + r % t.heads) * cache.head_dim,
           scale * kLog2e, cache.head_dim, cache.width, to);
@@ -253,8 +253,10 @@ Cache::Cache(const Cache& origin, int64_t n)
 
 Cache::Sizes Cache::sizes(int64_t positions) const {
   positions = (positions + 15) / 16 * 16;
-  return {(positions * width * type_bytes(type) + 63) / 64 * 64, type == kInt8 ? positions * key_groups(width) * 4 : 0,
-          type == kInt8 ? positions * value_groups(width) * 4 : 0};
+  const int64_t scales = is_integer(type) ? positions * 4 : 0;  // bytes for a group of each
+  const int64_t anchors = type == kInt4 ? (positions + kKeys - 1) / kKeys * width * 2 : 0;
+  return {(positions * width * type_bits(type) / 8 + 63) / 64 * 64, scales * key_groups(width),
+          scales * value_groups(type, width), (anchors + 63) / 64 * 64};
 }
 
 Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const {
@@ -272,6 +274,7 @@ Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const 
           keys + size.codes,
           reinterpret_cast<float*>(scales),
           reinterpret_cast<float*>(scales + size.key_scales),
+          reinterpret_cast<uint16_t*>(scales + size.key_scales + size.value_scales),
           head_dim,
           width,
           first};
@@ -282,8 +285,14 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
   for (const Span& span : spans) {
     const Cache& cache = *span.cache;
     const int64_t row_values = int64_t(cache.kv_heads) * cache.head_dim;
-    // Whole panels of 16 positions to a thread, since neighbours share cache lines.
-    parallel_for(span.n, std::max<int64_t>(16, (1 << 13) / row_values), [&](int64_t begin, int64_t end) {
+    // Whole panels of 16 positions to a thread, since neighbours share cache lines, or even bytes; or all positions
+    // that have one anchor, which the first of them writes.
+    const int64_t unit = cache.type == kInt4 ? kKeys : 16, first = cache.length / unit,
+                  units = (cache.length + span.n + unit - 1) / unit - first;
+    const int64_t grain = std::max<int64_t>(1, (1 << 13) / (row_values * unit));
+    parallel_for(units, grain, [&](int64_t first_unit, int64_t end_unit) {
+      const int64_t begin = std::max<int64_t>(0, (first + first_unit) * unit - cache.length),
+                    end = std::min(span.n, (first + end_unit) * unit - cache.length);
       for (int h = 0; h < cache.kv_heads; ++h) {
         const int64_t at = span.row * keys.stride + int64_t(h) * cache.head_dim,
                       value_at = span.row * values.stride + int64_t(h) * cache.head_dim;

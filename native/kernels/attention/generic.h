@@ -23,7 +23,7 @@ inline F load_stored(const void* values, int64_t at) {
 }
 
 inline const void* offset(const void* values, int64_t at, Type type) {
-  return (const char*)values + at * type_bytes(type);
+  return (const char*)values + at * type_bits(type) / 8;
 }
 
 // Into the second-level cache: a core has more reads of memory in flight there than into the first.
@@ -41,11 +41,12 @@ struct Product {
   int64_t sums_stride;
   int64_t ahead;  // values from here to what will be read later
   // Of integers: a factor for each row, and if lane_scale one for each lane too, lane_scale_next floats from vector to
-  // vector.
+  // vector; of int4 lanes have a minimum too, and row_sum is the sum of a row's x, as far apart as row_scale.
   const float* row_scale;
   int64_t row_scale_stride;
   const float* lane_scale;
   int64_t lane_scale_next;
+  const float* row_sum;
 };
 
 // Floats: the sums are set, or begin with what they are.
@@ -85,11 +86,17 @@ struct Floats {
   }
 };
 
-// int8 times int16, two k at a time: w is (k / 2, 16 * vectors, 2), x (rows, k). Exact in int32 for 64 k; the sums have
-// the product times its scales added.
-template <bool kLanes>
+template <Type kType>
+inline Pairs load_code_pairs(const void* p) {
+  if constexpr (kType == kInt8) return load_pairs((const int8_t*)p);
+  return load_nibble_pairs((const uint8_t*)p);
+}
+
+// int8 or int4 times int16, two k at a time: w is (k / 2, 16 * vectors, 2), x (rows, k). Exact in int32 for 64 k; the
+// sums have the product times its scales added.
+template <Type kType, bool kLanes>
 struct Integers {
-  static constexpr Type kStored = kInt8;
+  static constexpr Type kStored = kType;
   static constexpr bool kTall = true;
 
   template <int M, int N>
@@ -105,9 +112,9 @@ struct Integers {
       Pairs w[N];
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        const int8_t* at = (const int8_t*)p.w + i * p.w_step + j * p.w_next;
-        w[j] = load_pairs(at);
-        if (N == kWideVectors) prefetch(at + p.ahead);
+        const int64_t at = i * p.w_step + j * p.w_next;
+        w[j] = load_code_pairs<kType>(offset(p.w, at, kType));
+        if (N == kWideVectors) prefetch(offset(p.w, at + p.ahead, kType));
       }
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
@@ -116,14 +123,25 @@ struct Integers {
         for (int j = 0; j < N; ++j) sums[m][j] = dot_pairs(sums[m][j], w[j], one);
       }
     }
+    F scales[N], minima[N];
+    for (int j = 0; kLanes && j < N; ++j) {
+      const float* lanes = p.lane_scale + j * p.lane_scale_next;
+      scales[j] = kType == kInt4 ? load_f16((const uint16_t*)lanes) : load(lanes);
+      if constexpr (kType == kInt4) minima[j] = load_f16((const uint16_t*)lanes + 16);
+    }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const F row_scale = set(p.row_scale[m * p.row_scale_stride]);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
         float* to = p.sums + m * p.sums_stride + 16 * j;
-        const F scale = kLanes ? mul(row_scale, load(p.lane_scale + j * p.lane_scale_next)) : row_scale;
-        store(to, fma(to_float(sums[m][j]), scale, load(to)));
+        if constexpr (kLanes && kType == kInt4) {
+          const F least = mul(minima[j], set(p.row_sum[m * p.row_scale_stride]));
+          store(to, fma(row_scale, fma(to_float(sums[m][j]), scales[j], least), load(to)));
+        } else {
+          const F scale = kLanes ? mul(row_scale, scales[j]) : row_scale;
+          store(to, fma(to_float(sums[m][j]), scale, load(to)));
+        }
       }
     }
   }
@@ -148,6 +166,9 @@ void multiply(Product p, int rows, int vectors) {
   };
   if (rows <= kWideRows) {
     for (; vectors >= kWideVectors; advance(kWideVectors)) multiply_rows<Kind, kWideRows, kWideVectors>(p, rows);
+    if constexpr (kWideVectors > 2 && Kind::kStored == kInt4) {  // a group of values is two vectors
+      for (; vectors >= 2; advance(2)) multiply_rows<Kind, kWideRows, 2>(p, rows);
+    }
     for (; vectors > 0; advance(1)) multiply_rows<Kind, kWideRows, 1>(p, rows);
   }
   if constexpr (Kind::kTall) {
@@ -166,6 +187,7 @@ struct Block {
   const void* v;
   const float* key_scales;  // (panels, key groups, 16); likewise of the values
   const float* value_scales;
+  const uint16_t* anchor;  // of the keys, or null
 };
 
 // Keys of a block, counted from its first, that any of some rows see.
@@ -217,6 +239,13 @@ void soften(const Queries& q, int row, int64_t at, float* scores, const State& s
   store(state.total + 16 * row, total);
 }
 
+// The sum of x times float16 values, n of each, a multiple of 16.
+inline float dot_halves(const float* x, const uint16_t* halves, int n) {
+  F total = zero();
+  for (int i = 0; i < n; i += 16) total = fma(load(x + i), load_f16(halves + i), total);
+  return sum(total);
+}
+
 // Weights (rows, kKeys) of the keys that rows [row, row + rows) see.
 template <Type kType>
 void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* weights,
@@ -225,28 +254,31 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   if (range.begin >= range.end) return;
   const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
   float* scores = weights + int64_t(row) * kKeys + 16 * first;
-  const float* x = q.values + int64_t(row) * query_floats(head.width);
+  const int stride = query_floats(kType, head.width);
+  const float* x = q.values + int64_t(row) * stride;
   Product p = {};
   p.sums = scores;
   p.sums_stride = kKeys;
-  if constexpr (kType == kInt8) {
+  if constexpr (is_integer(kType)) {
     const int width = head.width, groups = key_groups(width);
     for (int m = 0; m < rows; ++m) {
-      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, zero());
+      const F begin = kType == kInt4 ? set(dot_halves(x + m * stride + width + groups, b.anchor, width)) : zero();
+      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, begin);
     }
     p.w_step = 32;
     p.w_next = int64_t(16) * width;
     p.ahead = int64_t(kKeys) * width;
-    p.x_stride = 2 * query_floats(width);
-    p.row_scale_stride = query_floats(width);
+    p.x_stride = 2 * stride;
+    p.row_scale_stride = stride;
     p.lane_scale_next = 16 * groups;
     for (int g = 0; g < groups; ++g) {
-      p.w = (const int8_t*)b.k + first * p.w_next + g * kKeyGroup * 16;
+      p.w = offset(b.k, first * p.w_next + g * kKeyGroup * 16, kType);
       p.k = least(kKeyGroup, width - g * kKeyGroup);
       p.x = (const int16_t*)x + g * kKeyGroup;
       p.row_scale = x + width + g;
       p.lane_scale = b.key_scales + 16 * (first * groups + g);
-      multiply<Integers<true>>(p, rows, panels);
+      p.row_sum = x + width / 2 + g;
+      multiply<Integers<kType, true>>(p, rows, panels);
     }
   } else {
     p.w_step = 16;
@@ -255,7 +287,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
     p.w = offset(b.k, first * p.w_next, kType);
     p.k = head.head_dim;
     p.x = x;
-    p.x_stride = query_floats(head.width);
+    p.x_stride = stride;
     multiply<Floats<kType, false>>(p, rows, panels);
   }
   const int64_t at = b.at + 16 * first;
@@ -283,6 +315,25 @@ inline float round_weights(const float* weights, const float* scales, int groups
   return top * (1.0f / 32767.0f);
 }
 
+// The float16 scales of panels of 16 keys, and their minima, `groups` pairs apart.
+inline void open_scales(const float* pairs, int groups, int panels, float* scales, float* minima) {
+  const auto* halves = (const uint16_t*)pairs;
+  for (int j = 0; j < panels; ++j, halves += 32 * groups) {
+    store(scales + 16 * j, load_f16(halves));
+    store(minima + 16 * j, load_f16(halves + 16));
+  }
+}
+
+inline float weighted_sum(const float* weights, const float* x, int panels) {
+  F total = zero();
+  for (int j = 0; j < panels; ++j) total = fma(load(weights + 16 * j), load(x + 16 * j), total);
+  return sum(total);
+}
+
+inline void add_to_all(float* x, float y, int n) {
+  for (int i = 0; i < n; i += 16) store(x + i, add(load(x + i), set(y)));
+}
+
 // Adds the values times the weights.
 template <Type kType>
 void add_values(const Head& head, const Queries& q, const Block& b, int row, int rows, const float* weights,
@@ -297,10 +348,11 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
   p.sums_stride = width;
   p.x_stride = kKeys;
   p.ahead = int64_t(kKeys) * width;
-  if constexpr (kType == kInt8) {
+  if constexpr (is_integer(kType)) {
+    constexpr int kGroup = value_group(kType);
     alignas(64) int16_t codes[kTallRows * kKeys];
     float scales[kTallRows];
-    const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(width);
+    const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(kType, width);
     const int begin = range.begin / 2 * 2, end = (range.end + 1) / 2 * 2;  // weights are 0 beside the range
     p.x = codes + begin;
     p.k = end - begin;
@@ -309,13 +361,23 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
     p.row_scale = scales;
     p.row_scale_stride = 1;
     for (int g = 0; g < groups; ++g) {
+      const int columns = least(kGroup, width - g * kGroup);
+      const float* group_scales = b.value_scales + 16 * (first * groups + g);
+      alignas(64) float opened[kKeys], minima[kKeys];
+      if constexpr (kType == kInt4) open_scales(group_scales, groups, panels, opened, minima);
       for (int m = 0; m < rows; ++m) {
-        scales[m] = round_weights(w + m * kKeys + 16 * first, b.value_scales + 16 * (first * groups + g), groups,
-                                  panels, codes + m * kKeys + 16 * first);
+        const float* weight = w + m * kKeys + 16 * first;
+        int16_t* to = codes + m * kKeys + 16 * first;
+        if constexpr (kType == kInt4) {
+          scales[m] = round_weights(weight, opened, 1, panels, to);
+          add_to_all(p.sums + m * p.sums_stride, weighted_sum(weight, minima, panels), columns);
+        } else {
+          scales[m] = round_weights(weight, group_scales, groups, panels, to);
+        }
       }
-      p.w = (const int8_t*)b.v + int64_t(begin) * width + g * kValueGroup * 2;
-      multiply<Integers<false>>(p, rows, least(kValueGroup, width - g * kValueGroup) / 16);
-      p.sums += kValueGroup;
+      p.w = offset(b.v, int64_t(begin) * width + g * kGroup * 2, kType);
+      multiply<Integers<kType, false>>(p, rows, columns / 16);
+      p.sums += kGroup;
     }
   } else {
     p.w = offset(b.v, int64_t(range.begin) * width, kType);
@@ -376,6 +438,13 @@ inline void rotate(const float* x, int head_dim, int width, float* y) {
 
 inline float rotation_gain(int width) { return float(width & -width); }
 
+// A power of two near the root of the gain: rotated keys divided by it are about as large as keys, and fit float16.
+inline float rotation_root(int width) {
+  int root = 4;
+  while (4 * root * root <= (width & -width)) root *= 2;
+  return float(root);
+}
+
 // Codes in [-kLargest, kLargest] of x (n, a multiple of 16), and their scale. NaN and infinities make the scale NaN.
 template <typename Code>
 inline float round_codes(const float* x, int n, Code* codes) {
@@ -406,11 +475,12 @@ void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, cons
   for (int64_t at = begin; at < end; at += kKeys) {
     const int count = least(kKeys, end - at);
     const int64_t held = at - head.first;
-    Block b = {at, count, nullptr, offset(head.values, held * head.width, kType), nullptr, nullptr};
-    if constexpr (kType == kInt8) {
+    Block b = {at, count, nullptr, offset(head.values, held * head.width, kType), nullptr, nullptr, nullptr};
+    if constexpr (is_integer(kType)) {
       b.k = offset(head.keys, held * head.width, kType);
       b.key_scales = head.key_scales + held * key_groups(head.width);
-      b.value_scales = head.value_scales + held * value_groups(head.width);
+      b.value_scales = head.value_scales + held * value_groups(kType, head.width);
+      if constexpr (kType == kInt4) b.anchor = head.anchors + held / kKeys * head.width;
     } else {
       b.k = offset(head.keys, held * head.head_dim, kType);
     }
@@ -445,18 +515,79 @@ inline void append_codes(const float* key, const float* value, int64_t position,
   auto* keys = (int8_t*)head.keys + panel * 16 * width + 2 * lane;
   for (int i = 0; i < width; ++i) keys[i / 2 * 32 + i % 2] = codes[i];
   for (int i = 0; i < width; i += 16) store(x + i, load_n(value + i, least(16, head.head_dim - i)));
-  for (int g = 0; g < value_groups(width); ++g) {
-    const int at = g * kValueGroup;
-    head.value_scales[(panel * value_groups(width) + g) * 16 + lane] =
-        round_codes(x + at, least(kValueGroup, width - at), codes + at);
+  constexpr int kGroup = value_group(kInt8);
+  for (int g = 0; g < value_groups(kInt8, width); ++g) {
+    const int at = g * kGroup;
+    head.value_scales[(panel * value_groups(kInt8, width) + g) * 16 + lane] =
+        round_codes(x + at, least(kGroup, width - at), codes + at);
   }
   auto* values = (int8_t*)head.values + position / 2 * 2 * width + position % 2;
   for (int i = 0; i < width; ++i) values[2 * i] = codes[i];
 }
 
+// Codes in [0, 15] of x (n, a multiple of 16), x ~ code * scale + minimum; both into `halves`, 16 apart. NaN,
+// infinities and what float16 cannot hold make the scale NaN.
+inline void round_nibbles(const float* x, int n, int8_t* codes, uint16_t* halves) {
+  F top = set(-3.4e38f), bottom = set(3.4e38f), poison = zero();
+  for (int i = 0; i < n; i += 16) {
+    const F v = load(x + i);
+    top = max(top, v);
+    bottom = min(bottom, v);
+    poison = fma(v, zero(), poison);
+  }
+  const float lowest = -max_of(sub(zero(), bottom));
+  alignas(64) uint16_t rounded[16];
+  store_f16(rounded, set(lowest));
+  halves[16] = rounded[0];
+  const F minimum = load_f16(rounded);
+  const F step = add(mul(sub(set(max_of(top)), minimum), set(1.0f / 15)), set(sum(poison)));
+  store_f16(rounded, step);
+  halves[0] = rounded[0];
+  const F scale = load_f16(rounded), divisor = select_less(zero(), scale, scale, set(1.0f));
+  for (int i = 0; i < n; i += 16) {
+    const F code = div(sub(load(x + i), minimum), divisor);
+    store_i8(codes + i, round_to_int(max(min(code, set(15.0f)), zero())));
+  }
+}
+
+// A byte of a key is two of its dimensions; one of the values belongs to two positions. What keys have in common (a
+// large bias in some models) is not rounded: the first of a block is subtracted from all, as Zhang et al. 2024 (arXiv
+// 2410.02367, section 4.2) do with the mean.
+inline void append_nibbles(const float* key, const float* value, int64_t position, const Head& head) {
+  alignas(64) float x[kMaxWidth];
+  alignas(64) int8_t codes[kMaxWidth];
+  const int64_t panel = position / 16, lane = position % 16;
+  const int width = head.width, groups = key_groups(width), some = value_groups(kInt4, width);
+  const auto halves = [&](float* scales, int64_t group) { return (uint16_t*)(scales + 16 * group) + lane; };
+  rotate(key, head.head_dim, width, x);
+  const F smaller = set(1.0f / rotation_root(width));
+  uint16_t* anchor = head.anchors + position / kKeys * width;
+  for (int i = 0; i < width; i += 16) {
+    const F v = mul(load(x + i), smaller);
+    if (position % kKeys == 0) store_f16(anchor + i, v);
+    store(x + i, sub(v, load_f16(anchor + i)));
+  }
+  for (int g = 0; g < groups; ++g) {
+    const int at = g * kKeyGroup;
+    round_nibbles(x + at, least(kKeyGroup, width - at), codes + at, halves(head.key_scales, panel * groups + g));
+  }
+  auto* keys = (uint8_t*)head.keys + panel * 8 * width + lane;
+  for (int i = 0; i < width; i += 2) keys[i * 8] = uint8_t(codes[i] | codes[i + 1] << 4);
+  for (int i = 0; i < width; i += 16) store(x + i, load_n(value + i, least(16, head.head_dim - i)));
+  for (int g = 0; g < some; ++g) {
+    const int at = g * value_group(kInt4);
+    round_nibbles(x + at, least(value_group(kInt4), width - at), codes + at,
+                  halves(head.value_scales, panel * some + g));
+  }
+  auto* values = (uint8_t*)head.values + position / 2 * width;
+  const int shift = position % 2 * 4, kept = 0xf0 >> shift;
+  for (int i = 0; i < width; ++i) values[i] = uint8_t((values[i] & kept) | codes[i] << shift);
+}
+
 template <Type kType>
 void append(const float* key, const float* value, int64_t position, const Head& head) {
   if constexpr (kType == kInt8) return append_codes(key, value, position, head);
+  if constexpr (kType == kInt4) return append_nibbles(key, value, position, head);
   const int64_t keys_at = position / 16 * 16 * head.head_dim + position % 16;
   for (int i = 0; i < head.head_dim; i += 16) {
     const int n = least(16, head.head_dim - i);
@@ -494,6 +625,20 @@ void load_codes(const float* x, float factor, int head_dim, int width, float* to
   }
 }
 
+// The same for keys that are smaller by the root, with the sums of the codes, and the floats for the anchors.
+void load_code_sums(const float* x, float factor, int head_dim, int width, float* to) {
+  load_codes(x, factor * rotation_root(width), head_dim, width, to);
+  alignas(64) float rotated[kMaxWidth];
+  rotate(x, head_dim, width, rotated);
+  scale(rotated, factor * rotation_root(width) / rotation_gain(width), width, to + width + key_groups(width));
+  const auto* codes = (const int16_t*)to;
+  for (int g = 0; g < key_groups(width); ++g) {
+    int32_t sum = 0;
+    for (int i = g * kKeyGroup; i < least(width, (g + 1) * kKeyGroup); ++i) sum += codes[i];
+    to[width / 2 + g] = float(sum);
+  }
+}
+
 void finish(const float* x, const float* total, int n, float* y) { scale(x, 1.0f / sum(load(total)), n, y); }
 
 void blend(float* x, float a, const float* y, float b, int n) {
@@ -501,11 +646,11 @@ void blend(float* x, float a, const float* y, float b, int n) {
   for (int i = 0; i < n; i += 16) store(x + i, fma(load(x + i), fa, mul(load(y + i), fb)));
 }
 
-#define TERSOR_ATTENTION_KERNELS                        \
-  {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>}, \
-   {append<kFloat32>, append<kFloat16>, append<kInt8>}, \
-   {load_floats, load_floats, load_codes},              \
-   finish,                                              \
+#define TERSOR_ATTENTION_KERNELS                                       \
+  {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>, attend<kInt4>}, \
+   {append<kFloat32>, append<kFloat16>, append<kInt8>, append<kInt4>}, \
+   {load_floats, load_floats, load_codes, load_code_sums},             \
+   finish,                                                             \
    blend}
 
 }  // namespace

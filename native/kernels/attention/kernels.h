@@ -8,6 +8,13 @@
 //   keys:   [position / 16][width / 2][16][2]
 //   values: [position / 2][width][2]
 //   scales: [position / 16][group][16]
+// As int4 both are codes in [0, 15] with a float16 scale and minimum, (max - min) / 15 and min, for every position and
+// 32 values; the first of a pair of codes is in the low half of a byte. Of keys it is the difference from the block's
+// anchor: the first of 64 keys, in float16.
+//   keys:   [position / 16][width / 2][16]    a byte is two dimensions
+//   values: [position / 2][width]             a byte is two positions
+//   scales: [position / 16][group][2][16]     float16: scales, then minima
+//   anchors: [position / 64][width]           float16
 #pragma once
 
 #include <cstdint>
@@ -16,31 +23,35 @@
 
 namespace tersor::attention {
 
-enum Type { kFloat32, kFloat16, kInt8, kTypes };
+enum Type { kFloat32, kFloat16, kInt8, kInt4, kTypes };
 
-constexpr int type_bytes(Type type) { return type == kFloat32 ? 4 : type == kFloat16 ? 2 : 1; }
+constexpr int type_bits(Type type) { return type == kFloat32 ? 32 : type == kFloat16 ? 16 : type == kInt8 ? 8 : 4; }
+constexpr bool is_integer(Type type) { return type == kInt8 || type == kInt4; }
 
-inline constexpr int kMaxRows = 96;     // query rows (queries x heads that share the keys) of one call
-inline constexpr int kKeys = 64;        // keys at a time, a multiple of 16
-inline constexpr int kMaxWidth = 512;   // largest head dimension
-inline constexpr int kKeyGroup = 32;    // few, since keys have channels far larger than the others
-inline constexpr int kValueGroup = 64;  // what a register tile of values is wide
+inline constexpr int kMaxRows = 96;    // query rows (queries x heads that share the keys) of one call
+inline constexpr int kKeys = 64;       // keys at a time, a multiple of 16
+inline constexpr int kMaxWidth = 512;  // largest head dimension
+inline constexpr int kKeyGroup = 32;   // few, since keys have channels far larger than the others
+// Of int8, what a register tile of values is wide; 4 bits need finer groups.
+constexpr int value_group(Type type) { return type == kInt4 ? 32 : 64; }
 
 constexpr int key_groups(int width) { return (width + kKeyGroup - 1) / kKeyGroup; }
-constexpr int value_groups(int width) { return (width + kValueGroup - 1) / kValueGroup; }
+constexpr int value_groups(Type type, int width) { return (width + value_group(type) - 1) / value_group(type); }
 
 struct Head {
   void* keys;
   void* values;
-  float* key_scales;  // of int8 only, as the next
+  float* key_scales;  // of integers only, as the next; of int4 pairs of float16 in the same bytes
   float* value_scales;
+  uint16_t* anchors;  // of int4 only
   int head_dim, width;
   int64_t first;  // the position that these point to
 };
 
 // Rows of queries as `load_query` wrote them, scaled by log2(e) too, since powers of two are cheaper than of e; and the
 // keys [first, end) that each may see, which do not decrease from row to row. A row takes query_floats(width): width
-// floats, or for int8 width int16 codes, and from float `width` on a scale for each key group.
+// floats, or for integers width int16 codes, and from float `width` on a scale for each key group; for int4 from float
+// width / 2 on the sum of the codes of each, and after the scales the floats themselves.
 struct Queries {
   int rows;
   const float* values;
@@ -49,7 +60,7 @@ struct Queries {
   float softcap;  // 0: none
 };
 
-constexpr int query_floats(int width) { return width + key_groups(width); }
+constexpr int query_floats(Type type, int width) { return (type == kInt4 ? 2 : 1) * width + key_groups(width); }
 
 // The state of a softmax of rows: the largest score so far; sums of 2^(score - largest), (rows, 16), to be added; and
 // the values weighted by the same, (rows, width).

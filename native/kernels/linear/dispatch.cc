@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 
 #ifdef __linux__
@@ -41,6 +42,16 @@ void scale_sums(const Layout& l, const int32_t* sums, const float* scale, int64_
   }
 }
 
+// The scale of a row of k values, of those in 8 bits; all magnitudes below `threshold`.
+float step_of(const Kernels& kernels, const Rounding& rounding, const float* x, int64_t k, float threshold) {
+  return rounding.kind == kTensor ? rounding.value : kernels.largest_below(x, k, threshold) / 127.0f;
+}
+
+// From where on values are outliers.
+float threshold_of(const Rounding& rounding) {
+  return rounding.kind == kOutlier ? rounding.value : std::numeric_limits<float>::infinity();
+}
+
 // What dots begin with for every unit of sum q.
 int32_t start_factor(const Kernels& kernels, const Layout& l) {
   return (l.second == kZero ? 0 : l.offset) - (code_class(l.code) == 2 ? kernels.signed_bias : 0);
@@ -55,7 +66,8 @@ struct FineScratch {
   std::vector<int32_t> sums, start;
   int64_t rows = 0, chunks = 0;
 
-  void quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns, bool always_low) {
+  void quantize(const Kernels& kernels, const Rounding& rounding, const float* x, int64_t n, int64_t columns,
+                bool always_low) {
     rows = n;
     chunks = chunks_of(columns);
     int8_t* c = grown(codes, n * chunks * 64);
@@ -64,8 +76,16 @@ struct FineScratch {
     int32_t* q = grown(sums, n * chunks * 2);
     parallel_for(n, std::max<int64_t>(1, kMinMacs / 2 / columns), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        kernels.quantize_fine(x + row * columns, columns, always_low, c + row * chunks * 64, has_low + row * chunks,
-                              s + row * chunks, q + row * chunks * 2);
+        const float* values = x + row * columns;
+        int8_t* to = c + row * chunks * 64;
+        if (rounding.kind == kGroups) {
+          kernels.quantize_fine(values, columns, always_low, to, has_low + row * chunks, s + row * chunks,
+                                q + row * chunks * 2);
+        } else {
+          const float step = step_of(kernels, rounding, values, columns, threshold_of(rounding));
+          kernels.quantize_fine_row(values, columns, step, to, has_low + row * chunks, s + row * chunks,
+                                    q + row * chunks * 2);
+        }
       }
     });
   }
@@ -80,7 +100,7 @@ struct FineScratch {
 
 // ---- Many rows ----
 
-// Tiles of quantized rows, each with room for as many entries of outliers as there are chunks.
+// Tiles of quantized rows, each with room for entries of outliers: one for each chunk, or two of kOutlier.
 struct TileScratch {
   std::vector<int8_t> codes;
   std::vector<float> scale, scaled_sums;
@@ -88,10 +108,10 @@ struct TileScratch {
   std::vector<int64_t> entries;
   int64_t tiles = 0, room = 0;  // entries of a tile
 
-  void quantize(const Kernels& kernels, const float* x, int64_t n, int64_t columns) {
+  void quantize(const Kernels& kernels, const Rounding& rounding, const float* x, int64_t n, int64_t columns) {
     const int64_t chunks = chunks_of(columns);
     tiles = (n + kTileRows - 1) / kTileRows;
-    room = 2 * chunks;
+    room = (rounding.kind == kOutlier ? 3 : 2) * chunks;
     int8_t* c = grown(codes, tiles * room * kChunk * kTileRows);
     float* s = grown(scale, tiles * room * kTileRows);
     int32_t* q = grown(sums, tiles * room * 2 * kTileRows);
@@ -101,9 +121,18 @@ struct TileScratch {
       static thread_local std::vector<float> own;
       for (int64_t t = begin; t < end; ++t) {
         const int64_t rows = std::min<int64_t>(kTileRows, n - t * kTileRows), first = t * room;
-        count[t] = kernels.quantize_tile(x + t * kTileRows * columns, columns, int(rows), columns,
-                                         {c + first * kChunk * kTileRows, s + first * kTileRows,
-                                          q + first * 2 * kTileRows, at + first, grown(own, 2 * chunks + 32)});
+        const float* values = x + t * kTileRows * columns;
+        const TileBuffers to{c + first * kChunk * kTileRows, s + first * kTileRows, q + first * 2 * kTileRows,
+                             at + first, grown(own, 2 * chunks + 32)};
+        if (rounding.kind == kGroups) {
+          count[t] = kernels.quantize_tile(values, columns, int(rows), columns, to);
+          continue;
+        }
+        const float threshold = threshold_of(rounding);
+        float steps[kTileRows];
+        for (int64_t r = 0; r < rows; ++r)
+          steps[r] = step_of(kernels, rounding, values + r * columns, columns, threshold);
+        count[t] = kernels.quantize_tile_rows(values, columns, int(rows), columns, steps, threshold, to);
       }
     });
   }
@@ -255,12 +284,16 @@ std::string Weight::kernel() const {
     if (p.integer)
       text.append(kCodeNames[l.code])
           .append(p.low_table ? "fine" : "")
-          .append("x" + std::to_string(l.group))
+          .append("x")
+          .append(std::to_string(l.group))
           .append(kScaleNames[l.scales])
           .append(kSecondNames[l.second]);
     else
       text.append(kFloatNames[p.floating]);
   }
+  static const char* const kRoundingNames[] = {"", " by token", " by tensor", " outliers apart"};
+  if (std::any_of(parts.begin(), parts.end(), [](const Part& p) { return p.integer; }))
+    text.append(kRoundingNames[rounding.kind]);
   return text;
 }
 
@@ -273,7 +306,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
     const int64_t at = first_row * weight.rows + part_row;
     return Output{residual ? residual + at : nullptr, y + at, weight.rows};
   };
-  if (n <= kFineRows) {
+  if (n <= kFineRows && weight.rounding.kind != kOutlier) {
     int64_t row = 0;
     int quantized = -1;  // for parts of few bits (0) or more (1)
     for (const Part& part : weight.parts) {
@@ -284,7 +317,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
         continue;
       }
       const int fine_bits = code_bits(part.layout.code) > kCoarseBits;
-      if (fine_bits != quantized) fine_scratch.quantize(kernels, x, n, weight.columns, fine_bits);
+      if (fine_bits != quantized) fine_scratch.quantize(kernels, weight.rounding, x, n, weight.columns, fine_bits);
       quantized = fine_bits;
       const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
       const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));
@@ -302,7 +335,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
   for (int64_t first = 0; first < n; first += most) {
     const int64_t rows = std::min(most, n - first);
     const float* x_chunk = x + first * weight.columns;
-    if (integer) tile_scratch.quantize(kernels, x_chunk, rows, weight.columns);
+    if (integer) tile_scratch.quantize(kernels, weight.rounding, x_chunk, rows, weight.columns);
     int64_t row = 0;
     for (const Part& part : weight.parts) {
       const Output out = part_output(first, row);

@@ -10,6 +10,7 @@
 #include "kernels/linear/generic_finish.h"
 #include "kernels/linear/generic_float.h"
 #include "kernels/linear/generic_quantize.h"
+#include "kernels/linear/generic_quantize_rows.h"
 #include "kernels/linear/generic_tile.h"
 
 namespace tersor::linear {
@@ -29,6 +30,9 @@ inline constexpr int kKernelClass = kDotIsInt && kClass == 1 ? 0 : kClass;
   {                                                                  \
       quantize_fine,                                                 \
       quantize_tile,                                                 \
+      quantize_fine_row,                                             \
+      quantize_tile_rows,                                            \
+      largest_below,                                                 \
       fine,                                                          \
       kSignedBias,                                                   \
       open,                                                          \

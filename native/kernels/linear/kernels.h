@@ -86,6 +86,18 @@ struct IntegerPanel {
   Layout layout;
 };
 
+// How activations become integers.
+//   kGroups:  a scale for every row and 32 columns, 15 bits where it matters (generic_quantize.h)
+//   kToken:   one for a row, absmax / 127
+//   kTensor:  the same for all rows, given beforehand; what is beyond 127 steps is cut off
+//   kOutlier: of a row, values of magnitude `threshold` and more in 15 bits, one scale per 32 columns; the others in 8,
+//             one scale, their absmax / 127 (LLM.int8(), arXiv 2208.07339, section 3.2, a token being the matrix)
+enum RoundingKind { kGroups, kToken, kTensor, kOutlier };
+struct Rounding {
+  RoundingKind kind = kGroups;
+  float value = 0;  // of kTensor the scale, of kOutlier the threshold
+};
+
 // Activations of up to kFineRows rows, per 32 columns: x ~ scale * q, q = 128 * high + low in [-16256, 16256]. Without
 // low codes q is 128 times an 8-bit integer.
 struct FineActivations {
@@ -99,7 +111,7 @@ struct FineActivations {
 
 // Activations of one tile of kTileRows rows, in the order in which they are read. Entry e < chunks is chunk e in 8
 // bits: x ~ scale * q, scale = max|x| / 127. The entries that follow are the second 8 bits of chunks that hold outliers
-// of some row (the other rows are 0 there), scale = max|x| / 16256.
+// of some row (the other rows are 0 there), scale = max|x| / 16256; of kOutlier both 8 bits of the outliers alone.
 struct Tile {
   const int8_t* codes;   // (entries, 8 steps, kTileRows, 4)
   const float* scale;    // (entries, kTileRows)
@@ -152,6 +164,14 @@ struct Kernels {
   // Quantizes n <= kTileRows rows of k values, x with `stride` values between rows; the rows that miss become 0.
   // Returns the entries, at most 2 * chunks.
   int64_t (*quantize_tile)(const float* x, int64_t stride, int n, int64_t k, const TileBuffers& to);
+  // The same with one scale for the row, in 8 bits, cut off at 127 of them.
+  void (*quantize_fine_row)(const float* x, int64_t k, float step, int8_t* codes, uint8_t* low, float* scale,
+                            int32_t* sums);
+  // The same with the scale of each row, and values from `threshold` on apart. At most 3 * chunks entries.
+  int64_t (*quantize_tile_rows)(const float* x, int64_t stride, int n, int64_t k, const float* steps, float threshold,
+                                const TileBuffers& to);
+  // The largest magnitude below the threshold of k values.
+  float (*largest_below)(const float* x, int64_t k, float threshold);
   FineKernel fine;
   int signed_bias;  // what `open` adds to signed codes (class 2); Tile::start makes up for it
   void (*open)(const IntegerPanel& panel, const OpenPanel& out);

@@ -44,19 +44,20 @@ struct Part {
 struct Weight {
   int64_t rows = 0, columns = 0;
   std::vector<Part> parts;
+  Rounding rounding;  // of the activations of integer parts
 
   Weight() = default;
   Weight(const Weight&) = delete;
   Weight& operator=(const Weight&) = delete;
 
   int64_t nbytes() const;
-  // What computes it, e.g. "avx2 u4x32min"; parts are joined by '+'.
+  // What computes it, e.g. "avx2 u4x32min"; parts are joined by '+'; then how activations are rounded, unless kGroups.
   std::string kernel() const;
 };
 
 // y (n, rows) = x (n, columns) W^T + bias + residual (n, rows); residual may be null and may be y. Integer parts round
-// x to 15 bits per 32 columns when n <= kFineRows, else to 8 bits, twice 8 where a row has outliers. A row has the same
-// bits for every n <= kFineRows, and for every n above.
+// x as weight.rounding says; kGroups to 15 bits per 32 columns when n <= kFineRows, else to 8 bits, twice 8 where a row
+// has outliers. A row has the same bits for every n <= kFineRows, and for every n above.
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y);
 
 }  // namespace tersor::linear

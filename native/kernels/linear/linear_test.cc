@@ -278,6 +278,61 @@ void test_matrix(Matrix m) {
   if (m.rows == 33) test_product(m.format, {m}, 101, true);
 }
 
+// Products with one scale for a row. Codes are exact: a division and a rounding; outliers of kOutlier are off by half
+// of 16256 steps a side of the largest of their 32 columns.
+void test_rounding(const std::string& what, Matrix m, linear::Rounding rounding, int64_t n) {
+  read_scheme(m, *linear::find_scheme(m.format, m.columns));
+  Random random{uint32_t(n + 7)};
+  std::vector<float> x = random.bells(n * m.columns, 2);
+  Expected want;
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = &x[i * m.columns];
+    if (i % 3 == 2) std::fill(row, row + m.columns, 0.0f);
+    if (i % 2 == 0) row[random.below(int(m.columns))] = -40;
+    const auto apart = [&](int64_t k) {
+      return rounding.kind == linear::kOutlier && std::fabs(row[k]) >= rounding.value;
+    };
+    float step = rounding.value;
+    if (rounding.kind != linear::kTensor) {
+      step = 0;
+      for (int64_t k = 0; k < m.columns; ++k) step = std::max(step, apart(k) ? 0 : std::fabs(row[k]));
+      step /= 127;
+    }
+    std::vector<double> rounded, off;
+    for (int64_t k = 0; k < m.columns; ++k) {
+      float top = 0;
+      for (int64_t j = k / 32 * 32; j < std::min(m.columns, k / 32 * 32 + 32); ++j)
+        top = std::max(top, apart(j) ? std::fabs(row[j]) : 0);
+      const float code = step > 0 ? std::clamp(std::nearbyint(row[k] / step), -127.0f, 127.0f) : 0;
+      rounded.push_back(apart(k) ? double(row[k]) : double(code) * double(step));
+      off.push_back(apart(k) ? 0.501 * double(top) / 16256 : 0);
+    }
+    for (int64_t r = 0; r < m.rows; ++r) {
+      double y = 0, size = 0, error = 0;
+      for (int64_t k = 0; k < m.columns; ++k) {
+        const int64_t at = r * m.columns + k;
+        y += double(m.w[at]) * rounded[k];
+        error += std::fabs(double(m.w[at])) * off[k];
+        size += std::fabs(double(m.magnitude[at])) * (std::fabs(rounded[k]) + double(step));
+      }
+      want.add(y, error + (4 * double(m.columns) / 16 + 20) * kRounding * size + 4 * kRounding * std::fabs(y));
+    }
+  }
+  expect_everywhere(
+      what,
+      [&] {
+        linear::Weight weight;
+        weight.columns = m.columns;
+        weight.rows = m.rows;
+        weight.rounding = rounding;
+        weight.parts.push_back(pack(m, {}));
+        Result y(n * m.rows);
+        linear::multiply(x.data(), n, weight, nullptr, y.data());
+        return y;
+      },
+      want);
+}
+
 }  // namespace
 
 void test_linear() {
@@ -303,6 +358,16 @@ void test_linear() {
   test_matrix(stream_matrix("binary_g64", 33, 192, 1, 64, Kind::kBinary));
   test_matrix(stream_matrix("ternary_g32", 33, 96, 2, 32, Kind::kTernary));
   for (int64_t columns : {1, 33, 96}) test_matrix(int8_row_matrix(33, columns));
+  for (int64_t n : {1, 5, 16, 17, 27}) {
+    for (const linear::Rounding rounding :
+         {linear::Rounding{linear::kToken, 0}, linear::Rounding{linear::kTensor, 0.03f},
+          linear::Rounding{linear::kOutlier, 6}}) {
+      const std::string what = "rounding " + std::to_string(rounding.kind) + " ";
+      for (int64_t columns : {1, 33, 96}) test_rounding(what + "int8_row", int8_row_matrix(33, columns), rounding, n);
+      test_rounding(what + "q4_1", ggml_matrix("q4_1", 20, 96), rounding, n);
+      test_rounding(what + "q2_k", ggml_matrix("q2_k", 20, 256), rounding, n);
+    }
+  }
   for (Float type : {kF32, kF16, kBF16}) {
     for (int64_t columns : {1, 15, 16, 17, 33, 300}) test_matrix(float_matrix(type, 33, columns));
     test_matrix(float_matrix(type, 1, 64));

@@ -23,6 +23,7 @@ def command(
     windows: Annotated[int, typer.Option("--windows", "-n", metavar="N", help="Windows to judge; 0 = the whole text.")] = 16,
     bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS; by default as the tokenizer does.")] = None,
     threads: options.Threads = None,
+    activations: options.Activations = "int8",
     kv: options.Kv = "f16",
     json: options.Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def command(
             windows=windows or None,
             bos=bos,
             threads=threads,
+            activations=activations,
             kv=kv,
             progress=lambda done, total: report("judge", done, total),
         )

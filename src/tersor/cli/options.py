@@ -11,7 +11,17 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face direct
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", metavar="N", help="CPU threads; by default all CPUs this process may use.")]
-Kv = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Cached keys and values: f16, f32, or int8 in 0.55 of f16's memory.")]
+Kv = Annotated[
+    str, typer.Option("--kv", metavar="TYPE", help="Cached keys and values: f16, f32, int8 (0.55 of f16's memory) or int4 (0.32).")
+]
+Activations = Annotated[
+    str,
+    typer.Option(
+        "--activations",
+        metavar="HOW",
+        help="Inputs of quantized layers: int8 (fast, finest), int8_token or int8_static (as W8A8 files ask), llm_int8, float.",
+    ),
+]
 To = Annotated[
     str | None,
     typer.Option("--to", metavar="CONTAINER", help="gguf, compressed-tensors or huggingface; by default what OUT and the recipe imply."),

@@ -38,6 +38,7 @@ def command(
         int,
         typer.Option("--lookup", metavar="N", help="Draft up to N tokens, at most 15, from earlier text; the same answer, often sooner."),
     ] = 0,
+    activations: options.Activations = "int8",
     kv: options.Kv = "f16",
     threads: options.Threads = None,
     json: options.Json = False,
@@ -66,7 +67,7 @@ def command(
         raise RecipeError(f"run {'--raw' if raw else '--json'} needs a prompt; give -p")
     if raw and system is not None:
         raise RecipeError("run --raw uses no chat template, so --system has no place; drop one of them")
-    model = load(path, threads=threads, kv=kv)
+    model = load(path, threads=threads, activations=activations, kv=kv)
     templated = model.tokenizer.chat_template is not None and not raw
     if (prompt is None or system is not None) and not templated:
         raise RecipeError(f"run: {path} has no chat template; give a plain prompt with -p and no --system")

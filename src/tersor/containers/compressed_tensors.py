@@ -11,6 +11,8 @@ A quantized linear layer `M` is stored as
                      M.weight_scale       as above
                      M.weight_zero_point  int8, asymmetric only = zero - 128
 
+    both             M.input_scale        float (1,), where inputs are rounded with calibrated scales (ActivationScheme)
+
 and w = (code - zero) * scale, zero = 2^(B-1) when symmetric. config.json's `quantization_config` says which. Source:
 vllm-project/compressed-tensors src/compressed_tensors/compressors/{pack_quantized,naive_quantized}, quantization/quant_config.py.
 
@@ -22,7 +24,8 @@ widened to float32 first (as loading in float32 does) it gives our values exactl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
+from dataclasses import replace
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from tersor.containers.compressed_tensors_config import (
     PACKED,
     affine,
     read_schemes,
+    rounds_input,
     stores_int8,
     write_quantization,
 )
@@ -57,9 +61,9 @@ from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
 from tersor.formats.floats import f32_from_bf16
 from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
-from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
+from tersor.tensor import ActivationScheme, Array, ModelDescription, QuantizedTensor, TensorInfo
 
-_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point")
 
 
 class CompressedTensorsCheckpoint(Checkpoint):
@@ -75,15 +79,38 @@ class CompressedTensorsCheckpoint(Checkpoint):
         self._shards = Shards(path)
         try:
             self._affine: dict[str, AffineFormat] = {}
+            self._inputs: dict[str, str] = {}  # of a module's Scheme
             tied = is_tied(description.config)
             infos = (self._info(entry) for entry in self._shards.entries.values())
             self.tensors: Mapping[str, TensorInfo] = {
                 info.name: info for info in infos if info is not None and not (tied and info.name == "lm_head.weight")
             }
+            description = replace(description, activations=self._activations())
         except BaseException:
             self._shards.close()
             raise
         self.description = with_tied(description, self.tensors)
+
+    def _activations(self) -> ActivationScheme | None:
+        """Returns how inputs are rounded: by calibrated scales if there are any, else as the linear layers say."""
+        static = [module for module, how in self._inputs.items() if how == "static"]
+        if static:
+            return ActivationScheme({module: self._input_scale(module) for module in static})
+        return ActivationScheme() if "dynamic" in self._inputs.values() else None
+
+    def _input_scale(self, module: str) -> float:
+        name = f"{module}.input_scale"
+        entry, zero = self._shards.entries.get(name), self._shards.entries.get(f"{module}.input_zero_point")
+        if entry is None or entry.dtype not in ("F16", "BF16", "F32") or entry.shape not in ((), (1,), (1, 1)):
+            found = "missing" if entry is None else (entry.dtype, entry.shape)
+            raise ContainerError(f"{self.path}: {shorten(name)} is {found}, needs one float; config and weights disagree")
+        stored = self._shards.array(name)
+        scale = float((f32_from_bf16(stored) if entry.dtype == "BF16" else stored).reshape(()))
+        if not 0 < scale < inf:
+            raise ContainerError(f"{self.path}: {shorten(name)} is {scale}, needs a positive number; the file is damaged")
+        if zero is not None and self._shards.array(zero.name).any():
+            raise ContainerError(f"{self.path}: {shorten(zero.name)} is not 0, but the config says symmetric; config and weights disagree")
+        return scale
 
     def _info(self, entry: Entry) -> TensorInfo | None:
         """Returns the tensor that a stored one stands for, None for its scales and zeros."""
@@ -113,6 +140,7 @@ class CompressedTensorsCheckpoint(Checkpoint):
         self._check_parts(where, module, format, stored, rows, columns)
         name = f"{module}.weight"
         self._affine[name] = format
+        self._inputs[module] = scheme.inputs
         return TensorInfo(name, format.name, (rows, columns), format.nbytes((rows, columns)))
 
     def _shape(self, where: str, module: str, entry: Entry, stored: str) -> tuple[int, int]:
@@ -239,16 +267,28 @@ class CompressedTensorsWriter(DirectoryWriter):
         if format is None:
             return super().parts(info)
         rows, columns = info.shape
-        return _parts(info.name, format, rows, columns, INTEGER if stores_int8(format) else PACKED)
+        parts = _parts(info.name, format, rows, columns, INTEGER if stores_int8(format) else PACKED)
+        if self._input_scale(info.name) is not None:
+            parts.append(Part(f"{info.name.removesuffix('.weight')}.input_scale", "F32", (1,)))
+        return parts
+
+    def _input_scale(self, name: str) -> float | None:
+        """Returns the static scale of a quantized tensor's input, None when there is none."""
+        activations, module = self._description.activations, name.removesuffix(".weight")
+        if activations is None or activations.scales is None or not rounds_input(activations, module):
+            return None
+        return activations.scales[module]
 
     def arrays(self, tensor: QuantizedTensor, info: TensorInfo) -> list[Array]:
         """Returns the arrays of `parts`, in the same order."""
         format = affine(info.format)
         if format is None:
             return super().arrays(tensor, info)
+        input_scale = self._input_scale(info.name)
+        last = [] if input_scale is None else [np.array([input_scale], np.float32)]
         codes, scale = tensor.fields["codes"], tensor.fields["scale"]
         if stores_int8(format):
-            return [(codes ^ 0x80).view(np.int8), scale]
+            return [(codes ^ 0x80).view(np.int8), scale, *last]
         arrays = [_as_words(codes), scale, np.array(info.shape, np.int64)]
         if format.kind == "":
             zeros = unpack_bits(tensor.fields["zero"], format.width, scale.shape[1])  # (rows, groups)
@@ -257,11 +297,11 @@ class CompressedTensorsWriter(DirectoryWriter):
             else:
                 streams = _as_words(pack_bits(np.ascontiguousarray(zeros.T), format.width))  # (groups, words down the column)
                 arrays.append(np.ascontiguousarray(streams.T))
-        return arrays
+        return arrays + last
 
     def config(self, description: ModelDescription) -> dict[str, Any]:
         """Returns config.json with a quantization_config, when anything is quantized."""
-        quantization = write_quantization(self._plan.values(), is_tied(description.config))
+        quantization = write_quantization(self._plan.values(), is_tied(description.config), description.activations)
         return {**description.config, "quantization_config": quantization} if quantization else dict(description.config)
 
 

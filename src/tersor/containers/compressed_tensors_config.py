@@ -14,7 +14,7 @@ from tersor.containers.safetensors_file import shorten
 from tersor.errors import ContainerError, unknown
 from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
-from tersor.tensor import TensorInfo
+from tersor.tensor import ActivationScheme, TensorInfo
 
 METHOD = "compressed-tensors"
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
@@ -34,7 +34,8 @@ def stores_int8(format: AffineFormat) -> bool:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One entry of config_groups. targets: module names, `re:` expressions or class names; format: None = as the whole model's."""
+    """One entry of config_groups. targets: module names, `re:` expressions or class names; format: None = as the whole model's;
+    inputs: how they are rounded, "dynamic", "static" or "" = not at all (or dynamically in another way than int8 by token)."""
 
     targets: tuple[str, ...]
     bits: int
@@ -42,6 +43,7 @@ class Scheme:
     strategy: str
     group_size: int
     format: str | None
+    inputs: str = ""
 
     @property
     def our_format(self) -> str:
@@ -78,8 +80,8 @@ def _read_scheme(where: str, group: Mapping[str, Any], format: Any) -> Scheme:
     weights, inputs = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
         raise ContainerError(f"{where}: weights are {shorten(weights)}; only integers are supported so far")
-    if group.get("output_activations") or (inputs and not inputs.get("dynamic")):
-        raise ContainerError(f"{where}: activations with calibrated scales are not supported; dynamic ones are")
+    if group.get("output_activations"):
+        raise ContainerError(f"{where}: output_activations are not supported; open the float original")
     strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or 0) > 0 else "tensor")
     if strategy not in ("group", "channel", "tensor"):
         raise ContainerError(f"{where}: {unknown('strategy', shorten(strategy), ['group', 'channel', 'tensor'])}")
@@ -97,7 +99,31 @@ def _read_scheme(where: str, group: Mapping[str, Any], format: Any) -> Scheme:
     for target in targets:
         if target.startswith("re:"):
             _check_expression(where, target[3:])
-    return Scheme(tuple(targets), bits, bool(weights.get("symmetric", True)), strategy, size, own)
+    return Scheme(tuple(targets), bits, bool(weights.get("symmetric", True)), strategy, size, own, _read_inputs(where, inputs))
+
+
+def _read_inputs(where: str, inputs: Any) -> str:
+    """Returns Scheme.inputs. Raises ContainerError for static scales of another kind than symmetric int8 of the whole tensor."""
+    if not inputs:
+        return ""
+    if not isinstance(inputs, Mapping):
+        raise ContainerError(f"{where}: input_activations are {shorten(inputs)}; the config is damaged")
+    int8 = inputs.get("num_bits", 8) == 8 and inputs.get("type", "int") == "int" and inputs.get("symmetric", True) is True
+    strategy = inputs.get("strategy")
+    if inputs.get("dynamic"):
+        return "dynamic" if int8 and strategy in ("token", None) else ""
+    if not int8 or strategy not in ("tensor", None):
+        raise ContainerError(
+            f"{where}: input_activations with calibrated scales are {shorten(dict(inputs))};"
+            " only symmetric int8 of the whole tensor is supported"
+        )
+    return "static"
+
+
+def _write_inputs(activations: ActivationScheme) -> dict[str, Any]:
+    dynamic = activations.scales is None
+    strategy = "token" if dynamic else "tensor"
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy, "group_size": None, "dynamic": dynamic}
 
 
 def _check_expression(where: str, expression: str) -> None:
@@ -107,23 +133,28 @@ def _check_expression(where: str, expression: str) -> None:
         raise ContainerError(f"{where}: target {shorten(expression)!r} is no regular expression: {error}") from None
 
 
-def write_quantization(plan: Iterable[TensorInfo], tied: bool) -> dict[str, Any] | None:
+def rounds_input(activations: ActivationScheme | None, module: str) -> bool:
+    """Returns whether a quantized module's input is rounded: a linear layer's, dynamically, or statically when it has a scale."""
+    return activations is not None and module != EMBEDDING and (activations.scales is None or module in activations.scales)
+
+
+def write_quantization(plan: Iterable[TensorInfo], tied: bool, activations: ActivationScheme | None = None) -> dict[str, Any] | None:
     """Returns the quantization_config of a plan, None when nothing is quantized.
 
-    One format is targeted by class with exceptions listed in `ignore`; several are targeted by module names.
+    One scheme is targeted by class with exceptions listed in `ignore`; several are targeted by module names.
     """
-    modules: dict[str, list[str]] = {}
+    modules: dict[tuple[str, bool], list[str]] = {}
     ignore = ["lm_head"] if tied else []
     for info in plan:
         module = info.name.removesuffix(".weight")
         if affine(info.format) is not None:
-            modules.setdefault(info.format, []).append(module)
+            modules.setdefault((info.format, rounds_input(activations, module)), []).append(module)
         elif len(info.shape) == 2 and module != EMBEDDING:
             ignore.append(module)
     if not modules:
         return None
     groups = {}
-    for number, (name, own) in enumerate(modules.items()):
+    for number, ((name, rounded), own) in enumerate(modules.items()):
         format = affine(name)
         assert format is not None
         targets = own
@@ -139,7 +170,7 @@ def write_quantization(plan: Iterable[TensorInfo], tied: bool) -> dict[str, Any]
                 "group_size": format.group_size if format.group_size > 0 else None,
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": _write_inputs(activations) if rounded and activations is not None else None,
             "output_activations": None,
             "format": INTEGER if stores_int8(format) else PACKED,
         }

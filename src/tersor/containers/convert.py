@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _described(checkpoint: Checkpoint, target: Container, plan: Sequence[TensorI
     floats = {format: count for format, count in values.items() if format in _TORCH_NAME}
     most = max(floats, key=lambda format: floats[format]) if floats else "f16"
     config: dict[str, Any] = {**description.config, "dtype": _TORCH_NAME[most]}
-    return ModelDescription(config, description.files, description.metadata)
+    return replace(description, config=config)
 
 
 def _dequantized(checkpoint: Checkpoint, info: TensorInfo) -> QuantizedTensor:

@@ -7,6 +7,7 @@ Layout: transformers' `save_pretrained`. Weights are `model.safetensors`, or sha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -193,4 +194,4 @@ def with_tied(description: ModelDescription, tensors: Mapping[str, TensorInfo]) 
     if "tie_word_embeddings" in description.config:
         return description
     config = {**description.config, "tie_word_embeddings": "lm_head.weight" not in tensors}
-    return ModelDescription(config, description.files, description.metadata)
+    return replace(description, config=config)

@@ -48,6 +48,7 @@ class DirectoryWriter(Writer):
     ) -> None:
         """Creates the temporary directory with all small files and empty shards. Raises OutputError as `create` says."""
         self.path = path
+        self._description = description
         self._plan = {info.name: info for info in plan}
         if len(self._plan) != len(plan):
             raise ContainerError(f"{path}: a tensor is announced twice")

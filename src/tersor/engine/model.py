@@ -22,9 +22,9 @@ from tersor.models.decoder import MOST_ROWS, STEP_ROWS, Steps
 from tersor.tensor import Array, ModelDescription, QuantizedTensor
 from tersor.threads import set_threads
 
-ACTIVATIONS = ("int8", "float")
+ACTIVATIONS = ("int8", "int8_token", "int8_static", "llm_int8", "float")
 RELEASE_BYTES = 8 << 20  # of a file, read before its pages are given back
-CACHE_TYPES = ("f16", "f32", "int8")
+CACHE_TYPES = ("f16", "f32", "int8", "int4")
 
 
 def load(source: str | Path | Checkpoint, *, threads: int | None = None, activations: str = "int8", kv: str = "f16") -> Model:
@@ -32,8 +32,10 @@ def load(source: str | Path | Checkpoint, *, threads: int | None = None, activat
 
     source: a Hugging Face directory, a .gguf file, a hub id, or an open checkpoint (which stays open).
     threads: of all native loops in this process from now on; None = as they are (at first, all CPUs).
-    activations: int8 = inputs of quantized products are rounded to 8 or 15 bits, as ops.pack says (fast);
-        float = they are not (exact). kv: type of cached keys and values, f16, f32 or int8 (as ops.KVCache has them).
+    activations: how inputs of quantized products are rounded, as ops.pack says: int8 = per 32 values to 8 or 15 bits (fast,
+        and finer than what any file asks for); int8_token, int8_static = per token, or by the file's calibrated scales, as
+        other runtimes do (W8A8, W4A8); llm_int8 = per token, outliers apart; float = not at all (exact).
+    kv: type of cached keys and values, f16, f32, int8 or int4 (as ops.KVCache has them).
     Raises ModelError for an architecture or tensors that do not fit, RecipeError for an unknown option,
     ContainerError for a file that cannot be read.
     """
@@ -52,7 +54,10 @@ def _from_checkpoint(checkpoint: Checkpoint, activations: str, kv: str) -> Model
     """Returns the model of an open checkpoint."""
     spec = spec_of(checkpoint.description.config)
     check_tensors(spec, checkpoint.tensors, str(checkpoint.path))
-    decoder = Decoder(spec, _releasing(checkpoint), activations)
+    scheme = checkpoint.description.activations
+    if activations == "int8_static" and (scheme is None or scheme.scales is None):
+        raise ModelError(f"{checkpoint.path}: has no calibrated input scales, which activations int8_static need; use int8_token or int8")
+    decoder = Decoder(spec, _releasing(checkpoint), activations, None if scheme is None else scheme.scales)
     checkpoint.release()
     return Model(checkpoint.description, decoder, kv)
 

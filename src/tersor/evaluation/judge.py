@@ -21,6 +21,7 @@ def evaluate(
     windows: int | None = 16,
     bos: bool | None = None,
     threads: int | None = None,
+    activations: str = "int8",
     kv: str = "f16",
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity | Divergence:
@@ -28,12 +29,12 @@ def evaluate(
 
     A path given as `model` is run as `run` and `bench` run it, activations in 8 bits where there is a kernel; one given as `against` is
     run on its dequantized weights with float activations, because it stands for the truth.
-    kv: type of the cached keys and values of `model`, if it is a path; those of `against` are float16.
+    activations, kv: of `model`, if it is a path, as in `load`; cached keys and values of `against` are float16.
     text: a UTF-8 file, or None for pydoc_data.topics. window, stride, windows, bos: see evaluation/text.py; they are stated in the
     record's protocol. windows None: the whole text. progress: called with (windows done, windows in all).
     Raises ModelError, ContainerError and RecipeError.
     """
-    judged = _load(model, threads, kv=kv)
+    judged = _load(model, threads, activations, kv)
     name, content = read_text(text)
     if against is None:
         return perplexity(judged, cut(judged.tokenizer, name, content, window, stride, windows, bos), progress)

@@ -20,7 +20,7 @@ from tersor.errors import RecipeError
 from tersor.evaluation.speed import Contestant, prompt
 from tersor.memory import resident_bytes
 
-_KV_TYPES = {"f32": 0, "f16": 1, "int8": 8}  # ggml's F32, F16, Q8_0
+_KV_TYPES = {"f32": 0, "f16": 1, "int8": 8, "int4": 3}  # ggml's F32, F16, Q8_0, Q4_1 (with a minimum, like ours)
 
 
 class LlamaCpp(Contestant):
@@ -82,7 +82,7 @@ def main(path: str, threads: int, kv: str, capacity: int) -> None:
         n_threads_batch=threads,
         type_k=kind,
         type_v=kind,
-        flash_attn=kv == "int8",  # it quantizes values with it only
+        flash_attn=kv.startswith("int"),  # it quantizes values with it only
         verbose=False,
     )
     loaded = time.perf_counter() - start

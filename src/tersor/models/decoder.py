@@ -11,12 +11,13 @@ What is in brackets, and which norms, biases and scales there are, is the Decode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tersor import ops
+from tersor.errors import ModelError
 from tersor.formats import get_format
 from tersor.models.layer import LayerVectors, add_product, has_bias, mix, read_vectors
 from tersor.models.spec import GROUPS, DecoderSpec
@@ -43,16 +44,18 @@ class _LayerWeights:
 class Decoder:
     """A decoder's weights, packed for this CPU, and its two functions: forward and head."""
 
-    def __init__(self, spec: DecoderSpec, read: Read, activations: str = "int8") -> None:
-        """Reads and packs every tensor once, in model order. read: name -> tensor; activations: int8 | float."""
+    def __init__(self, spec: DecoderSpec, read: Read, activations: str = "int8", scales: Mapping[str, float] | None = None) -> None:
+        """Reads and packs every tensor once, in model order. read: name -> tensor; activations: as of ops.pack; scales: of
+        int8_static, module name -> scale of its input. Raises ModelError when a quantized matrix has no scale."""
         self.spec = spec
         self._read = read
         self._activations = activations
+        self._scales = scales or {}
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight") + np.float32(spec.norm_offset)
         self._idle: dict[int, list[_Recording]] = {STEP_ROWS: [], MOST_ROWS: []}  # by rows; one caller at a time uses one
-        self._head = ops.pack([self._embedding if spec.tied else read("lm_head.weight")], None, activations)
+        self._head = self._pack(["lm_head"], [self._embedding if spec.tied else read("lm_head.weight")], None)
 
     def _layer(self, index: int) -> _LayerWeights:
         """Returns layer `index`, read and packed."""
@@ -62,7 +65,20 @@ class Decoder:
     def _join(self, prefix: str, names: tuple[str, ...], bias: bool) -> ops.Weight:
         """Returns the named projections as one matrix, their rows one after the other."""
         biases = np.concatenate([self._vector(f"{prefix}{name}.bias") for name in names]) if bias else None
-        return ops.pack([self._read(f"{prefix}{name}.weight") for name in names], biases, self._activations)
+        modules = [f"{prefix}{name}" for name in names]
+        return self._pack(modules, [self._read(f"{module}.weight") for module in modules], biases)
+
+    def _pack(self, modules: Sequence[str], tensors: Sequence[QuantizedTensor], bias: Array | None) -> ops.Weight:
+        """Returns matrices that share an input, joined; of their static scales the largest counts (nothing more is cut off)."""
+        if self._activations != "int8_static":
+            return ops.pack(tensors, bias, self._activations)
+        quantized = [m for m, t in zip(modules, tensors) if t.format not in ("f32", "f16", "bf16")]
+        if not quantized:
+            return ops.pack(tensors, bias, "float")
+        missing = [m for m in quantized if m not in self._scales]
+        if missing:
+            raise ModelError(f"{missing[0]} has no input scale, which activations int8_static need; use int8_token or int8")
+        return ops.pack(tensors, bias, "int8_static", max(self._scales[m] for m in quantized))
 
     def _vector(self, name: str) -> Array:
         """Returns a norm's weight or a bias as float32."""

@@ -7,11 +7,12 @@ wrong shape is a mistake of the caller, not of the user.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 
 import numpy as np
 
 from tersor import _native
-from tersor.errors import FormatError
+from tersor.errors import FormatError, unknown
 from tersor.formats import get_format
 from tersor.formats.lookup import DoubleLookupFormat
 from tersor.tensor import Array, QuantizedTensor
@@ -19,22 +20,40 @@ from tersor.tensor import Array, QuantizedTensor
 KVCache = _native.KVCache
 Weight = _native.Weight
 
+OUTLIER_THRESHOLD = 6.0  # from this magnitude on, LLM.int8() keeps an input in 16 bits
+_ROUNDINGS = {"int8": "groups", "int8_token": "token", "int8_static": "tensor", "llm_int8": "outlier"}  # as the native side calls them
 _CHUNK_VALUES = 1 << 24  # values decoded at a time, 64 MiB of float32
 
 
-def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8") -> Weight:
+def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None) -> Weight:
     """Returns the tensors joined along rows and repacked for this CPU's kernels. bias: (rows of all,) float32 or None.
 
-    activations "int8": weights stay integers where the format is integers, or a table of 16, times a scale (all but float
-    formats), in the bits that the format has (nf4's and fp4's table in 15 bits, iq1 .. iq3 in 4-bit codes). `linear` rounds
-    its input per 32 values to 15 bits (absmax / 16256) when it has at most 16 rows; to 8 bits (absmax / 127) when it has more, or
-    the codes have 1 or 2 bits, except that 32 values whose absmax^2 is above 8 times the row's mean keep 15 bits. Float
-    formats take the input as it is.
-    activations "float": everything is decoded once to float32, exactly. Raises FormatError for another word.
+    Weights stay integers where the format is integers, or a table of 16, times a scale (all but float formats), in the bits
+    that the format has (nf4's and fp4's table in 15 bits, iq1 .. iq3 in 4-bit codes). activations says how `linear` rounds its
+    input before such a product, a row being a token; float formats take it as it is.
+
+    int8         finer than the others: per 32 values, to 15 bits (absmax / 16256) when there are at most 16 rows; to 8 bits
+                 (absmax / 127) when there are more, or the codes have 1 or 2 bits, except that 32 values whose absmax^2 is
+                 above 8 times the row's mean keep 15 bits.
+    int8_token   8 bits, one scale per row, absmax / 127: dynamic W8A8 and W4A8, vector-wise (arXiv 2208.07339, section 3.1).
+    int8_static  8 bits, this scale for all; what is beyond 127 of it is cut off: static W8A8 (arXiv 1806.08342, section 2).
+    llm_int8     a row's values of magnitude OUTLIER_THRESHOLD and more in 15 bits, one scale per 32 columns; the others in 8
+                 bits, one scale per row: LLM.int8() (arXiv 2208.07339, section 3.2). The paper takes whole columns in which
+                 any token of the batch has such a value; here each token decides for itself, so that its result does not
+                 depend on the tokens beside it. Fixed-point 15 bits stand for float16, whose 11 they exceed for all values
+                 above 1/16 of the largest.
+    float        not at all: everything is decoded once to float32, exactly.
+
+    scale: of int8_static only. Raises FormatError for another word, and for a scale that is missing, superfluous or not positive.
     """
-    if activations not in ("int8", "float"):
-        raise FormatError(f"activations {activations!r}; need int8 or float")
-    return _native.pack([_stored(_packable(t, activations)) for t in tensors], bias)
+    if activations not in (*_ROUNDINGS, "float"):
+        raise FormatError(unknown("activations", activations, (*_ROUNDINGS, "float")))
+    if (activations == "int8_static") != (scale is not None):
+        raise FormatError(f"activations {activations}: scale is {scale}; int8_static needs one, the others take none")
+    if scale is not None and not 0 < scale < inf:
+        raise FormatError(f"activations int8_static: scale {scale}; need a positive number")
+    value = OUTLIER_THRESHOLD if activations == "llm_int8" else scale or 0.0
+    return _native.pack([_stored(_packable(t, activations)) for t in tensors], bias, _ROUNDINGS.get(activations, "groups"), value)
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
@@ -186,6 +205,7 @@ def _row_chunks(tensor: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]
 
 
 __all__ = [
+    "OUTLIER_THRESHOLD",
     "KVCache",
     "Weight",
     "add",

@@ -18,7 +18,10 @@ from tersor.tensor import Array, QuantizedTensor
 ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in integers
 FINE_ROWS = 16  # up to so many rows they have 15 bits, more rows 8
 OUTLIER = 8  # a group whose absmax^2 is above so many times the row's mean has 15 bits among any number of rows
-KEY_GROUP, VALUE_GROUP = 32, 64  # the same of a head in an int8 cache
+OUTLIER_THRESHOLD = 6.0  # LLM.int8(): from this magnitude on inputs keep 15 bits
+KEY_GROUP, VALUE_GROUP = 32, 64  # values that share a scale in an int8 cache
+NIBBLE_GROUP = 32  # the same of keys and values in an int4 cache
+ANCHOR_KEYS = 64  # keys of an int4 cache that are rounded as differences from the first of them
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Weight:
     values: Array
     bias: Array | None
     activations: str
+    scale: float | None = None
 
     @property
     def rows(self) -> int:
@@ -50,11 +54,10 @@ class Weight:
         return f"reference_{self.activations}"
 
 
-def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8") -> Weight:
-    """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations: int8 | float."""
-    assert activations in ("int8", "float"), activations
+def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None) -> Weight:
+    """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations, scale: as of ops.pack."""
     values = np.concatenate([dequantize(t) for t in tensors]).astype(np.float64)
-    return Weight(values, bias, activations)
+    return Weight(values, bias, activations, scale)
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
@@ -62,16 +65,30 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
 
     With integer activations x is first rounded per row and group of ACTIVATION_GROUP values (a short last group included):
     scale = max|x| / 16256 for up to FINE_ROWS rows, max|x| / 127 for more but in outliers, q = round-half-even(x / scale),
-    x ~ q * scale. Here that holds for every format; native kernels round no input of float formats, and treat few rows like
-    many where codes have 1 or 2 bits.
+    x ~ q * scale. int8_token, int8_static and llm_int8: as ops.pack says. Here that holds for every format; native kernels round
+    no input of float formats, and treat few rows like many where codes have 1 or 2 bits.
     """
-    inputs = _integer_activations(x) if weight.activations == "int8" else x
+    inputs = _rounded_inputs(x, weight)
     out = inputs.astype(np.float64) @ weight.values.T
     if weight.bias is not None:
         out += weight.bias
     if residual is not None:
         out += residual
     return np.asarray(out, np.float32)
+
+
+def _rounded_inputs(x: Array, weight: Weight) -> Array:
+    """Returns x, (n, columns) float32, as `linear` rounds it."""
+    if weight.activations == "float":
+        return x
+    if weight.activations == "int8":
+        return _integer_activations(x)
+    if weight.activations == "int8_static":
+        scale = np.float32(weight.scale)
+        return np.asarray(np.clip(np.rint(x / scale), -127, 127) * scale)
+    apart = np.abs(x) >= (OUTLIER_THRESHOLD if weight.activations == "llm_int8" else np.inf)
+    regular = round_activations(np.where(apart, np.float32(0), x), group=x.shape[1])
+    return regular + round_activations(np.where(apart, x, np.float32(0)), steps=127 * 128)
 
 
 def _integer_activations(x: Array) -> Array:
@@ -167,23 +184,28 @@ class KVCache:
     """Keys and values of every layer for positions [0, length). `append` writes at length; `advance` moves it."""
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int, dtype: str = "f16") -> None:
-        """capacity: positions; dtype: f16 | f32 | int8, the type that keys and values are rounded to.
+        """capacity: positions; dtype: f16 | f32 | int8 | int4, the type that keys and values are rounded to.
 
-        int8: integers times one float32 scale per position and KEY_GROUP or VALUE_GROUP values; here they are held dequantized.
+        int8: integers times one float32 scale per position and KEY_GROUP or VALUE_GROUP values. int4: codes in [0, 15] times a
+        float16 scale, plus a float16 minimum, per position and NIBBLE_GROUP values; keys less the first of their ANCHOR_KEYS, which is
+        kept in float16. Both are held dequantized here.
         """
-        stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32}[dtype]
+        stored = {"f16": np.float16, "f32": np.float32, "int8": np.float32, "int4": np.float32}[dtype]
         self.keys = np.zeros((layers, capacity, kv_heads, head_dim), stored)
         self.values = np.zeros((layers, capacity, kv_heads, head_dim), stored)
+        self.anchors = np.zeros((layers, -(-capacity // ANCHOR_KEYS), kv_heads, -(-head_dim // 16) * 16), np.float16)
         self.dtype = dtype
         self.capacity = capacity
         self.length = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values, at full capacity; of int8 the codes and their float32 scales."""
-        if self.dtype != "int8":
+        """Bytes of the keys and values, at full capacity; of integers the codes with their scales and minima."""
+        if self.dtype in ("f16", "f32"):
             return self.keys.nbytes + self.values.nbytes
         head_dim = self.keys.shape[-1]
+        if self.dtype == "int4":
+            return self.keys.size // head_dim * (head_dim + 2 * 4 * -(-head_dim // NIBBLE_GROUP)) + self.anchors.nbytes
         scales = -(-head_dim // KEY_GROUP) - (-head_dim // VALUE_GROUP)
         return self.keys.size // head_dim * (2 * head_dim + 4 * scales)
 
@@ -192,8 +214,26 @@ class KVCache:
         assert self.length + len(k) <= self.capacity
         if self.dtype == "int8":
             k, v = _rounded_keys(k), _rounded_heads(v, VALUE_GROUP)
+        if self.dtype == "int4":
+            k, v = self._nibble_keys(layer, k), round_to_nibbles(_padded(v))[..., : v.shape[-1]]
         self.keys[layer, self.length : self.length + len(k)] = k
         self.values[layer, self.length : self.length + len(v)] = v
+
+    def _nibble_keys(self, layer: int, k: Array) -> Array:
+        """Returns k, (n, heads, head_dim) at positions length and on, rounded to 4 bits while rotated: what differs from the anchor.
+
+        Rotated keys are divided by a power of two near the root of the gain, so that they are about as large as keys.
+        """
+        padded = _padded(k)
+        gain = padded.shape[-1] & -padded.shape[-1]
+        root = max(r for r in (4, 8, 16, 32) if r == 4 or r * r <= gain)
+        rotated = _rotated(padded) / np.float32(root)
+        positions = np.arange(self.length, self.length + len(k))
+        for i in np.flatnonzero(positions % ANCHOR_KEYS == 0):
+            self.anchors[layer, positions[i] // ANCHOR_KEYS] = rotated[i]
+        anchors = self.anchors[layer, positions // ANCHOR_KEYS].astype(np.float32)
+        rounded = anchors + round_to_nibbles(rotated - anchors)
+        return np.asarray(_rotated(rounded)[..., : k.shape[-1]] * np.float32(root / gain))
 
     def advance(self, n: int) -> None:
         """Moves length forward by the n positions that every layer has appended."""
@@ -207,12 +247,30 @@ class KVCache:
 
 def _rounded_keys(k: Array) -> Array:
     """Returns k, (n, heads, head_dim), rounded as _rounded_heads does while rotated (Ashkboos et al. 2024, arXiv 2404.00456)."""
-    head_dim = k.shape[-1]
-    width = -(-head_dim // 16) * 16
-    padded = np.zeros((*k.shape[:-1], width), np.float32)
-    padded[..., :head_dim] = k
+    padded = _padded(k)
     rounded = _rounded_heads(_rotated(padded), KEY_GROUP)
-    return np.asarray(_rotated(rounded)[..., :head_dim] / np.float32(width & -width))  # the matrix is its own inverse but for this
+    return np.asarray(
+        _rotated(rounded)[..., : k.shape[-1]] / np.float32(padded.shape[-1] & -padded.shape[-1])
+    )  # the matrix is its own inverse but for this
+
+
+def _padded(x: Array) -> Array:
+    """Returns x, (..., d), with zeros up to a multiple of 16."""
+    padded = np.zeros((*x.shape[:-1], -(-x.shape[-1] // 16) * 16), np.float32)
+    padded[..., : x.shape[-1]] = x
+    return padded
+
+
+def round_to_nibbles(x: Array) -> Array:
+    """Returns x, (..., d) float32, as codes in [0, 15] times a scale plus a minimum, both float16, per NIBBLE_GROUP values."""
+    out = np.empty_like(x)
+    for start in range(0, x.shape[-1], NIBBLE_GROUP):
+        part = x[..., start : start + NIBBLE_GROUP]
+        minimum = part.min(axis=-1, keepdims=True).astype(np.float16).astype(np.float32)
+        scale = ((part.max(axis=-1, keepdims=True) - minimum) * np.float32(1 / 15)).astype(np.float16).astype(np.float32)
+        codes = np.clip(np.rint((part - minimum) / np.where(scale > 0, scale, np.float32(1))), 0, 15)
+        out[..., start : start + NIBBLE_GROUP] = codes * scale + minimum
+    return out
 
 
 def _rotated(x: Array) -> Array:
