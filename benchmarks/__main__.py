@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME ...` runs one benchmark.
 
-all             every one in its first form but `logits`, `floor`, `outliers`, `quality`: all FOLDER, where `engine`'s models lie or are made
+all             every one in its first form but `logits`, `floor`, `outliers`, `quality`: all FOLDER, which holds or gets the models
 engine          prefill and decode beside llama.cpp, OpenVINO, onnxruntime-genai, transformers and this machine's limits
 context         time per token behind 4,096 tokens
 floor           decoding beside only reading the same weights
