@@ -9,7 +9,7 @@ NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find native -nam
 comma := ,
 CXX_SOURCES := $(shell find native -name '*.cc' -o -name '*.h')
 
-.PHONY: setup peers demo test test-all test-native test-arm test-sanitize lint format docs bench clean check-tools check-cmake check-native check-arm
+.PHONY: setup peers quantizers demo test test-all test-native test-arm test-sanitize lint format docs bench clean check-tools check-cmake check-native check-arm
 
 setup: .venv/.base
 
@@ -40,9 +40,22 @@ check-tools:
 	$(PIP) -e '.[bench]'
 	@touch $@
 
-# Peers whose dependencies clash with ours, each in an environment of its own (3 GB; the last one compiles llama.cpp for AVX2 only).
+# Peers whose dependencies clash with ours, each in an environment of its own: `peers` run models (3 GB; the last one compiles llama.cpp for
+# AVX2 only), `quantizers` make them (`benchmarks quality`; 5 GB).
 PEER_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1
+QUANTIZERS := gptqmodel==7.6.0 auto-round==0.16.0 llmcompressor==0.14.0 bitsandbytes==0.50.0
 peers: .peers/.openvino .peers/.onnxruntime .peers/.llama-avx2
+quantizers: $(foreach package,$(QUANTIZERS),.peers/.$(firstword $(subst ==, ,$(package))))
+
+define QUANTIZER
+.peers/.$(firstword $(subst ==, ,$(1))): | check-tools
+	$$(PYTHON) -m venv .peers/$(firstword $(subst ==, ,$(1)))
+	$$(PEER_PIP) .peers/$(firstword $(subst ==, ,$(1)))/bin/python -m pip install -q torch==2.13.0
+	$$(PEER_PIP) .peers/$(firstword $(subst ==, ,$(1)))/bin/python -m pip install -q $(1) $$(QUANTIZER_NEEDS)
+	@touch $$@
+endef
+QUANTIZER_NEEDS := transformers==5.24.0 accelerate safetensors
+$(foreach package,$(QUANTIZERS),$(eval $(call QUANTIZER,$(package))))
 
 .peers/.openvino: | check-tools
 	$(PYTHON) -m venv .peers/openvino
