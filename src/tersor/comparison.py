@@ -21,7 +21,7 @@ from tersor.evaluation.kl import Base, Divergence, divergence
 from tersor.evaluation.perplexity import Perplexity
 from tersor.evaluation.speed import Speed, TimedModel, measure
 from tersor.evaluation.text import Protocol, cut, read_text
-from tersor.pipeline import QuantizeResult, file_bytes, quantize, source_note
+from tersor.pipeline import QuantizeResult, file_bytes, quantize, source_note, uses_calibration
 from tersor.planning import machine_ram
 from tersor.recipe import KEEP, Recipe
 from tersor.report.page import comparison_page, comparison_plot
@@ -122,6 +122,10 @@ def compare(
     recipes: Sequence[str | Recipe],
     *,
     also: Sequence[str | Path] = (),
+    calib: str | Path | None = None,
+    samples: int = 128,
+    seqlen: int = 512,
+    seed: int = 0,
     text: str | Path | None = None,
     window: int = 512,
     windows: int | None = 8,
@@ -138,6 +142,7 @@ def compare(
     The report: results.json, index.html and plot.svg.
 
     A recipe of ggml types becomes a GGUF file, any other a directory. also: models that exist already, judged beside the recipes'.
+    calib, samples, seqlen, seed: see quantize, for the recipes that have a use for it.
     text, window, windows: see evaluate. note: said first beside the table, before what is known of the source itself.
     progress: called with (what, steps done, steps in all). Raises what quantize and evaluate raise; OutputError when an output
     exists and not force.
@@ -153,7 +158,17 @@ def compare(
     directory.mkdir(parents=True, exist_ok=True)
     candidates: list[_Candidate] = []
     for recipe, target in zip(parsed, targets):
-        made = quantize(source, target, recipe, force=force, progress=_steps(tell, f"quantize {short_name(recipe)}"))
+        made = quantize(
+            source,
+            target,
+            recipe,
+            calib=calib if uses_calibration(recipe) else None,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            force=force,
+            progress=_steps(tell, f"quantize {short_name(recipe)}"),
+        )
         candidates.append(_Candidate(short_name(recipe), target, made.container, made))
     for path in also:
         with open_checkpoint(path) as checkpoint:

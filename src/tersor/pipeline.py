@@ -23,7 +23,7 @@ from tersor.formats import get_format
 from tersor.methods import Step
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.slabs import keep_tensor, quantize_tensor
-from tersor.tensor import ModelDescription, TensorInfo
+from tersor.tensor import ActivationScheme, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def quantize(
     samples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
+    activations: str | None = None,
     max_ram: int | None = None,
     resume: bool = False,
     force: bool = False,
@@ -134,6 +135,9 @@ def quantize(
         or huggingface when nothing is quantized).
     calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
         samples, seqlen: so many sequences of so many tokens, drawn by seed.
+    activations: what the file says about rounding inputs to 8 bits when it runs. None: nothing; `token`: one scale a token, from itself;
+        an observer's name (minmax, percentile, mse, entropy): static scales, from the inputs that the quantized model shows on the
+        calibration tokens. Only compressed-tensors can say it.
     max_ram: bytes of resident memory that a calibrated run keeps within, or is refused. resume: go on with an interrupted run.
     force: replace an existing output, and go on with calibration data that the doctor refuses.
     threads: of all native loops of this process from now on.
@@ -146,7 +150,7 @@ def quantize(
     target = Path(out)
     as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
     parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
-    _check_calibration(parsed, calib, max_ram, resume)
+    _check_calibration(parsed, calib, max_ram, resume, activations)
     set_threads(threads)
     opened = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     try:
@@ -163,6 +167,8 @@ def quantize(
         drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed)
         description = replace(description, provenance=_provenance(parsed, drawn))
         with _calibrated(checkpoint, parsed, choices, plan, drawn, target, container, max_ram, resume, force, progress, report) as work:
+            if activations is not None:
+                description = replace(description, activations=_scheme(activations, checkpoint, container, drawn, work))
             results = _write(checkpoint, container, target, description, plan, choices, work, force, progress)
     finally:
         if opened is not model:
@@ -215,17 +221,45 @@ def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, s
     )
 
 
-def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool) -> None:
-    """Raises RecipeError when the recipe needs calibration and there is none, or has no use for it."""
+def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool, activations: str | None) -> None:
+    """Raises RecipeError when the recipe or the inputs' scales need calibration and there is none, or have no use for it."""
+    from tersor.calibration.observers import OBSERVERS
+
+    static = activations is not None and activations != "token"
+    if static and activations not in OBSERVERS:
+        raise RecipeError(unknown("activations", str(activations), ("token", *OBSERVERS)))
     needing = [step for step in recipe.steps if step.method.needs != "nothing"]
     if calib is None:
         if needing:
             raise RecipeError(f"{needing[0]} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
+        if static:
+            raise RecipeError(f"--activations {activations} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
         for option, given in (("--max-ram", max_ram is not None), ("--resume", resume)):
             if given:
                 raise RecipeError(f"{option} is for calibrated runs (--calib); without calibration a run keeps one tensor in memory")
-    elif not needing and not any(weighs(step, format) for step, format in _pairs(recipe)):
+    elif not static and not uses_calibration(recipe):
         raise RecipeError(f"{recipe} has no use for calibration data; use clip or gptq, or leave --calib out")
+
+
+def _scheme(activations: str, checkpoint: Checkpoint, container: Container, samples: Samples | None, work: Work | None) -> ActivationScheme:
+    """Returns how the file wants inputs rounded. Raises ContainerError when the container cannot say it."""
+    from tersor.calibration.input_scales import input_scales
+    from tersor.models import spec_of
+
+    if container.name != "compressed-tensors":
+        raise ContainerError(f"{container.name} cannot say how inputs are rounded (--activations); use --to compressed-tensors")
+    if activations == "token" or samples is None:
+        return ActivationScheme()
+
+    def read(name: str) -> QuantizedTensor:
+        return work.read(name).tensor if work is not None and name in work else checkpoint.read(name)
+
+    return ActivationScheme(input_scales(spec_of(checkpoint.description.config), read, samples.tokens, activations))
+
+
+def uses_calibration(recipe: Recipe) -> bool:
+    """Returns whether any step of the recipe needs calibration data, or can weigh errors by it."""
+    return any(step.method.needs != "nothing" for step in recipe.steps) or any(weighs(step, format) for step, format in _pairs(recipe))
 
 
 def weighs(step: Step, format: str) -> bool:

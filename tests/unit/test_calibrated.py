@@ -15,7 +15,7 @@ import pytest
 import tersor
 from tersor.calibrated import BlockReport
 from tersor.calibration.doctor import Examination
-from tersor.errors import ModelError, OutputError, RecipeError
+from tersor.errors import ContainerError, ModelError, OutputError, RecipeError
 from tiny import tiny_model
 
 RECIPE = "clip:int4_g32"
@@ -198,3 +198,28 @@ def test_every_step_runs_and_the_file_is_the_model_that_was_made(tmp_path, recip
 def test_a_recipe_that_trains_a_part_of_a_block_is_refused(model, tmp_path):
     with pytest.raises(RecipeError, match=r"block 0: autoround trains a block's matrices together, but some are to be rounded by rtn"):
         tersor.quantize(model, tmp_path / "out", "autoround:int4_g32, layers.0.o_proj=rtn:int4_g32", **OPTIONS)
+
+
+@pytest.mark.parametrize("activations", ["token", "minmax", "percentile", "mse", "entropy"])
+def test_the_file_says_how_inputs_are_rounded(model, tmp_path, activations):
+    from tersor.containers import open_checkpoint
+
+    options = OPTIONS if activations != "token" else {}
+    recipe = "smoothquant+rtn:int8_cs" if options else "rtn:int8_cs"
+    tersor.quantize(model, tmp_path / "out", recipe, activations=activations, **options)
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        scheme = checkpoint.description.activations
+    assert scheme is not None and (scheme.scales is None) == (activations == "token")
+    if scheme.scales is not None:
+        assert len(scheme.scales) == 3 * 7 and all(scale > 0 for scale in scheme.scales.values())
+    mode = "int8_token" if activations == "token" else "int8_static"
+    assert tersor.load(tmp_path / "out", activations=mode).generate("def", max_tokens=2).tokens
+
+
+def test_refusals_of_activations(model, tmp_path):
+    with pytest.raises(RecipeError, match="unknown activations 'max'; known: entropy, minmax, mse, percentile, token"):
+        tersor.quantize(model, tmp_path / "out", "int8_cs", activations="max")
+    with pytest.raises(RecipeError, match="--activations mse needs calibration data"):
+        tersor.quantize(model, tmp_path / "out", "int8_cs", activations="mse")
+    with pytest.raises(ContainerError, match="gguf cannot say how inputs are rounded"):
+        tersor.quantize(model, tmp_path / "out.gguf", "q8_0", activations="token")

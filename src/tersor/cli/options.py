@@ -26,6 +26,15 @@ To = Annotated[
     str | None,
     typer.Option("--to", metavar="CONTAINER", help="gguf, compressed-tensors or huggingface; by default what OUT and the recipe imply."),
 ]
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        "--calib", metavar="SOURCE", help="Calibrate on a text, .jsonl or .npy file, pydoc, self, or hub:NAME.", show_default=False
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", metavar="N", help="Sequences to calibrate on.")]
+Seqlen = Annotated[int, typer.Option("--seqlen", metavar="N", help="Tokens of a sequence.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Draws the sequences.")]
 Text = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="UTF-8 text to judge on; by default pydoc_data.topics, which every Python has."),

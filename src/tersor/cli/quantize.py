@@ -24,15 +24,19 @@ def command(
         ),
     ] = None,
     to: options.To = None,
-    calib: Annotated[
+    calib: options.Calib = None,
+    samples: options.Samples = 128,
+    seqlen: options.Seqlen = 512,
+    seed: options.Seed = 0,
+    activations: Annotated[
         str | None,
         typer.Option(
-            "--calib", metavar="SOURCE", help="Calibrate on: a text, .jsonl or .npy file, pydoc, self, or hub:NAME.", show_default=False
+            "--activations",
+            metavar="SCHEME",
+            help="What the file says about rounding inputs to 8 bits: token, or static by minmax, percentile, mse or entropy.",
+            show_default=False,
         ),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Sequences of the calibration.")] = 128,
-    seqlen: Annotated[int, typer.Option("--seqlen", metavar="N", help="Tokens of a sequence.")] = 512,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Draws the sequences.")] = 0,
     max_ram: Annotated[
         str | None,
         typer.Option("--max-ram", metavar="SIZE", help="Keep a calibrated run within this memory, like 3GiB.", show_default=False),
@@ -47,8 +51,16 @@ def command(
     Writes MODEL to OUT with its weights in the formats of a recipe.
 
     A recipe is a method and a format for the matrices of the blocks, then rules for others, the last that matches counts:
-    "clip:int4_g64, lm_head=int8_c, layers.0-1=rtn:int8_c, *.down_proj=keep". Methods: rtn (round to nearest), clip (range searched for the
-    least squared error). Formats: docs/formats.md. q4_k|q5_0 takes q5_0 where the columns do not divide by 256.
+    "clip:int4_g64, lm_head=int8_c, layers.0-1=rtn:int8_c, *.down_proj=keep". Formats: docs/formats.md. q4_k|q5_0 takes q5_0 where the
+    columns do not divide by 256.
+
+    Methods that need no data: rtn (round to nearest), clip (range searched for the least squared error), hqq, llm_int8. With --calib: clip
+    weighs errors by importance; gptq lets later columns make up for the errors of earlier ones; autoround trains the roundings of a block
+    (torch). Before rounding, joined by "+": rotate, awq, smoothquant. After it: tune (a block's scales and norms against the float block)
+    and distill (all of them against the float model; both torch). "rotate+awq+gptq:int3_g64" is one recipe; options go in parentheses:
+    "gptq(act_order; refine=1):int4_g64".
+
+    A calibrated run keeps what it has done in OUT.work, and --resume goes on from there.
     """
     from tersor.cli.printing import print_json, progress, say
     from tersor.pipeline import quantize
@@ -64,6 +76,7 @@ def command(
             samples=samples,
             seqlen=seqlen,
             seed=seed,
+            activations=activations,
             max_ram=None if max_ram is None else parse_bytes(max_ram),
             resume=resume,
             force=force,
