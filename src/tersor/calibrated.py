@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from math import sqrt
 from pathlib import Path
@@ -25,20 +26,26 @@ import numpy as np
 
 from tersor import ops
 from tersor.calibration.blocks import DecoderWalk
+from tersor.calibration.doctor import Examination, examine
 from tersor.calibration.memory import Room, plan_room
+from tersor.calibration.samples import Samples
 from tersor.calibration.statistics import StatisticsBuilder, check_statistics
 from tersor.calibration.work import Made, Work
 from tersor.containers.container import Checkpoint
-from tersor.errors import FormatError, ModelError
+from tersor.errors import FormatError, ModelError, RecipeError
 from tersor.formats import get_format
 from tersor.memory import resident_bytes
-from tersor.models import DecoderSpec, check_tensors, spec_of
+from tersor.methods import Step
+from tersor.methods.clip import clip
+from tersor.models import DecoderSpec, check_tensors, expected_tensors, spec_of
 from tersor.models.folding import apply_scale, layer_folds
 from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
 from tersor.recipe import CASTS, Choice, Recipe
-from tersor.slabs import dequantize
+from tersor.slabs import FLOAT16_MAX, dequantize, quantize_tensor
 from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
+
+EXAMINED = 16  # samples that the doctor runs the layers on
 
 Progress = Callable[[int, int, str], None]  # as pipeline.Progress
 
@@ -50,6 +57,7 @@ class BlockReport:
     index: int
     blocks: int
     errors: Mapping[str, float]
+    trained: tuple[float, float] | None  # held-out loss before and after training, where there was any
     seconds: float
     seconds_left: float
     resident: int  # bytes of this process
@@ -57,6 +65,8 @@ class BlockReport:
     def __str__(self) -> str:
         errors = ", ".join(f"{name.split('.')[-2].removesuffix('_proj')} {100 * error:.2g}" for name, error in self.errors.items())
         where = f"block {self.index + 1} of {self.blocks}: output error in % {errors}"
+        if self.trained is not None:
+            where += "; trained: held-out error {:.3g} -> {:.3g}".format(*self.trained)
         return f"{where}; {self.seconds:.1f} s, {self.seconds_left:.0f} s left, {self.resident / 2**20:.0f} MiB"
 
 
@@ -71,22 +81,65 @@ class Calibrator:
         plan: Sequence[TensorInfo],
         tokens: Array,
         max_ram: int | None = None,
-        report: Callable[[BlockReport], None] | None = None,
+        force: bool = False,
+        report: Callable[[Any], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """tokens: (sequences, length) int32. plan: every tensor as it will be stored.
+        """tokens: (sequences, length) int32. plan: every tensor as it will be stored. force: layers that calibration never reaches
+        are rounded without it, instead of refused.
 
         Raises ModelError for a model that is not one of tersor's own, RecipeError when max_ram bytes are too few.
         """
         self._checkpoint, self._recipe, self._choices = checkpoint, recipe, choices
         self._plan = {info.name: info for info in plan}
-        self._tokens = tokens
+        self._tokens, self._force = tokens, force
         self._report, self._progress = report, progress
+        self._trained: tuple[float, float] | None = None
         self._spec: DecoderSpec = spec_of(checkpoint.description.config)
         check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
         self._compares = any(step.method.compares(step.options) for step in recipe.steps)
         self._room = self._plan_room(max_ram)
         self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
+
+    def examine(self, samples: Samples, folder: Path) -> Examination:
+        """Returns what the doctor says of the samples, after a look at every layer's inputs on EXAMINED of them.
+
+        The model runs in 8 bits for it, where its shapes allow that. folder: for what lies between the layers.
+        """
+        chosen = np.linspace(0, len(self._tokens) - 1, min(EXAMINED, len(self._tokens))).astype(int)
+        all_tokens, self._tokens = self._tokens, self._tokens[chosen]
+        self._work = Work(folder, {}, resume=False)
+        halves: list[tuple[str, InputStatistics, InputStatistics]] = []
+        try:
+            self._embed()
+            for index in range(len(self._spec.layers)):
+                weights = self._read_block(index)
+                walk = self._walk(index, weights, "quantized", activations="int8")
+                for group in walk.groups:
+                    half = self._halves(walk, weights[group[0]].shape[1])
+                    if self._rounds(group) or not all(np.isfinite(h.mean_square).all() for h in half):
+                        halves.append((group[0].removesuffix(".weight"), *half))
+                    walk.advance([_eighths(weights[name]) for name in group])
+                self._checkpoint.release()
+        finally:
+            self._tokens = all_tokens
+            self._work.remove()
+        return examine(samples, self._spec.vocab_size, halves, examined=len(chosen))
+
+    def _rounds(self, group: Sequence[str]) -> bool:
+        """Returns whether any of the weights is rounded to a grid."""
+        return any(not self._choices[name].is_cast for name in group)
+
+    def _halves(self, walk: DecoderWalk, columns: int) -> tuple[InputStatistics, InputStatistics]:
+        """Returns statistics of the current inputs over the first and over the second half of the sequences."""
+        builders, length, at = (StatisticsBuilder(columns), StatisticsBuilder(columns)), self._tokens.shape[1], 0
+        middle = (len(self._tokens) + 1) // 2 * length
+        for x in walk.inputs():
+            first = max(0, min(len(x), middle - at))
+            builders[0].add(x[:first])
+            builders[1].add(x[first:])
+            at += len(x)
+        return builders[0].result(), builders[1].result()
 
     def run(self, work: Work) -> None:
         """Makes every tensor of the blocks, and the head if its method asks for statistics, into work."""
@@ -103,10 +156,9 @@ class Calibrator:
             if self._report is not None:
                 errors = {name: m.output_error for name, m in made.items() if m.output_error is not None}
                 left = (now - begun) / (index + 1 - first) * (blocks - index - 1)
-                self._report(BlockReport(index, blocks, errors, now - start, left, resident_bytes()))
-        head = self._head_name
-        if self._work.done == blocks and not self._choices[head].is_cast and self._choices[head].step.method.needs != "nothing":
-            self._work.save({head: self._head()})
+                self._report(BlockReport(index, blocks, errors, self._trained, now - start, left, resident_bytes()))
+        for extra in self._extras()[self._work.done - blocks :]:
+            self._work.save(extra())
 
     def _plan_room(self, max_ram: int | None) -> Room:
         """Returns the batches of this run. Raises RecipeError when they do not fit."""
@@ -122,6 +174,15 @@ class Calibrator:
             streams=1 + self._compares,
             max_ram=max_ram,
         )
+
+    def _extras(self) -> list[Callable[[], dict[str, Made]]]:
+        """Returns what is to be done after the blocks, in order."""
+        head = self._choices[self._head_name]
+        extras: list[Callable[[], dict[str, Made]]] = []
+        if not head.is_cast and head.step.method.needs != "nothing":
+            extras.append(lambda: {self._head_name: self._head()})
+        extras += [partial(self._distill, step) for step in self._recipe.after if step.method.stage == "distill"]
+        return extras
 
     def _embed(self) -> None:
         """Writes the states before the first block: the embedding as it will be stored, for every token."""
@@ -153,6 +214,15 @@ class Calibrator:
         """Returns the block's tensors; the states after it are written."""
         weights = self._read_block(index)
         made = self._fold(index, weights)
+        made |= self._round_block(index, weights) if self._is_trained(index) else self._round_groups(index, weights)
+        for step in self._recipe.after:
+            if step.method.stage == "tune":
+                made |= self._tune(index, weights, made, step)
+        return made
+
+    def _round_groups(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
+        """Returns the block's matrices, rounded group by group; they are taken out of weights, and the states after it are written."""
+        made: dict[str, Made] = {}
         walk = self._walk(index, weights, "quantized")
         original = self._walk(index, weights, "float") if self._compares else None
         for group in walk.groups:
@@ -163,6 +233,94 @@ class Calibrator:
             del statistics
             walk.advance([made[name].tensor for name in group])
         return made
+
+    def _is_trained(self, index: int) -> bool:
+        """Returns whether a block is rounded as a whole, by training. Raises RecipeError when only some of its matrices are to be."""
+        names = [f"model.layers.{index}.{part}.weight" for group in GROUPS for part in group]
+        steps = [self._choices[name].step for name in names if not self._choices[name].is_cast]
+        trained = [step for step in steps if step.method.needs == "samples"]
+        if trained and len(set(map(str, steps))) > 1:
+            other = next(step for step in steps if str(step) != str(trained[0]))
+            raise RecipeError(f"block {index}: {trained[0]} trains a block's matrices together, but some are to be rounded by {other}")
+        return bool(trained)
+
+    def _round_block(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
+        """Returns the block's matrices, rounded together; they are taken out of weights, and the states after it are written."""
+        from tersor.calibration.trained import round_block
+
+        original = self._walk(index, weights, "float")
+        for group in original.groups:
+            original.advance([as_float(weights[name]) for name in group])
+        names = [name for group in original.groups for name in group]
+        formats = {name: get_format(self._plan[name].format) for name in names}
+        step = next(self._choices[name].step for name in names if not self._choices[name].is_cast)
+        inputs, targets = self._read_states("quantized", index), self._read_states("float", index + 1)
+        tensors, descent = round_block(self._spec, index, inputs, targets, weights, formats, step.options)
+        self._trained = (descent.before, descent.after)
+        walk, made = self._walk(index, weights, "quantized"), {}
+        for group in walk.groups:
+            statistics = self._statistics(walk, group, weights[group[0]].shape[1])
+            for name in group:
+                made[name] = self._judged(tensors[name], str(step), weights.pop(name), statistics)
+                self._advance(name)
+            walk.advance([tensors[name] for name in group])
+        return made
+
+    def _tune(self, index: int, weights: dict[str, Array], made: Mapping[str, Made], step: Step) -> dict[str, Made]:
+        """Returns the block's tensors after tuning; the states after it are written anew."""
+        from tersor.calibration.trained import tuned_block
+
+        inputs, targets = self._read_states("quantized", index), self._read_states("float", index + 1)
+        matrices = {name: m.tensor for name, m in made.items() if len(m.tensor.shape) > 1}
+        tensors, vectors, descent = tuned_block(self._spec, index, inputs, targets, matrices, weights, step.options)
+        self._trained = (descent.before, descent.after)
+        changed = {name: replace(made[name], tensor=tensor, method=f"{made[name].method}+{step}") for name, tensor in tensors.items()}
+        for name, values in vectors.items():
+            stored = get_format(self._plan[name].format).quantize(values)
+            weights[name] = dequantize(stored).reshape(-1)
+            changed[name] = Made(stored, str(step), 0.0, None)
+        walk = self._walk(index, weights, "quantized")
+        for group in walk.groups:
+            walk.advance([tensors[name] for name in group])
+        return changed
+
+    def _distill(self, step: Step) -> dict[str, Made]:
+        """Returns every tensor of the blocks and the norms, trained together."""
+        names = {name: self._plan[name] for name in expected_tensors(self._spec)}
+        made = {name: self._work.read(name) if name in self._work else self._stored(info) for name, info in names.items()}
+        matrices = {name: m.tensor for name, m in made.items() if len(m.tensor.shape) > 1}
+        floats = {name: dequantize(m.tensor).reshape(-1) for name, m in made.items() if name not in matrices}
+        tensors, vectors, descent = step.method.run(
+            self._spec, self._checkpoint.read, matrices, floats, self._tokens, step.options, progress=self._told
+        )
+        self._trained = (descent.before, descent.after)
+        changed = {
+            name: replace(made[name], tensor=tensor, method=f"{made[name].method}+{step}")
+            for name, tensor in tensors.items()
+            if name in self._work
+        }
+        for name, values in vectors.items():
+            changed[name] = Made(get_format(self._plan[name].format).quantize(values), str(step), 0.0, None)
+        return changed
+
+    def _stored(self, info: TensorInfo) -> Made:
+        """Returns a tensor that is rounded without statistics, as the pipeline will."""
+        source, choice = self._checkpoint.tensors[info.name], self._choices[info.name]
+        if source.format == info.format:
+            return Made(self._checkpoint.read(info.name), "keep", 0.0, None)
+        tensor, error = quantize_tensor(self._checkpoint, source, info.format, choice.step, lambda done: None)
+        return Made(tensor, "cast" if choice.is_cast else str(choice.step), error, None)
+
+    def _told(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(done, total, "distill")
+
+    def _read_states(self, stream: str, index: int) -> Array:
+        """Returns the hidden states before a block, (sequences, length, hidden) float32."""
+        states = self._work.states(stream, index, self._spec.hidden_size)
+        values = states.read(0, self._tokens.size).reshape(*self._tokens.shape, -1)
+        states.close()
+        return values
 
     def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
         """Changes the block's weights as the recipe's scale step says, the function staying; returns the vectors that changed."""
@@ -192,8 +350,13 @@ class Calibrator:
         names = [name for name in self._checkpoint.tensors if name.startswith(prefix) and name in self._plan]
         return {name: np.array(dequantize(self._checkpoint.read(name)), np.float32) for name in names}
 
-    def _walk(self, index: int, weights: Mapping[str, Array], stream: str, keep: bool = True) -> DecoderWalk:
-        """Returns a walk through block `index` on a stream's states. keep: whether the states after it are the stream's next."""
+    def _walk(
+        self, index: int, weights: Mapping[str, Array], stream: str, keep: bool = True, activations: str | None = None
+    ) -> DecoderWalk:
+        """Returns a walk through block `index` on a stream's states.
+
+        keep: whether the states after it are the stream's next. activations: as of ops.pack; None: what the plan's formats deserve.
+        """
         s, prefix = self._spec, f"model.layers.{index}."
         biases = [
             np.concatenate([weights[f"{prefix}{name}.bias"] for name in names]) if has_bias(s, group) else None
@@ -205,7 +368,7 @@ class Calibrator:
         scratch = self._work.scratch(stream)
         # What is rounded to few bits goes on through the integer kernels that will run it; their error is far below the rounding's.
         few = stream == "quantized" and all(get_format(self._plan[name].format).bits <= 6 for name in weights if weights[name].ndim > 1)
-        activations = "int8" if few else "float"
+        activations = activations or ("int8" if few else "float")
         shape, sequences = self._tokens.shape, self._room.sequences
         return DecoderWalk(s, index, vectors, biases, before, after, shape, scratch, sequences, activations)
 
@@ -218,7 +381,7 @@ class Calibrator:
         for x, y in zip(walk.inputs(), original.inputs() if cross and original is not None else repeat(None)):
             builder.add(x, y)
         statistics = builder.result()
-        check_statistics(statistics, group[0], rounded=any(not self._choices[name].is_cast for name in group))
+        check_statistics(statistics, group[0], rounded=self._rounds(group) and not self._force)
         return statistics
 
     def _round_group(self, weights: Mapping[str, Array], statistics: InputStatistics) -> dict[str, Made]:
@@ -250,6 +413,8 @@ class Calibrator:
         if fmt.name in CASTS or choice.is_cast:
             source = self._checkpoint.read(name)
             return (source, "keep") if source.format == fmt.name else (fmt.quantize(w), "cast")
+        if not statistics.mean_square.any():  # forced
+            return clip(w, fmt), "clip"
         try:
             return choice.step.method.run(w, fmt, statistics, choice.step.options), str(choice.step)
         except (FormatError, ModelError) as refusal:
@@ -284,6 +449,12 @@ class Calibrator:
         self._weights_done += int(np.prod(self._plan[name].shape))
         if self._progress is not None:
             self._progress(self._weights_done, self._weights, name)
+
+
+def _eighths(w: Array) -> QuantizedTensor:
+    """Returns weights in 8 bits, or as they are where rows are not whole blocks or a value is beyond a block's scale."""
+    eight = get_format("q8_0")
+    return eight.quantize(w) if eight.fits(w.shape) and np.abs(w).max(initial=0) < FLOAT16_MAX else as_float(w)
 
 
 def as_float(w: Array) -> QuantizedTensor:

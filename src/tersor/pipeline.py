@@ -28,6 +28,7 @@ from tersor.threads import set_threads
 
 if TYPE_CHECKING:
     from tersor.calibrated import BlockReport
+    from tersor.calibration.doctor import Examination
     from tersor.calibration.samples import Samples
     from tersor.calibration.work import Work
 
@@ -122,7 +123,7 @@ def quantize(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
-    report: Callable[[BlockReport], None] | None = None,
+    report: Callable[[BlockReport | Examination], None] | None = None,
 ) -> QuantizeResult:
     """Writes the model with every tensor in the format that the recipe names, and returns what was written.
 
@@ -134,8 +135,10 @@ def quantize(
     calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
         samples, seqlen: so many sequences of so many tokens, drawn by seed.
     max_ram: bytes of resident memory that a calibrated run keeps within, or is refused. resume: go on with an interrupted run.
-    force: replace an existing output. threads: of all native loops of this process from now on.
-    progress: called after every slab with (weights done, weights in all, tensor). report: called after every calibrated block.
+    force: replace an existing output, and go on with calibration data that the doctor refuses.
+    threads: of all native loops of this process from now on.
+    progress: called after every slab with (weights done, weights in all, tensor). report: called with what the doctor finds before a
+        calibrated run (calibration/doctor.py), and after every block.
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
     Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
     """
@@ -249,7 +252,7 @@ def _calibrated(
     resume: bool,
     force: bool,
     progress: Progress | None,
-    report: Callable[[BlockReport], None] | None,
+    report: Callable[[BlockReport | Examination], None] | None,
 ) -> Iterator[Work | None]:
     """Gives what calibration made, None without samples; its folder is removed when the output is whole."""
     if samples is None:
@@ -262,9 +265,14 @@ def _calibrated(
     check_output(target, need, force=force, directory=container.suffix == "")
     folder = target.with_name(target.name + ".work")
     run = run_of(recipe, samples.provenance, checkpoint.path, container.name)
-    calibrator = Calibrator(checkpoint, recipe, choices, plan, samples.tokens, max_ram, report, progress)
+    calibrator = Calibrator(checkpoint, recipe, choices, plan, samples.tokens, max_ram, force, report, progress)
     work = Work(folder, run, resume)
     try:
+        if work.done == 0:
+            examination = calibrator.examine(samples, folder / "doctor")
+            if report is not None:
+                report(examination)
+            examination.refuse(force)
         calibrator.run(work)
         yield work
     except (FormatError, ModelError, RecipeError):

@@ -252,11 +252,16 @@ def _steps(text: str) -> tuple[tuple[Step, ...], Step | None, tuple[Step, ...]]:
         if first.stage == second.stage:
             raise RecipeError(f"recipe {text!r}: {first.name} and {second.name} both {_WHAT[first.stage]}; choose one")
     by_stage = {stage: tuple(step for step in steps if step.method.stage == stage) for stage in STAGES}
-    return by_stage["view"] + by_stage["scale"], (by_stage["round"] or (None,))[0], by_stage["tune"]
+    return by_stage["view"] + by_stage["scale"], (by_stage["round"] or (None,))[0], by_stage["tune"] + by_stage["distill"]
 
 
-_WHEN = {"view": "on the unquantized model", "scale": "on unquantized blocks", "round": "on unquantized weights", "tune": "after rounding"}
-_WHAT = {"view": "turn the whole model", "scale": "scale the channels", "round": "choose the codes", "tune": "tune what stays float"}
+_WHEN = {
+    "view": "on the unquantized model",
+    "scale": "on unquantized blocks",
+    "round": "on unquantized weights",
+    "tune": "on rounded blocks",
+}
+_WHAT = {"view": "turn the whole model", "scale": "scale the channels", "round": "choose the codes"}
 
 
 def _rule_choice(text: str, default: Step) -> Choice:

@@ -13,7 +13,7 @@ COLUMNS = 768
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
 
 
-SOME_FORMATS = {"llm_int8"}  # refuse most formats; tested in tests/unit/test_activation_schemes.py
+SOME_FORMATS = {"llm_int8", "hqq"}  # refuse some formats; tested in tests/unit/test_activation_schemes.py and test_hqq.py
 DATA_FREE = [name for name, method in METHODS.items() if method.stage == "round" and method.needs == "nothing" and name not in SOME_FORMATS]
 
 
@@ -122,5 +122,5 @@ def test_rtn_minds_importance_where_its_grid_is_a_search(name):
 
 def test_unknown_method_lists_the_known():
     assert get_method("clip") is METHODS["clip"]
-    with pytest.raises(RecipeError, match="unknown method 'gptp'; known: awq, clip, gptq"):
+    with pytest.raises(RecipeError, match="unknown method 'gptp'; known: autoround, awq, clip, distill, gptq, hqq"):
         get_method("gptp")

@@ -114,3 +114,11 @@ def test_forward_is_that_of_transformers(model_type, tmp_path):
         head = read("model.embed_tokens.weight" if spec.tied else "lm_head.weight")
         logits = logits_of(spec, final_norm(spec, x, read("model.norm.weight")), head)
         torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bf16", "mxfp4"])
+def test_tensors_without_float_parameters_pass_gradients_to_their_inputs(name):
+    trainable = TrainableTensor.of(quantized(name))
+    x = torch.randn(2, 768, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    product(x, trainable, ()).sum().backward()
+    torch.testing.assert_close(x.grad, torch.from_numpy(get_format(name).dequantize(trainable.tensor).copy()).sum(0).expand(2, -1))

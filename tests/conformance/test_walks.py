@@ -34,7 +34,7 @@ def test_statistics_are_those_of_the_inputs_that_the_rounded_model_computes(mode
     """True sequential order: when a layer is rounded, all before it are rounded already, in its own block too."""
     path = tiny_model(tmp_path / "model", model_type, layers=3)
     seen: dict[str, InputStatistics] = {}
-    run = calibrator(path, "clip:int4_g16, layers.0.o_proj=f32")
+    run = calibrator(path, "clip:int8_g16, layers.0.o_proj=f32")
     round_group = run._round_group
 
     def spy(weights, statistics):

@@ -14,6 +14,7 @@ import pytest
 
 import tersor
 from tersor.calibrated import BlockReport
+from tersor.calibration.doctor import Examination
 from tersor.errors import ModelError, OutputError, RecipeError
 from tiny import tiny_model
 
@@ -31,8 +32,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_result_names_its_calibration_and_its_errors(model, tmp_path):
-    reports: list[BlockReport] = []
-    result = tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS, report=reports.append)
+    said: list[object] = []
+    result = tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS, report=said.append)
+    examination, *reports = said
+    assert isinstance(examination, Examination) and examination.tokens == 128 and len(examination.inputs) == 12
     assert [r.index for r in reports] == [0, 1, 2] and all(len(r.errors) == 7 for r in reports)
     assert "block 2 of 3: output error in % q " in str(reports[1]) and reports[2].seconds_left == 0
     assert result.calibration["kind"] == "pydoc" and result.calibration["tokens"] == 128
@@ -57,8 +60,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(model, tmp_path, target):
     (tmp_path / "undisturbed").mkdir()
     tersor.quantize(model, tmp_path / "undisturbed" / target, recipe, **OPTIONS)
 
-    def stop(report: BlockReport) -> None:
-        if report.index == 1:
+    def stop(report: object) -> None:
+        if isinstance(report, BlockReport) and report.index == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -124,16 +127,21 @@ def test_an_activation_that_is_not_finite_names_block_and_layer(tmp_path):
         return w
 
     path = changed(tmp_path / "model", "model.layers.0.self_attn.o_proj.weight", huge)
-    with pytest.raises(ModelError, match=r"model.layers.0.mlp.gate_proj.weight: an input is (nan|inf) in column \d+"):
+    with pytest.raises(
+        ModelError,
+        match=r"calibration: activations are NaN or infinite at the input of block 0 mlp.gate_proj and 6 more|block 0 mlp.gate_proj",
+    ):
         tersor.quantize(path, tmp_path / "out", RECIPE + ", layers.0.o_proj=f32", **OPTIONS)
 
 
 def test_an_input_that_is_always_zero_names_block_and_layer(tmp_path):
     path = changed(tmp_path / "model", "model.layers.1.mlp.up_proj.weight", lambda w: w * 0)
-    with pytest.raises(ModelError, match=r"model.layers.1.mlp.down_proj.weight: its input is zero for all 128 calibration tokens"):
+    with pytest.raises(ModelError, match=r"calibration: only zeros reach block 1 mlp.down_proj; give other text, or --force"):
         tersor.quantize(path, tmp_path / "out", RECIPE, **OPTIONS)
     assert not (tmp_path / "out.work").exists()
-    tersor.quantize(path, tmp_path / "out", RECIPE + ", layers.1.down_proj=f32", **OPTIONS)
+    tersor.quantize(path, tmp_path / "out", "gptq:int4_g32, layers.1.down_proj=f32", **OPTIONS)
+    forced = tersor.quantize(path, tmp_path / "forced", "gptq:int4_g32", **OPTIONS, force=True)
+    assert {t.name: t.method for t in forced.tensors}["model.layers.1.mlp.down_proj.weight"] == "clip"
 
 
 def test_a_model_calibrates_on_what_it_writes_itself(model, tmp_path):
@@ -158,3 +166,35 @@ def test_the_output_says_how_it_was_made(model, tmp_path):
     assert fields["quantize.imatrix.dataset"].contents() == "pydoc_data.topics"
     tersor.quantize(tmp_path / "out.gguf", tmp_path / "again.gguf", "q4_0")  # what it came from was calibrated, this is not
     assert "quantize.imatrix.dataset" not in GGUFReader(tmp_path / "again.gguf").fields
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "gptq:int3_g32",
+        "gptq(act_order; asymmetric=0.5):int3_g32",
+        "gptq:q4_0",
+        "awq+gptq:int3_g32",
+        "smoothquant(alpha=0.3)+clip:int3_g32",
+        "rotate+awq+gptq:int3_g32",
+        "hqq:int3_g32, lm_head=gptq:int4_g32",
+        "autoround(iterations=4):int3_g32",
+        "gptq+tune:int3_g32",
+        "rtn+distill:int3_g32",
+        "awq+gptq+tune+distill:int3_g32, layers.0.down_proj=f16, lm_head=gptq:int4_g32",
+    ],
+)
+def test_every_step_runs_and_the_file_is_the_model_that_was_made(tmp_path, recipe):
+    """What the file computes is not far from the original, though the tiny model's 3 bits are coarse."""
+    untied = tiny_model(tmp_path / "model", layers=2, tie=False)
+    target = tmp_path / ("out.gguf" if "q4_0" in recipe else "out")
+    result = tersor.quantize(untied, target, recipe, **OPTIONS)
+    assert result.recipe == recipe and not target.with_name(target.name + ".work").exists()
+    judged = tersor.evaluate(target, against=untied, window=64, windows=2)
+    coarse = tersor.quantize(untied, tmp_path / "coarse", "rtn:int1_g32")
+    assert coarse.path and judged.kl_mean < tersor.evaluate(tmp_path / "coarse", against=untied, window=64, windows=2).kl_mean
+
+
+def test_a_recipe_that_trains_a_part_of_a_block_is_refused(model, tmp_path):
+    with pytest.raises(RecipeError, match=r"block 0: autoround trains a block's matrices together, but some are to be rounded by rtn"):
+        tersor.quantize(model, tmp_path / "out", "autoround:int4_g32, layers.0.o_proj=rtn:int4_g32", **OPTIONS)

@@ -140,7 +140,7 @@ def test_a_rule_that_also_meets_vectors_leaves_them():
         ("q4_0, q5_0", RecipeError, "'q5_0' is not a rule"),
         ("q4_0, lm_head=", RecipeError, "is not a rule"),
         ("q4_0,", RecipeError, "is not a rule"),
-        ("gptqq:q4_0", RecipeError, "unknown method 'gptqq'; known: awq, clip, gptq"),
+        ("gptqq:q4_0", RecipeError, "unknown method 'gptqq'; known: autoround, awq, clip, distill, gptq"),
         ("q4_0, lm_head=clap:q8_0", RecipeError, "unknown method 'clap'"),
         ("rtn:", RecipeError, "lacks a format"),
         ("q4_0|", RecipeError, "lacks a format"),

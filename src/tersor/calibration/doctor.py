@@ -53,14 +53,16 @@ class Examination:
     """What the doctor found. verdict: good, thin (it works, more or other data would be better) or bad (see refuse); reasons: why
     it is not good; advice: what would mend it.
 
-    source: provenance of the samples. distinct: different tokens among them; vocabulary: tokens that the model knows.
-    repeated: windows that are equal to an earlier one. experts: tokens that each expert saw, by name.
+    source: provenance of the samples. examined: samples that the layers were run on. distinct: different tokens among all of them;
+    vocabulary: tokens that the model knows. repeated: windows that are equal to an earlier one. experts: tokens that each expert
+    saw, by name.
     """
 
     verdict: str
     reasons: tuple[str, ...]
     advice: tuple[str, ...]
     source: Mapping[str, Any]
+    examined: int
     tokens: int
     distinct: int
     vocabulary: int
@@ -80,8 +82,13 @@ class Examination:
         return float(np.median([i.spread for i in self.inputs])) if self.inputs else 0.0
 
     @property
+    def expected_spread(self) -> float:
+        """The spread that all samples would have, from how it falls with their number."""
+        return float(self.spread * (self.examined / max(self.examined, self.source["samples"])) ** FALL) if self.examined else 0.0
+
+    @property
     def rank_limited(self) -> tuple[int, ...]:
-        """Widths of inputs that saw fewer tokens than they have columns, ascending."""
+        """Widths of inputs that have more columns than there are tokens, ascending."""
         return tuple(sorted({i.width for i in self.inputs if i.tokens < i.width}))
 
     @property
@@ -111,6 +118,10 @@ class Examination:
                 " give more or other text, or --force to round them without calibration"
             )
 
+    @property
+    def _examined(self) -> str:
+        return f"{self.examined} of the samples" if self.examined < self.source["samples"] else "the samples"
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values for JSON."""
         return asdict(self) | {"source": dict(self.source), "experts": dict(self.experts), "spread": self.spread}
@@ -126,7 +137,7 @@ class Examination:
             ("tokens", f"{self.tokens:,}, {self.distinct:,} different ones: {share:.1f} % of the vocabulary"),
             ("repeated samples", str(self.repeated)),
             ("chat template", _TEMPLATE[s["chat_template"]]),
-            ("stability", f"importance differs by {100 * self.spread:.1f} % between the halves of the samples (median input and column)"),
+            ("stability", f"importance differs by {100 * self.spread:.1f} % between the halves of {self._examined} (median input, column)"),
             *((f"  {rank}. least stable", f"{place(i.name)}, {100 * i.spread:.1f} %") for rank, i in enumerate(self.worst, 1)),
             ("dead columns", f"{sum(i.dead for i in dead)}, in {_few([place(i.name) for i in dead])}" if dead else "none"),
         ]
@@ -145,16 +156,24 @@ _TEMPLATE = {
 }
 
 
-def examine(samples: Samples, vocab_size: int, halves: Sequence[Halves], experts: Mapping[str, int] | None = None) -> Examination:
+def examine(
+    samples: Samples,
+    vocab_size: int,
+    halves: Sequence[Halves],
+    experts: Mapping[str, int] | None = None,
+    examined: int | None = None,
+) -> Examination:
     """Returns what the samples are worth. halves: (name of the input, its statistics on the first and on the second half of the
-    samples); the name is that of a layer that reads it, model.layers.0.self_attn.q_proj. experts: tokens of each, by name."""
-    inputs = tuple(_health(*half) for half in halves)
+    samples that were examined, None = all); the name is that of a layer that reads it, model.layers.0.self_attn.q_proj.
+    experts: tokens of each, by name."""
     tokens = samples.tokens
+    inputs = tuple(_health(*half, len(tokens) / (examined or len(tokens))) for half in halves)
     found = Examination(
         verdict="",
         reasons=(),
         advice=(),
         source=samples.provenance,
+        examined=len(tokens) if examined is None else examined,
         tokens=int(tokens.size),
         distinct=len(np.unique(tokens)),
         vocabulary=vocab_size,
@@ -165,23 +184,23 @@ def examine(samples: Samples, vocab_size: int, halves: Sequence[Halves], experts
     return _judged(found)
 
 
-def _health(name: str, first: InputStatistics, second: InputStatistics) -> InputHealth:
-    """Returns what two halves say about one input; a half without tokens says zero."""
+def _health(name: str, first: InputStatistics, second: InputStatistics, share: float) -> InputHealth:
+    """Returns what two halves say about one input; a half without tokens says zero. share: all samples over those examined."""
     a, b = (half.mean_square.astype(np.float64) if half.tokens else np.zeros(half.mean_square.shape) for half in (first, second))
     finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
     total = a + b
     alive = total > 0
     spread = float(np.median(2 * np.abs(a - b)[alive] / total[alive])) if finite and alive.any() else 0.0
-    return InputHealth(name, len(a), first.tokens + second.tokens, spread, int((total == 0).sum()), finite)
+    return InputHealth(name, len(a), round((first.tokens + second.tokens) * share), spread, int((total == 0).sum()), finite)
 
 
 def _judged(e: Examination) -> Examination:
     """Returns the examination with its verdict."""
     bad, thin, advice = _bad(e), [], []
-    if THIN_SPREAD < e.spread <= BAD_SPREAD:
-        thin.append(f"the halves of the samples differ by {100 * e.spread:.0f} %")
-    if e.spread > THIN_SPREAD:
-        need = ceil(e.source["samples"] * (e.spread / THIN_SPREAD) ** (1 / FALL))
+    if THIN_SPREAD < e.expected_spread <= BAD_SPREAD:
+        thin.append(f"the halves of the samples differ by {100 * e.expected_spread:.0f} %")
+    if e.expected_spread > THIN_SPREAD:
+        need = ceil(e.examined * (e.spread / THIN_SPREAD) ** (1 / FALL))
         advice.append(f"--samples {need} would bring the difference to about {100 * THIN_SPREAD:.0f} %, if the text is of one kind")
     wide = sorted({i.width for i in e.inputs if i.tokens < TOKENS_PER_COLUMN * i.width})
     if wide:
@@ -211,8 +230,8 @@ def _bad(e: Examination) -> list[str]:
         reasons.append(f"only zeros reach {_few(zero)}")
     if e.never_hit:
         reasons.append(f"{len(e.never_hit)} of {len(e.experts)} experts saw no token")
-    if e.spread > BAD_SPREAD:
-        reasons.append(f"the halves of the samples differ by {100 * e.spread:.0f} %")
+    if e.expected_spread > BAD_SPREAD:
+        reasons.append(f"the halves of the samples differ by {100 * e.expected_spread:.0f} %")
     return reasons
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tersor.errors import RecipeError, unknown
+from tersor.methods.autoround import AutoroundOptions, autoround_block
 from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
 from tersor.methods.gptq import GptqOptions, gptq
@@ -12,6 +13,11 @@ from tersor.methods.method import Method, Step, parse_step
 from tersor.methods.rotate import RotateOptions, rotated
 from tersor.methods.rtn import rtn
 from tersor.methods.smoothquant import SmoothQuantOptions, smoothquant
+from tersor.methods.tune import TuneOptions, tune_block, tune_model
+
+
+def _always(options: object) -> bool:
+    return True
 
 
 def _gptq_workspace(rows: int, columns: int) -> int:
@@ -29,6 +35,9 @@ _ALL = (
     Method(
         "gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=lambda options: options is not None and options.asymmetric > 0
     ),
+    Method("autoround", "round", autoround_block, "samples", AutoroundOptions, compares=_always),
+    Method("tune", "tune", tune_block, "samples", TuneOptions, compares=_always),
+    Method("distill", "distill", tune_model, "samples", TuneOptions),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

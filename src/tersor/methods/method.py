@@ -6,8 +6,10 @@ Three stages follow each other, and a recipe joins steps with `+` in this order:
               view   checkpoint -> checkpoint, the whole model                      rotate
               scale  (weights, formats, statistics, options, sources) -> s, (in,)   awq, smoothquant
                      columns of the readers times s, what produces their input divided by s (models/folding.py)
-    round   (w, format, statistics, options) -> QuantizedTensor                     rtn, clip, hqq, gptq, ...
-    tune    moves what stays float after rounding                                   tune
+    round   (w, format, statistics, options) -> QuantizedTensor                     rtn, clip, hqq, gptq, llm_int8
+              or, of needs "samples", a whole block: autoround_block                autoround
+    tune    moves what stays float, block by block, after rounding: tune_block      tune
+    distill moves it in the whole model, when every block is rounded: tune_model    distill
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tersor.errors import RecipeError, unknown
 from tersor.formats import Format
 from tersor.tensor import Array, InputStatistics, QuantizedTensor
 
-STAGES = ("view", "scale", "round", "tune")
+STAGES = ("view", "scale", "round", "tune", "distill")
 
 # What a method asks of calibration: nothing; the mean square of every input column; the Gram matrix; the samples themselves.
 NEEDS = ("nothing", "importance", "gram", "samples")
