@@ -24,6 +24,7 @@ from tersor.formats.grid import Grid, basis, free_parameters, grid_of
 from tersor.tensor import Array, Params
 
 TILE = 64  # columns that descend natively between two matrix products
+_SYSTEM_BYTES = 128 << 20  # of the systems that exist at once
 _RIDGE = 1e-9  # of the mean diagonal, added to the systems: units whose codes are all 0 leave them singular
 
 
@@ -110,11 +111,31 @@ class _State:
         """Returns params with the floats that are the least-squares solution for the codes, as they are stored."""
         names = free_parameters(self.format)
         shape = self.params[names[0]].shape
-        units = shape[1]
         spans = basis(self.format, self.codes, self.params)
-        n_rows, columns = self.w.shape
-        size = columns // units
-        system = np.empty((n_rows, len(names), units, len(names), units))
+        n_rows, n = self.w.shape[0], len(names) * shape[1]
+        step = max(1, _SYSTEM_BYTES // (8 * n * n)) if self.format.row_independent else n_rows
+        deltas = []
+        for begin in range(0, n_rows, step):
+            rows = slice(begin, min(begin + step, n_rows))
+            system, wish = self._system([span[rows] for span in spans], self.gradient[rows], shape[1])
+            if not self.format.row_independent:
+                system, wish = system.sum(axis=0, keepdims=True), wish.sum(axis=0, keepdims=True)
+            ridge = _RIDGE * np.trace(system, axis1=1, axis2=2)[:, None, None] / n + 1e-300
+            deltas.append(np.linalg.solve(system + ridge * np.eye(n), -wish[..., None]).reshape(-1, len(names), shape[1]))
+        delta = np.concatenate(deltas)
+        params = dict(self.params)
+        for p, name in enumerate(names):
+            params[name] = _stored(self.params[name], delta[:, p].reshape(shape))
+        return params
+
+    def _system(self, spans: list[Array], gradient: Array, units: int) -> tuple[Array, Array]:
+        """Returns B H B^T, (rows, n, n) float64, and B H e^T, (rows, n), of some rows; n = parameters * units.
+
+        spans: b_p of each parameter, (rows, columns), whose part in a unit of columns is one row of B.
+        """
+        n_rows, columns = gradient.shape
+        size, n = columns // units, len(spans) * units
+        system = np.empty((n_rows, len(spans), units, len(spans), units))
         for unit in range(units):
             hessian = self._damped(slice(unit * size, (unit + 1) * size))[:, : (unit + 1) * size]
             for q, span in enumerate(spans):
@@ -124,17 +145,8 @@ class _State:
                     sums = products.reshape(n_rows, unit + 1, size).sum(axis=2)
                     system[:, p, : unit + 1, q, unit] = sums
                     system[:, q, unit, p, : unit + 1] = sums
-        wish = np.stack([(self.gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
-        if not self.format.row_independent:
-            system, wish = system.sum(axis=0, keepdims=True), wish.sum(axis=0, keepdims=True)
-        n = len(names) * units
-        system = system.reshape(-1, n, n)
-        ridge = _RIDGE * np.trace(system, axis1=1, axis2=2)[:, None, None] / n + 1e-300
-        delta = np.linalg.solve(system + ridge * np.eye(n), -wish.reshape(-1, n, 1)).reshape(-1, len(names), units)
-        params = dict(self.params)
-        for p, name in enumerate(names):
-            params[name] = _stored(self.params[name], delta[:, p].reshape(shape))
-        return params
+        wish = np.stack([(gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
+        return system.reshape(n_rows, n, n), wish.reshape(n_rows, n)
 
 
 def _stored(old: Array, delta: Array) -> Array:
