@@ -173,7 +173,7 @@ def run_speed(a: argparse.Namespace) -> int:
     """Times GPTQ at int4_g64s on the same 32 samples, ours and the peers' in turns, everything written to disk. Appends every round."""
     name, samples = a.model.name.removesuffix("-hf"), 32
     for i in range(a.rounds):
-        for tool in ("tersor", "gptqmodel", "llmcompressor"):
+        for tool in a.tools.split(","):
             out = a.out / f"speed-{tool}"
             if tool == "tersor":
                 told = run_recipe("gptq:int4_g64s", a.model, out, samples)
@@ -218,6 +218,7 @@ def main() -> int:
     speed.add_argument("model", type=Path)
     speed.add_argument("out", type=Path)
     speed.add_argument("--rounds", type=int, default=3)
+    speed.add_argument("--tools", default="tersor,gptqmodel,llmcompressor")
     speed.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     if a.mode == "calib":
