@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,31 @@ def run_peer(tool: str, format: str, model: Path, out: Path, samples: int, threa
     variables = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     variables |= {f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "MKL", "OPENBLAS")}
     with out.with_suffix(".log").open("w") as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables, cwd=out.parent)
-        answer = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-    if status or not answer:
-        raise NotHere(f"{tool} {format}: exit {os.waitstatus_to_exitcode(status)}, see {out.with_suffix('.log')}")
-    cost = {"process_seconds": wall, "process_cpu_seconds": usage.ru_utime + usage.ru_stime, "process_peak_mib": usage.ru_maxrss / 1024}
+        answer, cost = measure(command, log, env=variables, cwd=out.parent)
+    if not answer:
+        raise NotHere(f"{tool} {format}: see {out.with_suffix('.log')}")
     return json.loads(answer.splitlines()[-1]) | cost
+
+
+def measure(command: list[str], errors: Any = None, **where: Any) -> tuple[str, dict[str, float]]:
+    """Runs a command and returns what it printed, empty when it failed, and what its process cost from beginning to end.
+
+    The peak is read from /proc while it runs: getrusage's would be the memory of this process where that is larger.
+    """
+    peak, start = 0.0, time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=errors, text=True, **where)
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            with suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max([peak, *(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))])
+            time.sleep(0.1)
+        wall = time.perf_counter() - start
+        output.seek(0)
+        _, status, usage = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+        told = output.read() if process.returncode == 0 else ""
+    return told, {"process_seconds": wall, "process_cpu_seconds": usage.ru_utime + usage.ru_stime, "process_peak_mib": peak}
 
 
 def needs_text(recipe: str) -> bool:
@@ -112,21 +129,11 @@ def run_recipe(recipe: str, model: Path, out: Path, samples: int) -> dict[str, A
         tokens = out.parent / f"calib-{samples}.npy"  # of a longer file it would draw samples; the peers take the first
         np.save(tokens, np.load(out.parent / "calib.npy")[:samples])
         command += ["--calib", str(tokens), "--samples", str(samples), "--seqlen", str(LENGTH)]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    answer = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise NotHere(f"{recipe}: exit {os.waitstatus_to_exitcode(status)}")
+    answer, cost = measure(command)
+    if not answer:
+        raise NotHere(f"{recipe}: tersor quantize failed")
     told = json.loads(answer)
-    return {
-        "seconds": told["seconds"],
-        "bits_per_weight": told["block_bits_per_weight"],
-        "file_bytes": told["file_bytes"],
-        "process_seconds": time.perf_counter() - start,
-        "process_cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "process_peak_mib": usage.ru_maxrss / 1024,
-    }
+    return {"seconds": told["seconds"], "bits_per_weight": told["block_bits_per_weight"], "file_bytes": told["file_bytes"], **cost}
 
 
 def judge(name: str, key: str, candidate: Path, judged: Judge, columns: Path) -> None:
@@ -166,7 +173,7 @@ def run_speed(a: argparse.Namespace) -> int:
     """Times GPTQ at int4_g64s on the same 32 samples, ours and the peers' in turns, everything written to disk. Appends every round."""
     name, samples = a.model.name.removesuffix("-hf"), 32
     for i in range(a.rounds):
-        for tool in ("tersor", "gptqmodel", "llmcompressor"):
+        for tool in a.tools.split(","):
             out = a.out / f"speed-{tool}"
             if tool == "tersor":
                 told = run_recipe("gptq:int4_g64s", a.model, out, samples)
@@ -211,6 +218,7 @@ def main() -> int:
     speed.add_argument("model", type=Path)
     speed.add_argument("out", type=Path)
     speed.add_argument("--rounds", type=int, default=3)
+    speed.add_argument("--tools", default="tersor,gptqmodel,llmcompressor")
     speed.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     if a.mode == "calib":

@@ -91,14 +91,14 @@ def _models(rows: list[Row]) -> Iterator[str]:
                 continue
             yield from (f"### {model}, {size}", "")
             columns = ("tool", "recipe", "samples", "bits/weight", "windows", "KLD", "perplexity", "over float", "top-1")
-            yield from _head(*columns, "KLD, 2 windows", "perplexity, 8", "seconds", "CPU seconds", "peak MiB")
+            yield from _head(*columns, "KLD, 2 windows", "perplexity, 8", "CPU seconds", "peak MiB")
             yield from map(_row, sorted(part, key=lambda r: judged(r, 2)["kl_mean"]))
             yield ""
 
 
 def _row(r: Row) -> str:
     d, two, eight = judged(r), judged(r, 2), judged(r, 8)
-    seconds, cpu = r.get("seconds", r.get("process_seconds")), r.get("cpu_seconds", r.get("process_cpu_seconds"))
+    cpu, peak = r.get("cpu_seconds", r.get("process_cpu_seconds")), r.get("peak_mib", r.get("process_peak_mib"))
     cells = (
         r.get("version", r["tool"]),
         f"`{r['recipe']}`",
@@ -111,9 +111,8 @@ def _row(r: Row) -> str:
         f"{100 * d['top1']:.2f} %",
         f"{two['kl_mean']:.4f}" if two else "",
         f"{eight['perplexity']:.2f}" if eight else "",
-        f"{seconds:.0f}",
         f"{cpu:.0f}",
-        f"{r.get('peak_mib', r.get('process_peak_mib')):.0f}",
+        f"{peak:.0f}" if peak else "",
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -26,6 +25,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from benchmarks.peers import memory
 
 
 def arguments(*options: str) -> argparse.Namespace:
@@ -68,8 +69,8 @@ class Run:
 
     def stop(self) -> None:
         """The tool has written its result: what follows is our own work."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self._spent = {"seconds": time.perf_counter() - self._start, "cpu_seconds": time.process_time() - self._cpu, "peak_mib": peak}
+        spent = {"seconds": time.perf_counter() - self._start, "cpu_seconds": time.process_time() - self._cpu}
+        self._spent = spent | {"peak_mib": memory()["peak_mib"]}
 
     def finish(self, version: str, weights: Mapping[str, torch.Tensor], stored: Path | None, **more: Any) -> None:
         """Writes OUT and the answer.
