@@ -13,7 +13,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 MARKS = ("<!-- quality: written by `python -m benchmarks quality report` -->", "<!-- /quality -->")
-SIZES = ("int8", "int4_g64s", "int4_g64", "int3_g64", "int2_g64")
+SIZES = ("int8", "nf4", "int4_g64s", "int4_g64", "int3_g64", "int2_g64")
 MARGIN = 0.75  # of the best peer's KL divergence, which ours must not exceed
 FASTER, PEAK = 3, 1.2 * 1024  # GPTQ: times the fastest peer's speed; MiB
 
@@ -46,7 +46,7 @@ def read(name: str) -> dict[str, Row]:
 def size_of(recipe: str) -> str:
     """Returns the size class of a recipe or a tool's format, by its default format; only in 4 bits is symmetric apart."""
     format = recipe.split(",")[0].rsplit(":", 1)[-1].split("|")[0]
-    return "int8" if format in ("int8", "int8_c") else re.sub(r"(?<!int4_g64)s$", "", format)
+    return "int8" if format in ("int8", "int8_cs", "int8_row") else re.sub(r"(?<!int4_g64)s$", "", format)
 
 
 def judged(row: Row, windows: int | None = None) -> Row | None:
@@ -145,7 +145,7 @@ def _row(r: Row) -> str:
         f"{100 * d['top1']:.2f} %",
         f"{two['kl_mean']:.4f}" if two else "",
         f"{eight['perplexity']:.2f}" if eight else "",
-        f"{cpu:.0f}",
+        f"{cpu:.0f}" if cpu else "",
         f"{peak:.0f}" if peak else "",
     )
     return f"| {' | '.join(map(str, cells))} |"

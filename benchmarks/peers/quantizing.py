@@ -101,15 +101,15 @@ def write(source: Path, out: Path, weights: Mapping[str, torch.Tensor]) -> None:
 def stored_bits(directory: Path, weights: Mapping[str, int]) -> float:
     """Returns the bits per weight of matrices in a directory of safetensors: all tensors under a matrix's name but its bias.
 
-    weights: name as `X.weight` -> number of weights; its tensors are X.weight*, X.qweight, X.scales, X.g_idx and so on.
+    weights: name as `X.weight` -> number of weights; its tensors are X.weight, X.weight.absmax, X.qweight, X.scales and so on.
     """
     modules = {name.removesuffix(".weight") for name in weights}
     nbytes = 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as f:
             for name in f.keys():  # noqa: SIM118 (no mapping)
-                module, _, field = name.rpartition(".")
-                if module in modules and field != "bias":
+                parts = name.split(".")
+                if parts[-1] != "bias" and any(".".join(parts[:n]) in modules for n in range(1, len(parts))):
                     nbytes += f.get_tensor(name).nbytes
     return 8 * nbytes / sum(weights.values())
 

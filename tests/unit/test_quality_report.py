@@ -20,7 +20,7 @@ def verdicts(ours, theirs, gguf=()):
         ("gptq:int4_g64s", "int4_g64s"),
         ("rotate+awq+gptq(damp=0.02):int3_g64|int3_g32, lm_head=q8_0", "int3_g64"),
         ("int2_g64s", "int2_g64"),
-        ("llm_int8:int8_c", "int8"),
+        ("llm_int8:int8_cs", "int8"),
         ("int8", "int8"),
     ],
 )
@@ -47,7 +47,7 @@ def test_other_models_other_sizes_and_what_nobody_judged_decide_nothing():
 
 
 def test_int8_need_only_be_as_good():
-    ((_, bound, value, _),) = verdicts([row("tersor", "llm_int8:int8_c", w2=0.006)], [row("bitsandbytes", "int8", w2=0.0063)])
+    ((_, bound, value, _),) = verdicts([row("tersor", "llm_int8:int8_cs", w2=0.006)], [row("bitsandbytes", "int8", w2=0.0063)])
     assert bound == 0.0063 and value == 0.006
 
 
