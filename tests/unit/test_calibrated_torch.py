@@ -47,12 +47,12 @@ def logits(path: Path) -> np.ndarray:
 
 
 def test_gptq_is_nearer_than_round_to_nearest_and_transformers_loads_it(model, tmp_path):
-    result = tersor.quantize(model, tmp_path / "gptq", "gptq:int3_g32", **OPTIONS)
+    result = tersor.quantize(model, tmp_path / "gptq", "gptq:int3_g32", calib="pydoc", samples=24, seqlen=64)
     tersor.quantize(model, tmp_path / "rtn", "rtn:int3_g32")
     layers = [t for t in result.tensors if ".layers." in t.name and len(t.shape) > 1]
     assert len(layers) == 21 and all(t.method == "gptq" and t.output_error is not None for t in layers)
     original, ours, plain = logits(model), logits(tmp_path / "gptq"), logits(tmp_path / "rtn")
-    assert np.square(ours - original).mean() < 0.8 * np.square(plain - original).mean()
+    assert np.square(ours - original).mean() < 0.85 * np.square(plain - original).mean()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(model, tmp_path):
