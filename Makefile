@@ -51,10 +51,10 @@ define QUANTIZER
 .peers/.$(firstword $(subst ==, ,$(1))): | check-tools
 	$$(PYTHON) -m venv .peers/$(firstword $(subst ==, ,$(1)))
 	$$(PEER_PIP) .peers/$(firstword $(subst ==, ,$(1)))/bin/python -m pip install -q torch==2.13.0
-	$$(PEER_PIP) .peers/$(firstword $(subst ==, ,$(1)))/bin/python -m pip install -q $(1) $$(QUANTIZER_NEEDS)
+	$$(PEER_PIP) .peers/$(firstword $(subst ==, ,$(1)))/bin/python -m pip install -q $(1) $$(NEEDED_BY_$(firstword $(subst ==, ,$(1))))
 	@touch $$@
 endef
-QUANTIZER_NEEDS := transformers==5.24.0 accelerate safetensors
+NEEDED_BY_bitsandbytes := transformers==5.24.0 accelerate  # the others bring the transformers that they want
 $(foreach package,$(QUANTIZERS),$(eval $(call QUANTIZER,$(package))))
 
 .peers/.openvino: | check-tools

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -14,6 +15,7 @@ README = Path(__file__).parent / "README.md"
 MARKS = ("<!-- quality: written by `python -m benchmarks quality report` -->", "<!-- /quality -->")
 SIZES = ("int8", "int4_g64s", "int4_g64", "int3_g64", "int2_g64")
 MARGIN = 0.75  # of the best peer's KL divergence, which ours must not exceed
+FASTER, PEAK = 3, 1.2 * 1024  # GPTQ: times the fastest peer's speed; MiB
 
 Row = dict[str, Any]
 
@@ -23,7 +25,8 @@ def write() -> int:
     rows = {name: read(name) for name in ("peers", "tersor", "gguf", "speed")}
     decided = list(demands(rows))
     held = [*_head("what", "bound", "measured", ""), *map(_demand, decided)]
-    text = "\n".join((*_models([*rows["peers"].values(), *rows["tersor"].values()]), *_gguf(rows["gguf"]), "### What must hold", "", *held))
+    models = _models([*rows["peers"].values(), *rows["tersor"].values()])
+    text = "\n".join((*models, *_gguf(rows["gguf"]), *_speed(rows["speed"]), "### What must hold", "", *held))
     before, found, rest = README.read_text().partition(MARKS[0])
     _, closed, after = rest.partition(MARKS[1])
     if not (found and closed):
@@ -72,6 +75,37 @@ def demands(rows: dict[str, dict[str, Row]]) -> Iterator[tuple[str, float, float
     for key, row in files.items():
         if row.get("of") in files and row["file_bytes"] <= files[row["of"]]["file_bytes"]:
             yield f"{row['of']}: KL divergence at no more bytes", files[row["of"]]["kl_mean"] * MARGIN, row["kl_mean"], key
+    times = {key: [r["process_seconds"] for r in rounds_of(row)] for key, row in rows["speed"].items()}
+    for key, ours in times.items():
+        model, tool = key.split(" ", 1)
+        others = [
+            median(o / t for o, t in zip(ours, theirs)) for other, theirs in times.items() if other != key and other.startswith(model)
+        ]
+        if tool == "tersor" and others:
+            yield f"{model}, GPTQ int4_g64s: our time over the fastest peer's", 1 / FASTER, max(others), f"{len(ours)} rounds"
+            yield (
+                f"{model}, GPTQ int4_g64s: peak MiB",
+                PEAK,
+                max(r["process_peak_mib"] for r in rounds_of(rows["speed"][key])),
+                "the process",
+            )
+
+
+def rounds_of(row: Row) -> list[Row]:
+    """Returns the rounds of a row of `quality speed`, in the order they were run."""
+    return [row[key] for key in sorted(row) if key.startswith("round ")]
+
+
+def _speed(rows: dict[str, Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield from ("### GPTQ at int4_g64s, 32 samples of 512 tokens, in turns with nothing else running", "")
+    yield from _head("model, tool", "rounds", "seconds, the whole process", "of them the work", "CPU seconds", "peak MiB")
+    for key, row in sorted(rows.items()):
+        rounds = rounds_of(row)
+        names = ("process_seconds", "seconds", "process_cpu_seconds", "process_peak_mib")
+        yield f"| {key} | {len(rounds)} | {' | '.join(f'{median(r[name] for r in rounds):.0f}' for name in names)} |"
+    yield ""
 
 
 def _best(rows: list[Row], windows: int) -> Row:

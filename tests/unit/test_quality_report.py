@@ -11,7 +11,7 @@ def row(tool, recipe, model="smollm2-rot", **kld):
 
 def verdicts(ours, theirs, gguf=()):
     keyed = [{str(i): r for i, r in enumerate(side)} for side in (ours, theirs)]
-    return list(demands({"tersor": keyed[0], "peers": keyed[1], "gguf": dict(gguf)}))
+    return list(demands({"tersor": keyed[0], "peers": keyed[1], "gguf": dict(gguf), "speed": {}}))
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,12 @@ def test_a_gguf_with_more_bytes_decides_nothing():
     small, large = ({"kl_mean": 0.1, "file_bytes": n, "of": "theirs"} for n in (100, 101))
     found = verdicts([], [], {"theirs": theirs, "small": small, "large": large})
     assert [(value, note) for _, _, value, note in found] == [(0.1, "small")] and found[0][1] == pytest.approx(0.15)
+
+
+def test_speed_is_judged_beside_the_fastest_peer_round_by_round():
+    def rounds(*seconds):
+        return {f"round {i}": {"process_seconds": s, "process_peak_mib": 100 * s} for i, s in enumerate(seconds)} | {"machine": {}}
+
+    speed = {"m tersor": rounds(2, 4, 3), "m slow": rounds(20, 20, 20), "m fast": rounds(4, 16, 9), "n fast": rounds(1, 1, 1)}
+    time, peak = demands({"tersor": {}, "peers": {}, "gguf": {}, "speed": speed})
+    assert time[1:3] == pytest.approx((1 / 3, 1 / 3)) and peak[1:3] == pytest.approx((1228.8, 400))
