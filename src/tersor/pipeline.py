@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tersor.calibration.samples import Samples
     from tersor.calibration.work import Work
 
+DEVICES = ("cpu", "cuda")
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
 
@@ -121,6 +122,7 @@ def quantize(
     activations: str | None = None,
     max_ram: int | None = None,
     resume: bool = False,
+    device: str = "cpu",
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -139,6 +141,7 @@ def quantize(
         an observer's name (minmax, percentile, mse, entropy): static scales, from the inputs that the quantized model shows on the
         calibration tokens. Only compressed-tensors can say it.
     max_ram: bytes of resident memory that a calibrated run keeps within, or is refused. resume: go on with an interrupted run.
+    device: cpu or cuda, which runs the blocks by torch; so are, on any device, those of architectures that only transformers knows.
     force: replace an existing output, and go on with calibration data that the doctor refuses.
     threads: of all native loops of this process from now on.
     progress: called after every slab with (weights done, weights in all, tensor). report: called with what the doctor finds before a
@@ -151,6 +154,8 @@ def quantize(
     as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
     parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
     _check_calibration(parsed, calib, max_ram, resume, activations)
+    if device not in DEVICES:
+        raise RecipeError(unknown("device", device, DEVICES))
     set_threads(threads)
     opened = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     try:
@@ -166,7 +171,9 @@ def quantize(
         description = _described(checkpoint.description, plan)
         drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed)
         description = replace(description, provenance=_provenance(parsed, drawn))
-        with _calibrated(checkpoint, parsed, choices, plan, drawn, target, container, max_ram, resume, force, progress, report) as work:
+        with _calibrated(
+            checkpoint, parsed, choices, plan, drawn, target, container, max_ram, resume, device, force, progress, report
+        ) as work:
             if activations is not None:
                 description = replace(description, activations=_scheme(activations, checkpoint, container, drawn, work))
             results = _write(checkpoint, container, target, description, plan, choices, work, force, progress)
@@ -205,9 +212,9 @@ def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, s
     from tersor.calibration.samples import read_samples
     from tersor.engine import load
     from tersor.engine.tokenizer import Tokenizer
-    from tersor.models import spec_of
+    from tersor.models import ARCHITECTURES, spec_of
 
-    spec = spec_of(checkpoint.description.config)
+    config = checkpoint.description.config
     tokenizer = None if str(calib).endswith(".npy") else Tokenizer(checkpoint.description)
     return read_samples(
         calib,
@@ -216,8 +223,8 @@ def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, s
         seqlen=seqlen,
         seed=seed,
         generate=generator(load(checkpoint)) if calib == "self" else None,
-        vocab_size=spec.vocab_size,
-        context=spec.context,
+        vocab_size=config.get("vocab_size"),
+        context=spec_of(config).context if config.get("model_type") in ARCHITECTURES else config.get("max_position_embeddings"),
     )
 
 
@@ -284,6 +291,7 @@ def _calibrated(
     container: Container,
     max_ram: int | None,
     resume: bool,
+    device: str,
     force: bool,
     progress: Progress | None,
     report: Callable[[BlockReport | Examination], None] | None,
@@ -293,13 +301,20 @@ def _calibrated(
         yield None
         return
     from tersor.calibrated import Calibrator, run_of
+    from tersor.calibrated_torch import TorchCalibrator
     from tersor.calibration.work import Work
+    from tersor.models import ARCHITECTURES
 
     need = sum(info.nbytes for info in plan)
     check_output(target, need, force=force, directory=container.suffix == "")
     folder = target.with_name(target.name + ".work")
     run = run_of(recipe, samples.provenance, checkpoint.path, container.name)
-    calibrator = Calibrator(checkpoint, recipe, choices, plan, samples.tokens, max_ram, force, report, progress)
+    own = checkpoint.description.config.get("model_type") in ARCHITECTURES and device == "cpu"
+    calibrator = (
+        Calibrator(checkpoint, recipe, choices, plan, samples.tokens, max_ram, force, report, progress)
+        if own
+        else TorchCalibrator(checkpoint, recipe, choices, plan, samples.tokens, max_ram, device, force, report, progress)
+    )
     work = Work(folder, run, resume)
     try:
         if work.done == 0:
