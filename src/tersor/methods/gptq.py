@@ -44,7 +44,7 @@ class GptqOptions:
     act_order: bool = False
     damp: float = 0.05
     search: bool = True
-    refine: int = 3
+    refine: int = 1
     asymmetric: float = 0.0
 
     def __post_init__(self) -> None:
