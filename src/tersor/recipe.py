@@ -133,7 +133,7 @@ class Recipe:
         parts = [part.strip() for part in text.split(",")]
         if not parts[0]:
             raise RecipeError(f"recipe {text!r} is empty at its start; it begins with the blocks' format, like rtn:int4_g64 or q4_k|q5_0")
-        if "=" in re.sub(r"\([^)]*\)", "", parts[0]):
+        if "=" in re.sub(r"\([^)]*\)?", "", parts[0]):
             raise RecipeError(f"recipe {text!r} begins with a rule; it begins with the blocks' format, like rtn:int4_g64, {parts[0]}")
         rules = []
         for part in parts[1:]:

@@ -201,3 +201,45 @@ def test_any_text_parses_or_is_refused_in_one_line(text):
         assert "\n" not in str(error)
     else:
         assert Recipe.parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rotate+awq+gptq(act_order; damp=0.02):int3_g64|int3_g32, lm_head=clip:q8_0",
+        "smoothquant(alpha=0.7)+rtn:int8_cs",
+        "gptq+tune+distill(epochs=2.0):int2_g64, layers.0=gptq(refine=3):int4_g64",
+        "rotate(kind=random; seed=3):f16",
+    ],
+)
+def test_steps_and_options_come_back(text, tmp_path):
+    recipe = Recipe.parse(text)
+    assert str(recipe) == text and Recipe.parse(str(recipe)) == recipe
+    (tmp_path / "r.toml").write_text(recipe.to_toml())
+    assert Recipe.load(tmp_path / "r.toml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("gptq+awq:int4_g64", "awq works on unquantized blocks, so it comes before gptq; write it first"),
+        ("awq+rotate+gptq:int4_g64", "rotate works on the unquantized model, so it comes before awq"),
+        ("gptq+rtn:int4_g64", "gptq and rtn both choose the codes; choose one"),
+        ("awq+smoothquant+rtn:int4_g64", "awq and smoothquant both scale the channels; choose one"),
+        ("gptq+gptq:int4_g64", "gptq is named twice"),
+        ("gptq:f16", "f16 is a cast, which rounds to no grid; gptq cannot choose codes for it"),
+        ("awq:keep", "keep is a cast, which rounds to no grid; awq has nothing to work for"),
+        ("distill:bf16", "distill has nothing to work for"),
+        ("rtn:int4_g64, layers.0=awq+rtn:int4_g64", "awq works on the whole model, not on some tensors"),
+        ("gptq(dampp=1):int4_g64", "unknown option of gptq 'dampp'; known: act_order, asymmetric, damp, refine, search"),
+        ("gptq(damp=big):int4_g64", "'big' is not a value of type float"),
+        ("gptq(act_order=yes):int4_g64", "'yes' is not true or false"),
+        ("gptq(damp=2):int4_g64", "damp=2; need more than 0 and at most 1"),
+        ("gptq(refine=1:int4_g64", "lacks its closing parenthesis"),
+        ("rtn(damp=1):int4_g64", "rtn has no options, got 'damp=1'"),
+    ],
+)
+def test_refusals_of_steps(text, says):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(text)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
