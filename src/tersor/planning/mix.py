@@ -51,7 +51,8 @@ def choose(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> dict[s
         taken.append(totals.argmin(axis=0).astype(np.uint8))
         least = totals.min(axis=0)
     chosen, left = {}, units
-    for (name, options), best in zip(reversed(candidates.items()), reversed(taken)):
+    for name, best in zip(reversed(list(candidates)), reversed(taken)):
+        options = candidates[name]
         c = chosen[name] = options[best[left]]
         left -= -(-(c.nbytes - min(o.nbytes for o in options)) // unit)
     return {name: chosen[name] for name in candidates}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -74,9 +75,10 @@ def measure(
             add("embedding", (torch.zeros(len(table)).index_add_(0, rows, squares.sum(1)), squares.sum(0)))
 
         x = (table[ids] * spec.embedding_scale).requires_grad_()
-        x.register_hook(looked_up)
+        x.register_hook(looked_up)  # type: ignore[no-untyped-call]
 
-        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+        def product(prefix: str, part: str, x: torch.Tensor) -> torch.Tensor:
+            name = prefix + part
             if name not in weights:
                 weights[name] = read(name)
             y = x @ weights[name].T
@@ -85,10 +87,11 @@ def measure(
                 squares = (g[0].T @ x.detach()[0]).square_()
                 add(name, (squares.sum(1), squares.sum(0)))
 
-            y.register_hook(multiplied)
+            y.register_hook(multiplied)  # type: ignore[no-untyped-call]
             return y
 
-        def vector(name: str) -> torch.Tensor:
+        def vector(prefix: str, part: str) -> torch.Tensor:
+            name = prefix + part
             if name not in weights:
                 weights[name] = read(name).reshape(-1)
             return weights[name]
@@ -96,13 +99,7 @@ def measure(
         states = x
         for i, layer in enumerate(spec.layers):
             prefix = f"model.layers.{i}."
-            states = run_block(
-                spec,
-                layer,
-                states,
-                lambda name, h, prefix=prefix: product(prefix + name, h),
-                lambda name, prefix=prefix: vector(prefix + name),
-            )
+            states = run_block(spec, layer, states, partial(product, prefix), partial(vector, prefix))
         hidden = final_norm(spec, states, final)
         rows = hidden.detach().flatten(0, 1)
         spread = torch.zeros(len(head))
@@ -121,7 +118,9 @@ def measure(
     for sequence in torch.from_numpy(np.ascontiguousarray(tokens, np.int64)):
         run(sequence[None])
     n = tokens.size
-    found = {name: (Sensitivity(by_row / n, by_column / by_column.sum()),) for name, (by_row, by_column) in sums.items() if name in names}
+    found: dict[str, tuple[Sensitivity, ...]] = {
+        name: (Sensitivity(by_row / n, by_column / by_column.sum()),) for name, (by_row, by_column) in sums.items() if name in names
+    }
     lookup = Sensitivity(sums["embedding"][0] / n, sums["embedding"][1] / sums["embedding"][1].sum())
     multiplied = Sensitivity(sums["head"][0] / n, sums["head"][1] / n)
     if spec.tied:
