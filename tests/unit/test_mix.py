@@ -9,10 +9,13 @@ import torch
 
 import tersor
 from tersor.containers import open_checkpoint
-from tersor.errors import RecipeError
+from tersor.errors import FormatError, RecipeError
+from tersor.formats import get_format
 from tersor.models import spec_of
+from tersor.planning.budget import candidates, recipe_within
 from tersor.planning.mix import Candidate, choose
-from tersor.planning.sensitivity import measure
+from tersor.planning.sensitivity import Sensitivity, measure
+from tersor.recipe import Recipe
 from tersor.training import require_torch
 from tiny import VOCABULARY, tiny_model
 
@@ -105,3 +108,30 @@ def test_sensitivity_without_torch_names_the_extra(monkeypatch):
     monkeypatch.setattr("tersor.training.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"tersor\[torch\]"):
         require_torch("sensitivity")
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_recipe_within_a_budget_fills_it_and_reads_back(tmp_path, tie):
+    path = tiny_model(tmp_path / "m", tie=tie)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 32)).astype(np.int32)
+    with open_checkpoint(path) as checkpoint:
+        spec = spec_of(checkpoint.description.config)
+        found = measure(spec, checkpoint.read, tokens)
+        matrices = [t for t in checkpoint.tensors.values() if len(t.shape) == 2]
+        budget = sum(get_format("q5_0").nbytes(t.shape) for t in matrices)
+        recipe, loss = recipe_within(budget, checkpoint.read, found)
+        uniform = 0.0
+        for t in matrices:
+            w = np.array(get_format(t.format).dequantize(checkpoint.read(t.name)), np.float32)
+            uniform += candidates(w, found[t.name], ["q5_0"])[0].loss
+    assert 0 < loss < uniform
+    assert Recipe.parse(str(recipe)) == recipe
+    result = tersor.quantize(path, tmp_path / "out.gguf", recipe)
+    used = sum(get_format(t.format).nbytes(t.shape) for t in result.tensors if len(t.shape) == 2)
+    assert used <= budget < used * 1.05
+
+
+def test_a_tensor_that_no_format_fits_is_refused():
+    use = Sensitivity(np.ones(2), np.ones(48))
+    with pytest.raises(FormatError, match="none of q4_0, q6_k fits 48 columns"):
+        candidates(np.ones((2, 48), np.float32), (use,), ("q4_0", "q6_k"))
