@@ -201,7 +201,13 @@ class Calibrator:
         unrounded = table if self._compares else None
         if stored.row_independent and not self._choices[name].is_cast:
             scale, chosen = np.float32(s.embedding_scale), self._choices[name].step
-            table = stored.dequantize(chosen.method.run(table / scale, stored, None, chosen.options)) * scale
+            # A tied head that asks for the statistics of its input is rounded last; until then errors of about its size stand in.
+            rounded = (
+                clip(table / scale, stored)
+                if chosen.method.needs != "nothing"
+                else chosen.method.run(table / scale, stored, None, chosen.options)
+            )
+            table = stored.dequantize(rounded) * scale
         places = places.reshape(self._tokens.shape)
         for stream, rows in (("quantized", table), ("float", unrounded)):
             if rows is not None:
