@@ -134,7 +134,7 @@ def test_every_format_gets_less_than_rtn_and_refinement_never_raises_it(name):
     rtn, plain, full = (
         f.quantize(w),
         gptq(w, f, calibration, GptqOptions(refine=0, damp=0.01)),
-        gptq(w, f, calibration, GptqOptions(damp=0.01)),
+        gptq(w, f, calibration, GptqOptions(damp=0.01, refine=3)),
     )
     assert full.format == name and full.shape == w.shape and full.nbytes == f.nbytes(w.shape) and np.array_equal(w, kept)
     damped = calibration.gram + 0.01 * np.trace(calibration.gram) / 768 * np.eye(768)
