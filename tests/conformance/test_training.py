@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tersor.containers import open_checkpoint
 from tersor.errors import ModelError
@@ -96,7 +97,6 @@ def test_decode_only_tensors_are_fixed():
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_forward_is_that_of_transformers(model_type, tmp_path):
-    transformers = pytest.importorskip("transformers")
     path = tiny_model(tmp_path / "m", model_type)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (2, 40)))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tersor.calibration.torch_blocks import TorchBlocks
 from tersor.containers import open_checkpoint
@@ -15,7 +16,6 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 24)).astype(np.int
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_blocks_make_the_whole_models_hidden_states(model_type, tmp_path):
-    transformers = pytest.importorskip("transformers")
     path = tiny_model(tmp_path / "m", model_type)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -78,7 +78,6 @@ def test_what_cannot_be_built_or_read_is_refused(tmp_path):
 
 
 def test_mixtures_of_fused_experts_are_refused_by_name(tmp_path):
-    transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
     config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
