@@ -90,15 +90,29 @@ class Calibrator:
 
         Raises ModelError for a model that is not one of tersor's own, RecipeError when max_ram bytes are too few.
         """
+        self._keep(checkpoint, recipe, choices, plan, tokens, force, report, progress)
+        self._spec: DecoderSpec = spec_of(checkpoint.description.config)
+        check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
+        self._compares = any(step.method.compares(step.options) for step in recipe.steps)
+        self._room = self._plan_room(max_ram)
+
+    def _keep(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        choices: Mapping[str, Choice],
+        plan: Sequence[TensorInfo],
+        tokens: Array,
+        force: bool,
+        report: Callable[[Any], None] | None,
+        progress: Progress | None,
+    ) -> None:
+        """Keeps what rounding needs, whatever runs the blocks."""
         self._checkpoint, self._recipe, self._choices = checkpoint, recipe, choices
         self._plan = {info.name: info for info in plan}
         self._tokens, self._force = tokens, force
         self._report, self._progress = report, progress
         self._trained: tuple[float, float] | None = None
-        self._spec: DecoderSpec = spec_of(checkpoint.description.config)
-        check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
-        self._compares = any(step.method.compares(step.options) for step in recipe.steps)
-        self._room = self._plan_room(max_ram)
         self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
 
     def examine(self, samples: Samples, folder: Path) -> Examination:

@@ -58,12 +58,7 @@ class TorchCalibrator(Calibrator):
 
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("--device cuda: torch finds no CUDA device here; use --device cpu")
-        self._checkpoint, self._recipe, self._choices = checkpoint, recipe, choices
-        self._plan = {info.name: info for info in plan}
-        self._tokens, self._force = tokens, force
-        self._report, self._progress = report, progress
-        self._trained = None
-        self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
+        self._keep(checkpoint, recipe, choices, plan, tokens, force, report, progress)
         self._blocks = TorchBlocks(checkpoint, device)
 
     def examine(self, samples: Samples, folder: Path) -> Examination:

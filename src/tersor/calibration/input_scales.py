@@ -1,15 +1,18 @@
-"""Static scales of inputs: a float model reads calibration tokens, layer by layer, and an observer looks at what its linear layers read."""
+"""Static scales of inputs: a model reads calibration tokens, layer by layer, and an observer looks at what its linear layers read."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from tersor import ops
+from tersor.calibration.blocks import DecoderWalk, Rows
 from tersor.calibration.observers import PERCENTILE, MagnitudeHistogram
 from tersor.formats import get_format
-from tersor.models.layer import LayerVectors, add_product, has_bias, mix, read_vectors
+from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS, DecoderSpec
 from tersor.tensor import Array, QuantizedTensor
 
@@ -25,43 +28,38 @@ def input_scales(
     """Returns the scale of every linear layer's input but the head's, by module name, for ActivationScheme.
 
     read: name -> tensor, of any format: it is decoded and run in float32. tokens: (samples, length) int32. progress: called with
-    (layers done, layers in all). Linear layers that share an input share its scale. In memory are one layer and the hidden
-    states, samples * length * hidden_size float32. Raises what MagnitudeHistogram raises.
+    (layers done, layers in all). Linear layers that share an input share its scale. In memory is one layer; the hidden states lie
+    in temporary files. Raises what MagnitudeHistogram raises.
     """
 
     def vector(name: str) -> Array:
         tensor = read(name)
         return get_format(tensor.format).dequantize(tensor).reshape(-1)
 
-    embedding = read("model.embed_tokens.weight")
-    hidden = [ops.embed(embedding, np.ascontiguousarray(sample, np.int32), spec.embedding_scale) for sample in tokens]
     scales: dict[str, float] = {}
-    for index in range(len(spec.layers)):
-        prefix = f"model.layers.{index}."
-        weights = []
-        for group, names in enumerate(GROUPS):
-            bias = np.concatenate([vector(f"{prefix}{name}.bias") for name in names]) if has_bias(spec, group) else None
-            weights.append(ops.pack([read(f"{prefix}{name}.weight") for name in names], bias, "float"))
-        seen = [MagnitudeHistogram(f"{prefix}{names[0]}") for names in GROUPS]
-        vectors = read_vectors(spec, index, vector)
-        hidden = [_run(spec, vectors, weights, x, seen) for x in hidden]
-        for names, histogram in zip(GROUPS, seen):
-            scale = histogram.scale(observer, percentile)
-            scales |= {f"{prefix}{name}": scale for name in names}
-        if progress is not None:
-            progress(index + 1, len(spec.layers))
+    with tempfile.TemporaryDirectory() as folder:
+        states, embedding, length = Rows(Path(folder, "0"), spec.hidden_size), read("model.embed_tokens.weight"), tokens.shape[1]
+        for i, sample in enumerate(tokens):
+            states.write(i * length, ops.embed(embedding, np.ascontiguousarray(sample, np.int32), spec.embedding_scale))
+        for index in range(len(spec.layers)):
+            prefix = f"model.layers.{index}."
+            biases = [
+                np.concatenate([vector(f"{prefix}{name}.bias") for name in names]) if has_bias(spec, group) else None
+                for group, names in enumerate(GROUPS)
+            ]
+            after = Rows(Path(folder, str(index + 1)), spec.hidden_size)
+            vectors = read_vectors(spec, index, vector)
+            walk = DecoderWalk(spec, index, vectors, biases, states, after, tokens.shape, Path(folder), batch=1)
+            for names in walk.groups:
+                modules = [name.removesuffix(".weight") for name in names]
+                histogram = MagnitudeHistogram(modules[0])
+                for x in walk.inputs():
+                    histogram.add(x)
+                scales |= dict.fromkeys(modules, histogram.scale(observer, percentile))
+                walk.advance([read(name) for name in names])
+            states.path.unlink()
+            states = Rows(after.path, spec.hidden_size)
+            if progress is not None:
+                progress(index + 1, len(spec.layers))
+        states.close()
     return scales
-
-
-def _run(s: DecoderSpec, v: LayerVectors, weights: list[ops.Weight], x: Array, seen: list[MagnitudeHistogram]) -> Array:
-    """Returns x, (n, hidden), after a layer whose matrices are `weights`, and counts the four inputs of its products."""
-
-    def product_input(group: int, values: Array) -> Array:
-        seen[group].add(values)
-        return values
-
-    cache = ops.KVCache(1, s.kv_heads, s.head_dim, len(x), "f32")
-    joined = ops.linear(product_input(0, ops.rms_norm(x, v.norm, s.norm_eps)), weights[0])
-    x = add_product(ops, s, x, product_input(1, mix(ops, s, v, joined, 0, cache)), weights[1], v.after_attention)
-    joined = ops.linear(product_input(2, ops.rms_norm(x, v.mlp_norm, s.norm_eps)), weights[2])
-    return add_product(ops, s, x, product_input(3, ops.gated(joined, s.activation)), weights[3], v.after_mlp)
