@@ -63,7 +63,8 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` wrote. note: what the source was stored in, when that was not float. calibration: what it was calibrated on."""
+    """What `quantize` wrote. note: what the source was stored in, when that was not float, and
+    what a fold cost. calibration: what it was calibrated on."""
 
     path: str
     container: str
@@ -188,7 +189,7 @@ def quantize(
         tuple(results),
         size,
         time.perf_counter() - start,
-        source_note(opened.tensors),
+        "; ".join(filter(None, (source_note(opened.tensors), checkpoint.note))),
         {} if drawn is None else drawn.provenance,
     )
 

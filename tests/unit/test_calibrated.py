@@ -195,6 +195,11 @@ def test_every_step_runs_and_the_file_is_the_model_that_was_made(tmp_path, recip
     assert coarse.path and judged.kl_mean < tersor.evaluate(tmp_path / "coarse", against=untied, window=64, windows=2).kl_mean
 
 
+def test_rotation_of_a_tied_model_says_what_it_costs(model, tmp_path):
+    result = tersor.quantize(model, tmp_path / "out", "rotate+rtn:int4_g32")
+    assert "rotate: the head is no longer the embedding" in result.note
+
+
 def test_a_recipe_that_trains_a_part_of_a_block_is_refused(model, tmp_path):
     with pytest.raises(RecipeError, match=r"block 0: autoround trains a block's matrices together, but some are to be rounded by rtn"):
         tersor.quantize(model, tmp_path / "out", "autoround:int4_g32, layers.0.o_proj=rtn:int4_g32", **OPTIONS)

@@ -23,6 +23,7 @@ class Checkpoint(ABC):
     container: str  # name in CONTAINERS
     description: ModelDescription
     tensors: Mapping[str, TensorInfo]  # in file order
+    note: str = ""  # what a user should know of it
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:

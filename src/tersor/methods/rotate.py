@@ -113,6 +113,7 @@ class RotatedCheckpoint(Checkpoint):
         self._norm_weight = np.float32(1 - spec.norm_offset)
         self._offset = np.float32(spec.norm_offset)
         self._was_tied = spec.tied
+        self._turned: tuple[str, Array] | None = None  # the last tensor that writes the residual stream
         self._constant = self._constant_norm() if spec.tied else None
         self.note = ""
         description = source.description
@@ -128,7 +129,8 @@ class RotatedCheckpoint(Checkpoint):
         self.tensors = {name: TensorInfo(name, "f32", shape, 4 * int(np.prod(shape))) for name, shape in shapes.items()}
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
-        """Returns the rotated tensor, or those rows of it, float32. Rows of what writes the residual stream cost reading it whole."""
+        """Returns the rotated tensor, or those rows of it, float32. What writes the residual stream is turned as a whole and
+        kept until another such tensor is read, since it is read some rows at a time."""
         if name not in self.tensors:
             raise ContainerError(f"{self.path}: the rotated model has no tensor {name!r}; it has {len(self.tensors)} tensors")
         shape = self.tensors[name].shape
@@ -136,8 +138,10 @@ class RotatedCheckpoint(Checkpoint):
             values = self._vector(name).reshape(1, -1)
             return _stored(values, shape) if rows is None else _stored(values[rows])
         if name in self._residual.writers:
-            values = self._rotation.apply(self._floats(name).T).T  # Q^T W = (W^T Q)^T
-            values = values if rows is None else values[rows]
+            if self._turned is None or self._turned[0] != name:
+                self._turned = None
+                self._turned = name, self._rotation.apply(self._floats(name).T).T  # Q^T W = (W^T Q)^T
+            values = self._turned[1] if rows is None else self._turned[1][rows]
         else:
             values = self._floats(EMBEDDING if name == HEAD and self._was_tied else name, rows)
             gain = self._gain(self._residual.readers[name]) if name in self._residual.readers else None
