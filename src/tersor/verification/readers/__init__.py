@@ -1,0 +1,7 @@
+"""The independent readers. READERS maps the name of a container to the reader that is not ours."""
+
+from __future__ import annotations
+
+from tersor.verification.reader import Reader
+
+READERS: dict[str, Reader] = {}
