@@ -72,7 +72,18 @@ linear::Rounding rounding_of(const std::string& name, float value) {
   return {name == "tensor" ? linear::kTensor : linear::kOutlier, value};
 }
 
-Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, float value) {
+// Checks that order names every column once, and keeps it.
+void set_order(Weight& weight, const Array<const int32_t, 1>& order) {
+  require_size("pack", "order", int64_t(order.shape(0)), weight.columns);
+  weight.order.assign(order.data(), order.data() + order.shape(0));
+  std::vector<bool> seen(weight.columns);
+  for (const int32_t column : weight.order) {
+    require(column >= 0 && column < weight.columns && !seen[column], "pack: order is no permutation of the columns");
+    seen[column] = true;
+  }
+}
+
+Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, float value, nb::object order) {
   std::vector<Stored> stored;
   for (nb::handle h : tensors) {
     auto t = nb::cast<nb::tuple>(h);
@@ -88,6 +99,7 @@ Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, flo
     require(t.columns > 0, "pack: a tensor without columns");
     weight->rows += t.rows;
   }
+  if (!order.is_none()) set_order(*weight, nb::cast<Array<const int32_t, 1>>(order));
   std::vector<float> all_bias;
   if (!bias.is_none()) {
     auto values = nb::cast<Array<const float, 1>>(bias);
@@ -209,10 +221,10 @@ void bind_linear(nb::module_& m) {
       },
       nb::arg("format"), nb::arg("columns"), "Whether pack and embed read this format for rows of this many columns.");
   m.def("pack", &pack, nb::arg("tensors"), nb::arg("bias").none(), nb::arg("rounding") = "groups",
-        nb::arg("value") = 0.0f, nb::rv_policy::take_ownership,
+        nb::arg("value") = 0.0f, nb::arg("order") = nb::none(), nb::rv_policy::take_ownership,
         "tensors: list of (format, rows, columns, {field: uint8 (rows, bytes of a row)}) -> Weight\n\n"
         "rounding of the input: groups, token, tensor (value: its scale) or outlier (value: the threshold); see "
-        "tersor.ops.pack.");
+        "tersor.ops.pack.\norder: int32 (columns,), the input that each column multiplies, None = its own.");
   m.def("linear", &multiply, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none(),
         "y = x W^T + bias + residual");
   m.def("embed", &embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"), nb::arg("tokens"),

@@ -15,7 +15,7 @@ import pytest
 from oracles import llm_int8_loops
 from tersor import _native, ops
 from tersor.errors import FormatError
-from tersor.formats import FORMATS, get_format
+from tersor.formats import FORMATS, float_zero, get_format
 from tersor.ops import reference
 from tersor.tensor import QuantizedTensor
 
@@ -23,7 +23,7 @@ EPS = 2.0**-24  # half a unit in the last place of float32
 ROWS = 37  # two panels of 16 and a ragged one
 
 # Their table is rounded to 15 bits (nf4: by at most 7.1e-5 of a value) and absmax to float16's 11 when packed.
-AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq"}
+AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq", *float_zero.EXAMPLES}
 
 # One format per kernel and columns that it can have; odd ones where the format allows.
 KERNELS = {

@@ -7,14 +7,14 @@ import transformers
 
 from tersor.containers import open_checkpoint
 from tersor.errors import ModelError
-from tersor.formats import FORMATS, get_format
+from tersor.formats import FORMATS, get_format, ordered
 from tersor.models import spec_of
 from tersor.training.decode import TrainableTensor, product
 from tersor.training.decoder import final_norm, logits_of, run_block
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
-TRAINABLE = [name for name in ENCODERS if name not in ("f32", "f16", "bf16", "mxfp4")]
+TRAINABLE = [name for name in ENCODERS if name not in ("f32", "f16", "bf16", "mxfp4", *ordered.EXAMPLES)]
 
 
 def quantized(name: str, rows: int = 6, columns: int = 768):

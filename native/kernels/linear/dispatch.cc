@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kMinMacs = 1 << 17;          // multiply-adds worth a thread: about two microseconds
+constexpr int64_t kGatherValues = 1 << 14;     // values moved worth a thread
 constexpr int64_t kActivationBytes = 4 << 20;  // activations at a time, so that they stay in the outer cache
 
 // Everything that grows as needed and is kept from call to call.
@@ -297,7 +298,27 @@ std::string Weight::kernel() const {
   return text;
 }
 
+namespace {
+
+// x (n, columns) with the columns in this order.
+void gather(const float* x, int64_t n, const std::vector<int32_t>& order, float* out) {
+  const auto columns = int64_t(order.size());
+  parallel_for(n, std::max<int64_t>(1, kGatherValues / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t k = 0; k < columns; ++k) out[i * columns + k] = x[i * columns + order[k]];
+    }
+  });
+}
+
+}  // namespace
+
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
+  static thread_local std::vector<float> gathered;
+  if (!weight.order.empty()) {
+    gathered.resize(n * weight.columns);
+    gather(x, n, weight.order, gathered.data());
+    x = gathered.data();
+  }
   static thread_local FineScratch fine_scratch;
   static thread_local TileScratch tile_scratch;
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();

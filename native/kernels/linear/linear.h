@@ -44,7 +44,8 @@ struct Part {
 struct Weight {
   int64_t rows = 0, columns = 0;
   std::vector<Part> parts;
-  Rounding rounding;  // of the activations of integer parts
+  Rounding rounding;           // of the activations of integer parts
+  std::vector<int32_t> order;  // (columns): the column of x at each place of the parts' columns; empty = as they are
 
   Weight() = default;
   Weight(const Weight&) = delete;

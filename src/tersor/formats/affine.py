@@ -8,7 +8,7 @@
 B is 1, 2, 3, 4, 5, 6 or 8; groups of N = 16..256 values along the input dimension. Sources: Jacob et al.,
 "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv 1712.05877,
 section 2.1, equation 1) for the integer zero; Frantar et al., GPTQ (arXiv 2210.17323) for groups along the input; the
-symmetric step 2 max|w| / (2^B - 1) is that of the GPTQ code and of compressed-tensors.
+symmetric step 2 max|w| / (2^B - 1) is that of the GPTQ code and of compressed-tensors. Beside them: float_zero.py (`z`), ordered.py (`o`).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import numpy as np
 
 from tersor.formats import ggml_blocks
 from tersor.formats.affine import AffineFormat
+from tersor.formats.float_zero import FloatZeroFormat
 from tersor.formats.format import Format
 from tersor.formats.ggml import GgmlFormat
 from tersor.formats.int8 import Int8RowFormat
@@ -39,7 +40,8 @@ class Grid:
 def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
     """Returns the grid that the params (leading axes (rows, groups of the format)) span, or None for a format without one.
 
-    step * level + offset equals `format.decode` bit for bit, in float32 with every operation rounded.
+    step * level + offset equals `format.decode` bit for bit, in float32 with every operation rounded; with a float zero below 2^-4
+    (code - zero has more than 24 bits) it may be the neighbouring float32.
     """
     if isinstance(format, AffineFormat):
         step = _wide(params["scale"], rows)
@@ -49,6 +51,9 @@ def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
             zero = np.float32(format.middle) if format.kind == "s" else _wide(params["zero"], rows)
             offset = -(step * zero)  # exact: 11 bits times 8
         return _integers(step, offset, 0, format.max_code, np.uint8, 0)
+    if isinstance(format, FloatZeroFormat):
+        step = _wide(params["scale"], rows)
+        return _integers(step, -(step * _wide(params["zero"], rows)), 0, format.max_code, np.uint8, 0)  # exact: 11 bits times 11
     if isinstance(format, GgmlFormat):
         kind = ggml_blocks.BLOCKS[format.name]
         step, maybe = kind.grid(params)
@@ -87,7 +92,7 @@ def free_parameters(format: Format) -> tuple[str, ...]:
         return ()  # in 8 bits on a map of all rows
     if isinstance(format, LookupFormat):
         return ("absmax",)
-    return ("scale",) if isinstance(format, BinaryFormat | TernaryFormat) else ()
+    return ("scale",) if isinstance(format, BinaryFormat | TernaryFormat | FloatZeroFormat) else ()
 
 
 def basis(format: Format, codes: Array, params: Params) -> list[Array]:

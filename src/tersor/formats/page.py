@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tersor.containers import CONTAINERS
-from tersor.formats import FORMATS, Format, affine, floats, ggml, int8, lookup, signs
+from tersor.formats import FORMATS, Format, affine, float_zero, floats, ggml, int8, lookup, ordered, signs
 
 _HEAD = """# Number formats
 
@@ -52,6 +52,17 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
         "`int1_..s`, which is `binary`. Source: arXiv 1712.05877 equation 1; packing as compressed-tensors `pack_quantized`.",
     ),
     (
+        "Affine integers with a float zero",
+        float_zero,
+        "`intB_gNz`, `intB_cz`: what HQQ stores. Source: mobiusml/hqq `hqq/core/quantize.py`.",
+    ),
+    (
+        "Affine integers in an order of columns",
+        ordered,
+        "`intB_gNo`, `intB_gNso`: GPTQ's act-order (`g_idx`), groups of columns of like importance. Source: ModelCloud/GPTQModel\n"
+        "`gptqmodel/nn_modules/qlinear/__init__.py`.",
+    ),
+    (
         "Binary and ternary",
         signs,
         "`binary_gN`, `ternary_gN`: N = 16..256, a multiple of 16. Sources: XNOR-Net (arXiv 1603.05279), TWN (arXiv 1605.04711).",
@@ -67,7 +78,7 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
 
 
 # Of the families with free bits and group sizes: the forms that are drawn.
-_DRAWN = {"int4_g64", "int4_g64s", "int4_g64m", "int8_cs", "int4_t", "binary_g64", "ternary_g64"}
+_DRAWN = {"int4_g64", "int4_g64s", "int4_g64m", "int8_cs", "int4_t", "binary_g64", "ternary_g64", "int4_g64z", "int4_g128o", "int4_g64so"}
 
 
 def page() -> str:
@@ -97,7 +108,7 @@ def _row(f: Format) -> str:
 
 def _layouts(formats: list[Format]) -> dict[str, str]:
     """Returns the drawn layouts with the names that share them, in order; of the families with free group sizes one per form."""
-    free = (affine.AffineFormat, signs.BinaryFormat, signs.TernaryFormat)
+    free = (affine.AffineFormat, float_zero.FloatZeroFormat, ordered.OrderedFormat, signs.BinaryFormat, signs.TernaryFormat)
     drawn: dict[str, str] = {}
     for f in formats:
         if not isinstance(f, free) or f.name in _DRAWN:

@@ -24,6 +24,7 @@ from tersor.formats.floats import FloatFormat
 from tersor.formats.lookup import DoubleLookupFormat
 from tersor.methods.feedback import feed_back, fit
 from tersor.methods.hessian import Factor, checked_gram, factorize
+from tersor.methods.ordered import in_order
 from tersor.methods.refine import refine
 from tersor.methods.rtn import require_encoder
 from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
@@ -56,6 +57,7 @@ class GptqOptions:
             raise RecipeError(f"gptq: asymmetric={self.asymmetric:g}; need 0 to 1")
 
 
+@in_order
 def gptq(w: Array, format: Format, statistics: InputStatistics | None, options: GptqOptions | None = None) -> QuantizedTensor:
     """Returns w, (..., in) float32 and finite, rounded with error feedback under statistics.gram. Casts round to nearest.
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from tersor.errors import FormatError, RecipeError
 from tersor.formats import Format
+from tersor.methods.ordered import in_order
 from tersor.methods.rtn import require_encoder
 from tersor.tensor import Array, InputStatistics, QuantizedTensor
 
@@ -41,6 +42,7 @@ class HqqOptions:
             )
 
 
+@in_order
 def hqq(w: Array, format: Format, statistics: InputStatistics | None = None, options: HqqOptions | None = None) -> QuantizedTensor:
     """Returns w, (..., in) float32 and finite, on grids whose zeros (or minima) are moved; no group's l_p error is above rtn's.
 

@@ -15,6 +15,7 @@ from tersor import _native
 from tersor.errors import FormatError, unknown
 from tersor.formats import get_format
 from tersor.formats.lookup import DoubleLookupFormat
+from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import Array, QuantizedTensor
 
 KVCache = _native.KVCache
@@ -53,7 +54,9 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
     if scale is not None and not 0 < scale < inf:
         raise FormatError(f"activations int8_static: scale {scale}; need a positive number")
     value = OUTLIER_THRESHOLD if activations == "llm_int8" else scale or 0.0
-    return _native.pack([_stored(_packable(t, activations)) for t in tensors], bias, _ROUNDINGS.get(activations, "groups"), value)
+    plain, order = _in_one_order(tensors)
+    packable = [_stored(_packable(t, activations)) for t in plain]
+    return _native.pack(packable, bias, _ROUNDINGS.get(activations, "groups"), value, order)
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
@@ -165,6 +168,14 @@ def _stored(tensor: QuantizedTensor) -> tuple[str, int, int, dict[str, Array]]:
     """Returns what the native side takes: format, rows, columns, and every field as uint8 (rows, bytes of a row)."""
     fields = {name: np.ascontiguousarray(a).reshape(a.shape[0], -1).view(np.uint8) for name, a in tensor.fields.items()}
     return tensor.format, tensor.rows, tensor.columns, fields
+
+
+def _in_one_order(tensors: Sequence[QuantizedTensor]) -> tuple[Sequence[QuantizedTensor], Array | None]:
+    """Returns the tensors without their order of columns, and the order, when they have one and the same; else (tensors, None)."""
+    split = [fmt.split(t) for t in tensors if isinstance(fmt := get_format(t.format), OrderedFormat)]
+    if len(split) < len(tensors) or any(not np.array_equal(order, split[0][1]) for _, order in split):
+        return tensors, None
+    return [plain for plain, _ in split], np.ascontiguousarray(split[0][1], dtype=np.int32)
 
 
 def _packable(tensor: QuantizedTensor, activations: str) -> QuantizedTensor:

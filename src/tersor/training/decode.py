@@ -21,7 +21,9 @@ from torch import Tensor
 
 from tersor.errors import ModelError
 from tersor.formats import Format, get_format
+from tersor.formats.float_zero import FloatZeroFormat
 from tersor.formats.lookup import BLOCK, NESTED_BLOCK
+from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import Array, QuantizedTensor
 
 
@@ -29,7 +31,8 @@ from tersor.tensor import Array, QuantizedTensor
 class TrainableTensor:
     """A stored tensor with fixed codes.
 
-    names:  the trainable parameters, as Format.unpack calls them; empty for float formats and mxfp4.
+    names:  the trainable parameters, as Format.unpack calls them, without a float zero, which multiplies another; empty for float
+            formats, mxfp4, and formats with an order of columns.
     start:  their stored values, float32, each (count,): value i belongs to the i-th run of weights.
     runs:   weights that share one of these values; the last run may be shorter.
     bases:  (count, run) int8 where the basis holds small integers, else float32; (1, 1) where it is the same everywhere.
@@ -51,8 +54,10 @@ class TrainableTensor:
     def of(cls, tensor: QuantizedTensor) -> TrainableTensor:
         """Returns the stored tensor, ready to be trained. Any format, decode-only ones too (nothing of them is trained)."""
         format = get_format(tensor.format)
-        codes, params = format.unpack(tensor) if format.can_encode else (None, {})
-        names = tuple(name for name, a in params.items() if a.dtype.kind == "f")
+        codes, params = format.unpack(tensor) if format.can_encode and not isinstance(format, OrderedFormat) else (None, {})
+        names = tuple(
+            name for name, a in params.items() if a.dtype.kind == "f" and not (isinstance(format, FloatZeroFormat) and name == "zero")
+        )
         decoded = torch.from_numpy(np.array(format.dequantize(tensor), np.float32).reshape(tensor.rows, -1))
         if codes is None or not names:
             return cls(tensor, format, (), (), (), (), (), decoded)
