@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import report
 from benchmarks.machine import describe
-from tersor.containers.convert import convert
+from tersor.conversion import convert
 from tersor.engine import Model, load
 from tersor.evaluation.text import read_text
 from tersor.tensor import Array

@@ -20,7 +20,7 @@ import numpy as np
 from llama_cpp import Llama
 
 import tersor
-from tersor.containers.convert import convert
+from tersor.conversion import convert
 from tersor.engine import load
 
 

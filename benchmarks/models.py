@@ -91,7 +91,7 @@ def _path(folder: Path, name: str, kind: str) -> Path:
 
 def _make(folder: Path, name: str, kind: str, path: Path) -> None:
     from tersor import quantize
-    from tersor.containers.convert import convert
+    from tersor.conversion import convert
     from tersor.demo import cache_directory, fetch
 
     part = path.with_name(f"part-{path.name}")  # renamed when it is whole
@@ -114,7 +114,7 @@ def _make(folder: Path, name: str, kind: str, path: Path) -> None:
 
 def _make_synth(tokenizer: Path, out: Path) -> None:
     """Writes random weights in F16 with the tokenizer of another GGUF."""
-    from tersor.containers.convert import convert
+    from tersor.conversion import convert
 
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         donor, source = Path(folder) / "donor", Path(folder) / "source"

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tersor.comparison import compare as compare
     from tersor.containers import open_checkpoint as open_checkpoint
-    from tersor.containers.convert import convert as convert
+    from tersor.conversion import convert as convert
     from tersor.engine import load as load
     from tersor.errors import TersorError as TersorError
     from tersor.evaluation import evaluate as evaluate
@@ -36,7 +36,7 @@ _HOMES = {
     "Recipe": "tersor.recipe",
     "TersorError": "tersor.errors",
     "compare": "tersor.comparison",
-    "convert": "tersor.containers.convert",
+    "convert": "tersor.conversion",
     "evaluate": "tersor.evaluation",
     "get_format": "tersor.formats",
     "inspect": "tersor.inspection",

@@ -61,7 +61,7 @@ def demo(directory: Path) -> None:
     """Fetches, quantizes, judges, times, prints the table, writes the page and answers a prompt."""
     from tersor.cli.printing import progress
     from tersor.comparison import compare
-    from tersor.containers.convert import convert
+    from tersor.conversion import convert
     from tersor.report import format_bytes
 
     start = time.perf_counter()

@@ -13,8 +13,8 @@ import pytest
 
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.compressed_tensors_config import read_schemes, write_quantization
-from tersor.containers.convert import convert
 from tersor.containers.safetensors_file import Entry, SafetensorsFile, ShardWriter
+from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError, ModelError
 from tersor.formats import get_format

@@ -9,8 +9,8 @@ import pytest
 
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint
-from tersor.containers.convert import convert
-from tersor.errors import ContainerError, FormatError, OutputError
+from tersor.conversion import convert
+from tersor.errors import ContainerError, FormatError, OutputError, RecipeError
 from tersor.formats import get_format
 from tersor.tensor import TensorInfo
 from tiny import ARCHITECTURES, tiny_model
@@ -64,7 +64,7 @@ def test_compressed_tensors_to_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("format", "container"), [("q4_0", "gguf"), ("int4_g32", "compressed-tensors")])
 @pytest.mark.parametrize("float_format", ["f32", "f16", "bf16"])
 def test_dequantized_on_demand(format: str, container: str, float_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tersor.containers.convert.SLAB_VALUES", 1000)  # several slabs, the last one short
+    monkeypatch.setattr("tersor.conversion.SLAB_VALUES", 1000)  # several slabs, the last one short
     path = quantized(tmp_path / f"a{CONTAINERS[container].suffix}", tiny_model(tmp_path / "hf"), format, container)
     convert(path, tmp_path / "b", dequantize=float_format)
     first, last = open_checkpoint(path), open_checkpoint(tmp_path / "b")
@@ -78,30 +78,55 @@ def test_dequantized_on_demand(format: str, container: str, float_format: str, t
 
 
 @pytest.mark.parametrize(
-    ("format", "container", "to", "text"),
+    ("format", "container", "target", "becomes"),
     [
-        (
-            "q4_0",
-            "gguf",
-            "huggingface",
-            "model.layers.0.self_attn.q_proj.weight is q4_0, which huggingface cannot hold without rounding again",
-        ),
-        ("q4_0", "gguf", None, "is q4_0, which compressed-tensors cannot hold without rounding again; choose --to gguf"),
-        ("int4_g32s", "compressed-tensors", "gguf", "is int4_g32s, which gguf cannot hold without rounding again; use `tersor quantize`"),
-        ("int4_g32s", "compressed-tensors", "huggingface", "is int4_g32s, which huggingface cannot hold"),
+        *(("q4_0", "gguf", "b", "int4_g32s"), ("q4_1", "gguf", "b", "int4_g32m"), ("q8_0", "gguf", "b", "int8_g32s")),
+        *(("int4_g32s", "compressed-tensors", "b.gguf", "q4_0"), ("int4_g64s", "compressed-tensors", "b.gguf", "q4_0")),
+        *(("int5_g32s", "compressed-tensors", "b.gguf", "q5_0"), ("int8_cs", "compressed-tensors", "b.gguf", "q8_0")),
     ],
 )
-def test_what_would_round_again_is_refused(format: str, container: str, to: str | None, text: str, tmp_path: Path) -> None:
+def test_grids_that_agree_keep_every_value(format: str, container: str, target: str, becomes: str, tmp_path: Path) -> None:
     path = quantized(tmp_path / f"a{CONTAINERS[container].suffix}", tiny_model(tmp_path / "hf"), format, container)
-    with pytest.raises(ContainerError) as caught:
+    to = "mlx" if becomes == "int4_g32m" else None
+    changes = convert(path, tmp_path / target, to)
+    assert {(c.source, c.format, c.error) for c in changes} == {(format, becomes, 0.0)}
+    first, last = open_checkpoint(path), open_checkpoint(tmp_path / target)
+    for name, info in first.tensors.items():
+        assert last.tensors[name].format == (becomes if info.format == format else info.format)
+        np.testing.assert_array_equal(values(last, name), values(first, name), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("format", "container", "to"),
+    [("q4_1", "gguf", "compressed-tensors"), ("int4_g32", "compressed-tensors", "gguf"), ("q4_0", "gguf", "huggingface")],
+)
+def test_what_would_round_again_is_refused(format: str, container: str, to: str, tmp_path: Path) -> None:
+    path = quantized(tmp_path / f"a{CONTAINERS[container].suffix}", tiny_model(tmp_path / "hf"), format, container)
+    text = rf"q_proj\.weight is {format}, whose numbers {to} cannot hold; add --requantize RECIPE .*--dequantize f16"
+    with pytest.raises(ContainerError, match=text):
         convert(path, tmp_path / "b", to)
-    assert text in str(caught.value) and not (tmp_path / "b").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_requantize_rounds_only_what_has_no_place_and_tells_the_error(tmp_path: Path) -> None:
+    path = quantized(tmp_path / "a", tiny_model(tmp_path / "hf"), "int4_g32", "compressed-tensors")
+    changes = convert(path, tmp_path / "b.gguf", requantize="rtn:q8_0")
+    first, last = open_checkpoint(path), open_checkpoint(tmp_path / "b.gguf")
+    assert {c.name for c in changes} == {name for name, info in first.tensors.items() if info.format == "int4_g32"}
+    for change in changes:
+        was, is_now = values(first, change.name), values(last, change.name)
+        assert (change.source, change.format) == ("int4_g32", "q8_0")
+        assert change.error == pytest.approx(np.linalg.norm(is_now - was) / np.linalg.norm(was), rel=1e-5)
+        assert 0 < change.error < 0.01
+    for recipe, text in (("gptq:q8_0", "gptq needs more than the weights"), ("keep", "choose another --requantize")):
+        with pytest.raises((RecipeError, ContainerError), match=text):
+            convert(path, tmp_path / "c.gguf", requantize=recipe)
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "hf")
-    with pytest.raises(ContainerError, match="unknown container 'onnx'; known: compressed-tensors, gguf, huggingface"):
-        convert(path, tmp_path / "b", "onnx")
+    with pytest.raises(ContainerError, match=r"unknown container 'zip'; known: .*compressed-tensors, .*gguf, .*huggingface"):
+        convert(path, tmp_path / "b", "zip")
     with pytest.raises(FormatError, match="unknown float format 'q4_0'; known: bf16, f16, f32"):
         convert(path, tmp_path / "b", dequantize="q4_0")
     with pytest.raises(OutputError, match="is the input; choose another name"):

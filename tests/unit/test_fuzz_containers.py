@@ -223,7 +223,7 @@ CONFIG_KEYS = st.sampled_from(
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_configs_of_random_values_are_written_or_refused(tmp_path: Path, model_type: str, config: dict[str, Any]) -> None:
     """A hostile config.json must not crash the way to GGUF either."""
-    from tersor.containers.convert import convert
+    from tersor.conversion import convert
 
     path = tmp_path / "hf"
     if not path.exists():

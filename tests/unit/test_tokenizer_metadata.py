@@ -176,7 +176,7 @@ def test_chat_template_file_wins() -> None:
 def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
     import transformers
 
-    from tersor.containers.convert import convert
+    from tersor.conversion import convert
 
     hf = tiny_model(tmp_path / "hf")
     convert(hf, tmp_path / "m.gguf")

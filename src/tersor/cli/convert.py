@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tersor.cli import options
+
+if TYPE_CHECKING:
+    from tersor.conversion import Change
 
 
 def command(
@@ -17,24 +22,39 @@ def command(
     dequantize: Annotated[
         str | None, typer.Option("--dequantize", metavar="FLOAT", help="Write quantized tensors as f32, f16 or bf16 instead.")
     ] = None,
+    requantize: Annotated[
+        str | None, typer.Option("--requantize", metavar="RECIPE", help="Round what OUT's container cannot hold again, like rtn:q4_k|q5_0.")
+    ] = None,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Move a model to another container.
 
-    Writes the model IN to OUT; codes are moved, never rounded again.
-    Refuses when OUT's container has no place for a format of IN; --dequantize or `tersor quantize` are for that.
+    Writes the model IN to OUT; codes are moved, never rounded again: where the grids of two formats agree, one becomes the other.
+    Refuses when OUT's container has no place for the numbers of a tensor, unless --requantize or --dequantize say what to do with them.
     """
     from tersor.cli.printing import print_json
-    from tersor.containers.convert import convert
+    from tersor.conversion import convert
     from tersor.inspection import inspect
 
-    convert(source, out, to=to, force=force, dequantize=dequantize)
+    changes = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize)
     found = inspect(out)
     if json:
-        print_json(found.to_dict())
+        print_json(found.to_dict() | {"changes": [asdict(change) for change in changes]})
         return
     from tersor.report import format_bytes
 
     formats = ", ".join(f"{count} {name}" for name, (count, _, _) in found.formats.items())
     print(f"{found.path}: {format_bytes(found.file_bytes)}, {found.container}; tensors: {formats}")
+    for (old, new), errors in _grouped(changes).items():
+        rounded, how = [error for error in errors if error > 0], "the same values"
+        if rounded:
+            how = f"rounded again, relative RMS error {sum(rounded) / len(rounded):.4f} on average, {max(rounded):.4f} at most"
+        print(f"  {len(errors)} tensors from {old} to {new}: {how}")
+
+
+def _grouped(changes: Sequence[Change]) -> dict[tuple[str, str], list[float]]:
+    groups: dict[tuple[str, str], list[float]] = {}
+    for change in changes:
+        groups.setdefault((change.source, change.format), []).append(change.error)
+    return groups
