@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def _moved(
     if info.format == stored.format:
         return checkpoint.read(info.name), 0.0
     if dequantize is not None and info.format == dequantize:
-        return _dequantized(checkpoint, info), 0.0
+        return _dequantized(checkpoint, info)
     made = exactly(checkpoint.read(info.name), info.format)
     if made is not None:
         return made, 0.0
@@ -161,17 +161,23 @@ def _described(checkpoint: Checkpoint, target: Container, plan: Sequence[TensorI
     return replace(description, config=config)
 
 
-def _dequantized(checkpoint: Checkpoint, info: TensorInfo) -> QuantizedTensor:
-    """Returns the tensor in the planned float format, decoded a slab of rows at a time when the rows are independent."""
+def _dequantized(checkpoint: Checkpoint, info: TensorInfo) -> tuple[QuantizedTensor, float]:
+    """Returns the tensor in the planned float format, decoded a slab of rows at a time when the rows are independent, and what
+    rounding to that format added."""
     source, float_format = get_format(checkpoint.tensors[info.name].format), get_format(info.format)
     columns, rows = info.shape[-1], prod(info.shape[:-1])
     step = max(1, SLAB_VALUES // columns) if source.row_independent and len(info.shape) == 2 else rows
-    parts = []
+    parts, squared_error, squares = [], 0.0, 0.0
     try:
         for start in range(0, rows, step):
             slab = checkpoint.read(info.name, slice(start, start + step)) if step < rows else checkpoint.read(info.name)
-            parts.append(float_format.quantize(source.dequantize(slab).reshape(-1, columns)).fields["values"])
+            w = source.dequantize(slab).reshape(-1, columns)
+            stored = float_format.quantize(w)
+            squared_error += float(np.square(float_format.dequantize(stored).reshape(w.shape) - w, dtype=np.float64).sum())
+            squares += float(np.square(w, dtype=np.float64).sum())
+            parts.append(stored.fields["values"])
             checkpoint.release()
     except FormatError as error:
         raise FormatError(f"{info.name}: {error}") from None
-    return QuantizedTensor(info.format, info.shape, {"values": np.concatenate(parts) if len(parts) > 1 else parts[0]})
+    whole = QuantizedTensor(info.format, info.shape, {"values": np.concatenate(parts) if len(parts) > 1 else parts[0]})
+    return whole, sqrt(squared_error / squares) if squares else 0.0

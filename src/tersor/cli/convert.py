@@ -49,7 +49,7 @@ def command(
     for (old, new), errors in _grouped(changes).items():
         rounded, how = [error for error in errors if error > 0], "the same values"
         if rounded:
-            how = f"rounded again, relative RMS error {sum(rounded) / len(rounded):.4f} on average, {max(rounded):.4f} at most"
+            how = f"rounded, relative RMS error {sum(rounded) / len(rounded):.4f} on average, {max(rounded):.4f} at most"
         print(f"  {len(errors)} tensors from {old} to {new}: {how}")
 
 
