@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tersor.planning import plan as plan
     from tersor.recipe import Recipe as Recipe
     from tersor.tensor import QuantizedTensor as QuantizedTensor
+    from tersor.verification.verify import verify as verify
 
 _HOMES = {
     "FORMATS": "tersor.formats",
@@ -44,6 +45,7 @@ _HOMES = {
     "open_checkpoint": "tersor.containers",
     "plan": "tersor.planning",
     "quantize": "tersor.pipeline",
+    "verify": "tersor.verification.verify",
 }
 __all__ = [*_HOMES, "__version__"]
 

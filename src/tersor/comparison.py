@@ -167,6 +167,7 @@ def compare(
             seqlen=seqlen,
             seed=seed,
             force=force,
+            verify=False,
             progress=_steps(tell, f"quantize {short_name(recipe)}"),
         )
         candidates.append(_Candidate(short_name(recipe), target, made.container, made))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,10 +19,23 @@ from tersor.formats.exact import alternatives, exactly
 from tersor.recipe import KEEP, Choice, Recipe
 from tersor.slabs import quantize_tensor
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
+from tersor.verification.digests import values_digest
+from tersor.verification.record import drop_proof
+
+if TYPE_CHECKING:
+    from tersor.verification.record import Verification
 
 SLAB_VALUES = 1 << 24  # values that are decoded at once
 
 _TORCH_NAME = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` wrote: the tensors whose format changed, and what opening it again showed (None when that was not asked for)."""
+
+    changes: tuple[Change, ...]
+    verification: Verification | None
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,9 @@ def convert(
     *,
     dequantize: str | None = None,
     requantize: str | None = None,
-) -> list[Change]:
-    """Writes the model src as dst in another container, every value the same to the bit, and returns which tensors changed their format.
+    verify: bool = True,
+) -> Conversion:
+    """Writes the model src as dst in another container, every value the same to the bit; returns which tensors changed their format.
 
     A format that the target has no place for becomes one that holds the same numbers (formats/exact.py: int4_g32s and Q4_0 are such).
 
@@ -52,6 +66,7 @@ def convert(
     `compressed-tensors` when a tensor is quantized and `huggingface` when none is.
     dequantize: f32, f16 or bf16: write quantized tensors as these floats instead (rounded once, from their float32 values).
     requantize: a recipe, of methods that need no data, for the tensors whose numbers the target cannot hold.
+    verify: open dst again with a reader that is not ours, compare, and leave verification.json beside it.
     Raises ContainerError when the target cannot hold a tensor's numbers (names both), FormatError for a dequantize that is no float or
     too narrow, RecipeError, OutputError for an output that exists or cannot be written.
     """
@@ -60,10 +75,16 @@ def convert(
     recipe = None if requantize is None else _checked(Recipe.parse(requantize))
     checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(src)
     try:
-        return _convert(checkpoint, Path(dst), to, force, dequantize, recipe)
+        changes, meant = _convert(checkpoint, Path(dst), to, force, dequantize, recipe, verify)
     finally:
         if checkpoint is not src:
             checkpoint.close()
+    if not verify:
+        drop_proof(Path(dst))
+        return Conversion(tuple(changes), None)
+    from tersor.verification.verify import verify as verified
+
+    return Conversion(tuple(changes), verified(dst, meant=meant, logits=False))
 
 
 def _checked(recipe: Recipe) -> Recipe:
@@ -74,25 +95,28 @@ def _checked(recipe: Recipe) -> Recipe:
 
 
 def _convert(
-    checkpoint: Checkpoint, dst: Path, to: str | None, force: bool, dequantize: str | None, requantize: Recipe | None
-) -> list[Change]:
+    checkpoint: Checkpoint, dst: Path, to: str | None, force: bool, dequantize: str | None, requantize: Recipe | None, verify: bool
+) -> tuple[list[Change], dict[str, str]]:
+    """Returns (changes, digests of what was handed to the writer)."""
     if dst.exists() and dst.resolve() == checkpoint.path.resolve():
         raise OutputError(f"{dst}: is the input; choose another name for the output")
     floats = dequantize is not None or all(info.format in DTYPE_OF for info in checkpoint.tensors.values())
     target = get_container(to) if to is not None else CONTAINERS[_named(dst, floats)]
     choices = _choices(checkpoint, target, requantize)
     plan = [_planned(checkpoint, info, target, dequantize, choices.get(info.name)) for info in checkpoint.tensors.values()]
-    changes = []
+    changes, meant = [], {}
     with target.create(dst, _described(checkpoint, target, plan), plan, force=force) as writer:
         for info in plan:
             stored = checkpoint.tensors[info.name]
             tensor, error = _moved(checkpoint, stored, info, dequantize, choices.get(info.name))
+            if verify:
+                meant[info.name] = values_digest(tensor)
             writer.write(info.name, tensor)
             if info.format != stored.format:
                 changes.append(Change(info.name, stored.format, info.format, error))
             del tensor
             checkpoint.release()
-    return changes
+    return changes, meant
 
 
 def _named(dst: Path, floats: bool) -> str:

@@ -25,12 +25,14 @@ from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.slabs import keep_tensor, quantize_tensor
 from tersor.tensor import ActivationScheme, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
+from tersor.verification.record import DIRECTORY_NAME
 
 if TYPE_CHECKING:
     from tersor.calibrated import BlockReport
     from tersor.calibration.doctor import Examination
     from tersor.calibration.samples import Samples
     from tersor.calibration.work import Work
+    from tersor.verification.record import Verification
 
 DEVICES = ("cpu", "cuda")
 GGUF_RECIPE = "rtn:q4_k|q5_0"
@@ -64,7 +66,7 @@ class TensorResult:
 @dataclass(frozen=True)
 class QuantizeResult:
     """What `quantize` wrote. note: what the source was stored in, when that was not float, and
-    what a fold cost. calibration: what it was calibrated on."""
+    what a fold cost. calibration: what it was calibrated on. verification: None when it was not asked for."""
 
     path: str
     container: str
@@ -74,6 +76,7 @@ class QuantizeResult:
     seconds: float
     note: str
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    verification: Verification | None = None
 
     @property
     def parameters(self) -> int:
@@ -126,6 +129,7 @@ def quantize(
     device: str = "cpu",
     force: bool = False,
     threads: int | None = None,
+    verify: bool = True,
     progress: Progress | None = None,
     report: Callable[[BlockReport | Examination], None] | None = None,
 ) -> QuantizeResult:
@@ -145,6 +149,8 @@ def quantize(
     device: cpu or cuda, which runs the blocks by torch; so are, on any device, those of architectures that only transformers knows.
     force: replace an existing output, and go on with calibration data that the doctor refuses.
     threads: of all native loops of this process from now on.
+    verify: open the output again, with a reader that is not ours where there is one, compare every value with what was to be written,
+        and leave verification.json beside it (verification/verify.py; not the logits). What is wrong is in the result, not raised.
     progress: called after every slab with (weights done, weights in all, tensor). report: called with what the doctor finds before a
         calibrated run (calibration/doctor.py), and after every block.
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
@@ -177,11 +183,13 @@ def quantize(
         ) as work:
             if activations is not None:
                 description = replace(description, activations=_scheme(activations, checkpoint, container, drawn, work))
-            results = _write(checkpoint, container, target, description, plan, choices, work, force, progress)
+            meant: dict[str, str] | None = {} if verify else None
+            results = _write(checkpoint, container, target, description, plan, choices, work, force, progress, meant)
     finally:
         if opened is not model:
             opened.close()
     size = file_bytes(target)
+    verification = _verified(target, meant, max_ram)
     return QuantizeResult(
         str(target),
         container.name,
@@ -191,6 +199,7 @@ def quantize(
         time.perf_counter() - start,
         "; ".join(filter(None, (source_note(opened.tensors), checkpoint.note))),
         {} if drawn is None else drawn.provenance,
+        verification,
     )
 
 
@@ -377,8 +386,10 @@ def source_note(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def file_bytes(path: Path) -> int:
-    """Returns the bytes of a file, or of all files of a directory."""
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    """Returns the bytes of a file, or of all files of a directory but its verification."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name != DIRECTORY_NAME)
 
 
 def _write(
@@ -391,7 +402,9 @@ def _write(
     work: Work | None,
     force: bool,
     progress: Progress | None,
+    meant: dict[str, str] | None,
 ) -> list[TensorResult]:
+    """Writes every tensor, and returns what became of each; meant gets the digests of their values."""
     total, done = sum(prod(info.shape) for info in plan), 0
     results = []
     if work is not None:
@@ -409,6 +422,7 @@ def _write(
             choice = choices[info.name]
             if work is not None and info.name in work:
                 made = work.read(info.name)
+                _note(meant, info.name, made.tensor)
                 writer.write(info.name, made.tensor)
                 results.append(
                     TensorResult(
@@ -423,10 +437,28 @@ def _write(
             method = (
                 choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
             )
+            _note(meant, info.name, tensor)
             writer.write(info.name, tensor)
             checkpoint.release()
             results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error))
     return results
+
+
+def _note(meant: dict[str, str] | None, name: str, tensor: QuantizedTensor) -> None:
+    if meant is not None:
+        from tersor.verification.digests import values_digest
+
+        meant[name] = values_digest(tensor)
+
+
+def _verified(target: Path, meant: Mapping[str, str] | None, max_ram: int | None) -> Verification | None:
+    from tersor.verification.record import drop_proof
+    from tersor.verification.verify import verify
+
+    if meant is None:
+        drop_proof(target)
+        return None
+    return verify(target, meant=meant, logits=False, max_ram=max_ram)
 
 
 def _described(description: ModelDescription, plan: Sequence[TensorInfo]) -> ModelDescription:

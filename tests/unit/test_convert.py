@@ -88,7 +88,7 @@ def test_dequantized_on_demand(format: str, container: str, float_format: str, t
 def test_grids_that_agree_keep_every_value(format: str, container: str, target: str, becomes: str, tmp_path: Path) -> None:
     path = quantized(tmp_path / f"a{CONTAINERS[container].suffix}", tiny_model(tmp_path / "hf"), format, container)
     to = "mlx" if becomes == "int4_g32m" else None
-    changes = convert(path, tmp_path / target, to)
+    changes = convert(path, tmp_path / target, to).changes
     assert {(c.source, c.format, c.error) for c in changes} == {(format, becomes, 0.0)}
     first, last = open_checkpoint(path), open_checkpoint(tmp_path / target)
     for name, info in first.tensors.items():
@@ -110,7 +110,7 @@ def test_what_would_round_again_is_refused(format: str, container: str, to: str,
 
 def test_requantize_rounds_only_what_has_no_place_and_tells_the_error(tmp_path: Path) -> None:
     path = quantized(tmp_path / "a", tiny_model(tmp_path / "hf"), "int4_g32", "compressed-tensors")
-    changes = convert(path, tmp_path / "b.gguf", requantize="rtn:q8_0")
+    changes = convert(path, tmp_path / "b.gguf", requantize="rtn:q8_0").changes
     first, last = open_checkpoint(path), open_checkpoint(tmp_path / "b.gguf")
     assert {c.name for c in changes} == {name for name, info in first.tensors.items() if info.format == "int4_g32"}
     for change in changes:

@@ -26,6 +26,7 @@ def command(
         str | None, typer.Option("--requantize", metavar="RECIPE", help="Round what OUT's container cannot hold again, like rtn:q4_k|q5_0.")
     ] = None,
     force: options.Force = False,
+    verify: options.Verify = True,
     json: options.Json = False,
 ) -> None:
     """Move a model to another container.
@@ -34,23 +35,29 @@ def command(
     Refuses when OUT's container has no place for the numbers of a tensor, unless --requantize or --dequantize say what to do with them.
     """
     from tersor.cli.printing import print_json
+    from tersor.cli.verify import fail_if_wrong, print_outcome
     from tersor.conversion import convert
     from tersor.inspection import inspect
 
-    changes = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize)
+    done = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize, verify=verify)
     found = inspect(out)
     if json:
-        print_json(found.to_dict() | {"changes": [asdict(change) for change in changes]})
+        checked = {} if done.verification is None else {"verification": done.verification.to_dict()}
+        print_json(found.to_dict() | {"changes": [asdict(change) for change in done.changes]} | checked)
+        fail_if_wrong(done.verification)
         return
     from tersor.report import format_bytes
 
     formats = ", ".join(f"{count} {name}" for name, (count, _, _) in found.formats.items())
     print(f"{found.path}: {format_bytes(found.file_bytes)}, {found.container}; tensors: {formats}")
-    for (old, new), errors in _grouped(changes).items():
+    for (old, new), errors in _grouped(done.changes).items():
         rounded, how = [error for error in errors if error > 0], "the same values"
         if rounded:
             how = f"rounded, relative RMS error {sum(rounded) / len(rounded):.4f} on average, {max(rounded):.4f} at most"
         print(f"  {len(errors)} tensors from {old} to {new}: {how}")
+    if done.verification is not None:
+        print_outcome(done.verification)
+    fail_if_wrong(done.verification)
 
 
 def _grouped(changes: Sequence[Change]) -> dict[tuple[str, str], list[float]]:

@@ -40,3 +40,7 @@ Text = Annotated[
     typer.Option("--text", metavar="FILE", help="UTF-8 text to judge on; by default pydoc_data.topics, which every Python has."),
 ]
 Window = Annotated[int, typer.Option("--window", metavar="N", help="Tokens that the model sees at once.")]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify/--no-verify", help="Open OUT again with a reader that is not tersor's and compare all values with those meant."),
+]

@@ -45,6 +45,7 @@ def command(
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where a calibrated run computes; cuda needs torch.")] = "cpu",
     force: options.Force = False,
     threads: options.Threads = None,
+    verify: options.Verify = True,
     json: options.Json = False,
 ) -> None:
     """Store a model in fewer bits.
@@ -64,6 +65,7 @@ def command(
     A calibrated run keeps what it has done in OUT.work, and --resume goes on from there.
     """
     from tersor.cli.printing import print_json, progress, say
+    from tersor.cli.verify import fail_if_wrong, print_outcome
     from tersor.pipeline import quantize
     from tersor.planning.sizes import parse_bytes
 
@@ -83,11 +85,13 @@ def command(
             device=device,
             force=force,
             threads=threads,
+            verify=verify,
             progress=lambda done, total, _: report("quantize", done, total),
             report=say,
         )
     if json:
         print_json(result.to_dict())
+        fail_if_wrong(result.verification)
         return
     from tersor.report import format_bytes
 
@@ -100,3 +104,6 @@ def command(
     print("tensors: " + ", ".join(f"{formats.count(name)} {name}" for name in dict.fromkeys(formats)))
     if result.note:
         print(f"note: {result.note}")
+    if result.verification is not None:
+        print_outcome(result.verification)
+    fail_if_wrong(result.verification)
