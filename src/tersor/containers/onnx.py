@@ -170,7 +170,7 @@ class Onnx(Container):
         import_onnx(f"{path}: writing it")
         try:
             spec = spec_of(description.config)
-            check_tensors(spec, {info.name: info for info in plan}, str(path))
+            check_tensors(spec, {info.name: info for info in plan}, "the plan")
         except ModelError as error:
             raise ContainerError(f"{path}: onnx holds whole decoders only: {error}") from None
         if spec.head_dim % 16:

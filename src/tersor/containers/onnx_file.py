@@ -89,22 +89,30 @@ class OnnxFile:
         self.initializers: dict[str, Initializer] = {}
         try:
             self._read(_parse(self.path))
-        except UnicodeDecodeError:
-            self.close()
-            raise ContainerError(f"{self.path}: a name is no UTF-8; the file is damaged") from None
         except BaseException:
             self.close()
             raise
 
     def _read(self, model: onnx.ModelProto) -> None:
         self.producer = shorten(model.producer_name)
-        self.nodes = [_node(node) for node in model.graph.node]
+        self.nodes = [self._node(node) for node in model.graph.node]
         for tensor in model.graph.initializer:
-            if tensor.name in self.initializers:
+            if self._text(tensor.name) in self.initializers:
                 raise ContainerError(f"{self.path}: initializer {shorten(tensor.name)!r} appears twice; the file is damaged")
             stored = tensor.data_location == 1 or tensor.raw_data  # EXTERNAL, or inside as bytes; others are small constants
             if stored and tensor.data_type in _DTYPES:
                 self.initializers[tensor.name] = self._initializer(tensor)
+
+    def _node(self, node: onnx.NodeProto) -> Node:
+        integers = {self._text(attribute.name): attribute.i for attribute in node.attribute if attribute.type == 2}  # INT
+        inputs, outputs = (tuple(self._text(name) for name in names) for names in (node.input, node.output))
+        return Node(self._text(node.op_type), self._text(node.name), inputs, outputs, integers)
+
+    def _text(self, value: object) -> str:
+        """Returns a string of the protobuf, which gives bytes for what is no UTF-8."""
+        if not isinstance(value, str):
+            raise ContainerError(f"{self.path}: a name is no text: {shorten(value)}; the file is damaged")
+        return value
 
     def _initializer(self, tensor: onnx.TensorProto) -> Initializer:
         """Returns the record, its numbers proven consistent with each other and with the file that holds it."""
@@ -117,7 +125,9 @@ class OnnxFile:
             if len(tensor.raw_data) != need:
                 raise ContainerError(f"{where}: holds {len(tensor.raw_data)} bytes, its shape needs {need}; the file is damaged")
             return Initializer(tensor.name, tensor.data_type, shape, "", 0)
-        location, offset, length = self._place(where, {entry.key: entry.value for entry in tensor.external_data}, need)
+        location, offset, length = self._place(
+            where, {self._text(entry.key): self._text(entry.value) for entry in tensor.external_data}, need
+        )
         file = self._file(where, location)
         if length != need or not 0 <= offset <= file.size - need:
             raise ContainerError(
@@ -176,8 +186,3 @@ def _parse(path: Path) -> onnx.ModelProto:
         raise ContainerError(f"{path}: cannot read: {error.strerror or error}") from error
     except (DecodeError, ValueError) as error:
         raise ContainerError(f"{path}: is no ONNX model: {shorten(error)}; the file is damaged") from None
-
-
-def _node(node: Any) -> Node:
-    integers = {attribute.name: attribute.i for attribute in node.attribute if attribute.type == 2}  # INT
-    return Node(node.op_type, node.name, tuple(node.input), tuple(node.output), integers)

@@ -230,7 +230,8 @@ def _values(parts: Blocks, fields: Mapping[str, Array]) -> Array:
     rows, groups = scale.shape
     codes = unpack_bits(fields["codes"], parts.bits, groups * parts.group).astype(np.float32).reshape(rows, groups, parts.group)
     zero = unpack_bits(fields["zero"], parts.bits, groups).astype(np.float32) if parts.zeros else np.float32(1 << (parts.bits - 1))
-    values: Array = (codes - (zero[..., None] if parts.zeros else zero)) * scale[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged file's scales
+        values: Array = (codes - (zero[..., None] if parts.zeros else zero)) * scale[..., None]
     return values.reshape(rows, -1)
 
 
