@@ -53,7 +53,7 @@ class OnnxReader(Reader):
                     continue
                 yield name, _multiplied(node, parts)
         for name in stored:
-            if name not in used and re.fullmatch(r"(model|lm_head)\..*\.(weight|bias)", name):
+            if name not in used and re.fullmatch(r"(model|lm_head)(\.\w+)*\.(weight|bias)", name):
                 yield name, array(name).astype(np.float32)
 
 
