@@ -9,9 +9,10 @@ from tersor.containers.compressed_tensors import CompressedTensors
 from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.gguf import GGUF
 from tersor.containers.huggingface import HuggingFace
+from tersor.containers.onnx import Onnx
 from tersor.errors import ContainerError, unknown
 
-CONTAINERS: dict[str, Container] = {container.name: container for container in (GGUF(), HuggingFace(), CompressedTensors())}
+CONTAINERS: dict[str, Container] = {container.name: container for container in (GGUF(), HuggingFace(), CompressedTensors(), Onnx())}
 
 # What of a hub repository a container reads; never pickles.
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]

@@ -18,6 +18,7 @@ from tersor.containers.directory import (
     with_tied,
 )
 from tersor.containers.directory_writer import DirectoryWriter
+from tersor.containers.onnx_file import has_graph
 from tersor.containers.safetensors_file import shorten
 from tersor.errors import ContainerError, unknown
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
@@ -67,8 +68,8 @@ class HuggingFace(Container):
     suffix = ""
 
     def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory with a config.json that is not compressed-tensors'."""
-        return (path / "config.json").is_file() and not names_method(path, "compressed-tensors")
+        """Returns whether path is a directory with a config.json that is not compressed-tensors', and no ONNX graph instead of weights."""
+        return (path / "config.json").is_file() and not names_method(path, "compressed-tensors") and not has_graph(path)
 
     def open(self, path: Path) -> HuggingFaceCheckpoint:
         """Opens the directory. Raises ContainerError."""

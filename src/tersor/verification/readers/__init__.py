@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from tersor.verification.reader import Reader
+from tersor.verification.readers.onnx import OnnxReader
 
-READERS: dict[str, Reader] = {}
+READERS: dict[str, Reader] = {"onnx": OnnxReader()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from tersor.verification.runtimes.onnx import OnnxRuntime
 from tersor.verification.runtimes.runtime import Runtime
 from tersor.verification.runtimes.transformers import TransformersRuntime
 
-RUNTIMES: dict[str, Runtime] = {}
+RUNTIMES: dict[str, Runtime] = {"onnx": OnnxRuntime()}
 
 
 def runtime_of(container: str) -> Runtime:

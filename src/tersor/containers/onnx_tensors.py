@@ -1,0 +1,248 @@
+"""Which weights a graph holds, by Hugging Face name: tersor's own graphs, and those of onnxruntime-genai's model builder.
+
+    node /model/layers.0/attn/q_proj/MatMulNBits | MatMul_Q4     codes, scales and zeros are its inputs 1, 2 and 3
+    node .../GatherBlockQuantized                                the embedding: inputs 0, 2 and 3; the first may come through Reshape
+    initializer model.layers.0.attn.q_proj.MatMul.weight         a float matrix, transposed: (in, rows)
+    initializer model.layers.0.self_attn.q_proj.weight           ours: (rows, in); norms, biases and embedding alike in both
+    attn.qkv_proj                                                q, k and v, their rows one after the other
+
+Source of the foreign names: microsoft/onnxruntime-genai src/python/py/models/builders/base.py. Scales that are no float16 numbers
+(onnxruntime's own quantizer makes float32 ones) have no format here: such a matrix is offered as the float32 values that are multiplied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tersor.containers.onnx_file import BFLOAT16, FLOAT, FLOAT16, UINT8, Initializer, Node, OnnxFile
+from tersor.containers.onnx_parts import is_blocks
+from tersor.containers.safetensors_file import shorten
+from tersor.errors import ContainerError
+from tersor.formats import get_format
+from tersor.formats.floats import f32_from_bf16
+from tersor.formats.packing import packed_bytes, unpack_bits
+from tersor.models import spec_of
+from tersor.tensor import Array, QuantizedTensor, TensorInfo
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+SAMPLE = 4096  # scales that are looked at when a file is opened; all of them when they are read
+
+_FLOATS = {FLOAT: "f32", FLOAT16: "f16", BFLOAT16: "bf16"}
+_PATH = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)/(\w+_proj)|lm_head)/MatMul\w*")
+_OWN = re.compile(r"(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj|lm_head|model\.embed_tokens)\.qweight")
+_TENSOR = re.compile(r"(?:model|lm_head)(?:\.\w+)*\.(?:weight|bias)")
+_FOREIGN = (  # names of initializers -> Hugging Face's
+    (re.compile(r"^(model\.layers\.\d+)\.attn\.([qk]_norm)\.layernorm\.weight$"), r"\1.self_attn.\2.weight"),
+    (re.compile(r"^model\.layers\.\d+\.final_norm_layernorm\.weight$"), "model.norm.weight"),
+    (re.compile(r"^(model\.layers\.\d+)\.attn\."), r"\1.self_attn."),
+    (re.compile(r"\.(?:MatMul|Add)\.(weight|bias)$"), r".\1"),
+)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the parts of a quantized matrix lie. zeros: "" in the symmetric form."""
+
+    codes: str
+    scales: str
+    zeros: str
+    bits: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor comes from: rows [first, first + rows) of a stored matrix of `stored_rows`."""
+
+    info: TensorInfo
+    first: int
+    stored_rows: int
+    stored: str | Blocks  # of floats the initializer's name
+    transposed: bool = False
+
+
+def find_sources(file: OnnxFile, config: Mapping[str, Any]) -> dict[str, Source]:
+    """Returns every weight of the graph by its Hugging Face name, in the order of the initializers; a tied head is not among them.
+
+    Raises ContainerError for a quantized product that has no format here (which layer and why), or parts that do not fit each other.
+    """
+    producers = {output: node for node in file.nodes for output in node.outputs}
+    found: list[Source] = []
+    for node in file.nodes:
+        module = _module(node)
+        if module is not None:
+            found += _split(_quantized(file, node, module, producers), config, file)
+    for name, entry in file.initializers.items():
+        own = _float_name(name, entry)
+        if own is not None:
+            found += _split(_float(file, entry, *own), config, file)
+    order = {name: position for position, name in enumerate(file.initializers)}
+    found.sort(key=lambda source: (order[_first_part(source)], source.first))
+    return _without_tied_head({source.info.name: source for source in found})
+
+
+def _first_part(source: Source) -> str:
+    return source.stored if isinstance(source.stored, str) else source.stored.codes
+
+
+def _without_tied_head(sources: dict[str, Source]) -> dict[str, Source]:
+    """Returns the sources without a head that is the embedding, under the embedding's name."""
+    embedding, head = sources.get(f"{EMBEDDING}.weight"), sources.get(f"{HEAD}.weight")
+    if head is None or (embedding is not None and _first_part(embedding) != _first_part(head)):
+        return sources
+    del sources[head.info.name]
+    if embedding is None:  # looked up in the head, transposed
+        sources[f"{EMBEDDING}.weight"] = replace(head, info=replace(head.info, name=f"{EMBEDDING}.weight"))
+    return sources
+
+
+def _module(node: Node) -> str | None:
+    """Returns the module whose weight a node multiplies by, None when it holds no quantized weight."""
+    if node.op == "GatherBlockQuantized":
+        return EMBEDDING
+    if node.op != "MatMulNBits" or len(node.inputs) < 3:
+        return None
+    own, path = _OWN.fullmatch(node.inputs[1]), _PATH.fullmatch(node.name.split("_Q")[0])
+    if own is not None:
+        return own[1]
+    if path is None:
+        return None
+    return HEAD if path[1] is None else f"model.layers.{path[1]}.{'self_attn' if path[2] == 'attn' else 'mlp'}.{path[3]}"
+
+
+def _quantized(file: OnnxFile, node: Node, module: str, producers: Mapping[str, Node]) -> Source:
+    """Returns the source of a quantized matrix after checking that all its parts fit each other."""
+    where = f"{file.path}: {shorten(module)} ({node.op})"
+    lookup = node.op == "GatherBlockQuantized"
+    inputs = (*node.inputs, "", "", "", "")
+    codes, scales, zeros = (inputs[0], inputs[2], inputs[3]) if lookup else inputs[1:4]
+    if codes in producers and producers[codes].op == "Reshape" and producers[codes].inputs:
+        codes = producers[codes].inputs[0]
+    bits, group = node.attributes.get("bits", 4), node.attributes.get("block_size", 128)
+    format = f"int{bits}_g{group}{'' if zeros else 's'}"
+    if not is_blocks(format):
+        raise ContainerError(f"{where} has {bits} bits in blocks of {group}; need 2, 4 or 8 bits in blocks of 16, 32, 64, 128 or 256")
+    if not lookup and (inputs[4] or inputs[5]):
+        raise ContainerError(f"{where} has {'g_idx' if inputs[4] else 'a fused bias'}, which is not read yet; export without it")
+    stored = file.initializers.get(codes)
+    if stored is None or stored.data_type != UINT8 or not stored.shape:
+        raise ContainerError(f"{where}: its codes {shorten(codes)!r} are no uint8 initializer; the graph is not one that is read here")
+    rows = stored.shape[0] if lookup else node.attributes.get("N", 0)
+    columns = prod(stored.shape[1:]) * 8 // bits if lookup else node.attributes.get("K", 0)
+    if not (0 < rows < 2**31 and 0 < columns < 2**31) or columns % group:
+        raise ContainerError(f"{where} is {rows} x {columns} in blocks of {group}; need whole blocks; the file is damaged")
+    groups = columns // group
+    _check_part(file, where, codes, (UINT8,), rows * columns * bits // 8)
+    _check_part(file, where, scales, (FLOAT, FLOAT16, BFLOAT16), rows * groups)
+    if zeros:
+        _check_part(file, where, zeros, (UINT8,), rows * packed_bytes(groups, bits))
+    sample = _wide(file, scales).reshape(-1)[:SAMPLE]
+    name = format if _is_float16(sample) else "f32"
+    info = TensorInfo(f"{module}.weight", name, (rows, columns), get_format(name).nbytes((rows, columns)))
+    return Source(info, 0, rows, Blocks(codes, scales, zeros, bits, group))
+
+
+def _check_part(file: OnnxFile, where: str, name: str, types: tuple[int, ...], count: int) -> None:
+    part = file.initializers.get(name)
+    if part is None or part.data_type not in types or prod(part.shape) != count:
+        got = "no initializer" if part is None else f"type {part.data_type} {shorten(list(part.shape))}"
+        raise ContainerError(f"{where}: {shorten(name)!r} is {got}, needs {count} values of type {types[0]}; the file is damaged")
+
+
+def _float_name(name: str, entry: Initializer) -> tuple[str, bool] | None:
+    """Returns (Hugging Face name, transposed) of a float weight, None for everything else."""
+    transposed = name.endswith(".MatMul.weight")
+    for pattern, replacement in _FOREIGN:
+        name = pattern.sub(replacement, name)
+    return (name, transposed) if entry.data_type in _FLOATS and _TENSOR.fullmatch(name) else None
+
+
+def _float(file: OnnxFile, entry: Initializer, name: str, transposed: bool) -> Source:
+    shape = entry.shape[::-1] if transposed else entry.shape
+    if len(shape) not in (1, 2) or 0 in shape or (transposed and len(shape) != 2):
+        raise ContainerError(f"{file.path}: {shorten(entry.name)!r} has shape {list(shape)}, needs one or two axes of at least one value")
+    info = TensorInfo(name, _FLOATS[entry.data_type], shape, entry.nbytes)
+    return Source(info, 0, prod(shape[:-1]), entry.name, transposed)
+
+
+def _split(source: Source, config: Mapping[str, Any], file: OnnxFile) -> list[Source]:
+    """Returns q, k and v of a joined projection; any other tensor as it is."""
+    layer, joined, part = source.info.name.rpartition(".qkv_proj.")
+    if not joined:
+        return [source]
+    spec, vector = spec_of(config), part == "bias"
+    rows = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim)
+    if sum(rows) != source.info.shape[0]:
+        raise ContainerError(
+            f"{file.path}: {shorten(source.info.name)} has {source.info.shape[0]} rows, config.json's heads need {sum(rows)}"
+        )
+    first, parts = 0, []
+    for name, count in zip(("q_proj", "k_proj", "v_proj"), rows):
+        shape = (count,) if vector else (count, *source.info.shape[1:])
+        info = TensorInfo(f"{layer}.{name}.{part}", source.info.format, shape, get_format(source.info.format).nbytes(shape))
+        parts.append(replace(source, info=info, first=first))
+        first += count
+    return parts
+
+
+def read_source(file: OnnxFile, source: Source, rows: slice | None) -> QuantizedTensor:
+    """Returns a tensor or those rows of it. Codes, zeros and floats are views where they lie row by row; scales become float16.
+
+    Raises ContainerError when a scale is no float16 number though the first ones were.
+    """
+    info, first = source.info, source.first
+    if isinstance(source.stored, str):
+        values = file.array(source.stored)
+        if len(info.shape) == 1:
+            values = values[first : first + info.shape[0]].reshape(1, -1)
+            return QuantizedTensor(info.format, info.shape, {"values": values}) if rows is None else _sliced(info.format, values[rows])
+        matrix = (values.T if source.transposed else values)[first : first + info.shape[0]]
+        return _sliced(info.format, matrix if rows is None else matrix[rows])
+    parts = source.stored
+    names = [("codes", parts.codes), ("scale", parts.scales)] + ([("zero", parts.zeros)] if parts.zeros else [])
+    fields = {}
+    for field, name in names:
+        whole = _wide(file, name) if field == "scale" else file.array(name)
+        mine = whole.reshape(source.stored_rows, -1)[first : first + info.shape[0]]
+        fields[field] = mine if rows is None else mine[rows]
+    if info.format == "f32":
+        return _sliced("f32", _values(parts, fields))
+    if not _is_float16(fields["scale"]):
+        raise ContainerError(f"{file.path}: {shorten(parts.scales)} holds scales that are no float16 numbers; they cannot be kept exactly")
+    fields["scale"] = fields["scale"].astype(np.float16)
+    return QuantizedTensor(info.format, (len(fields["codes"]), info.shape[1]), fields)
+
+
+def _sliced(format: str, values: Array) -> QuantizedTensor:
+    values = np.ascontiguousarray(values)
+    return QuantizedTensor(format, values.shape, {"values": values})
+
+
+def _values(parts: Blocks, fields: Mapping[str, Array]) -> Array:
+    """Returns (code - zero) * scale, (rows, in) float32, rounded once."""
+    scale = fields["scale"]
+    rows, groups = scale.shape
+    codes = unpack_bits(fields["codes"], parts.bits, groups * parts.group).astype(np.float32).reshape(rows, groups, parts.group)
+    zero = unpack_bits(fields["zero"], parts.bits, groups).astype(np.float32) if parts.zeros else np.float32(1 << (parts.bits - 1))
+    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged file's scales
+        values: Array = (codes - (zero[..., None] if parts.zeros else zero)) * scale[..., None]
+    return values.reshape(rows, -1)
+
+
+def _wide(file: OnnxFile, name: str) -> Array:
+    """Returns scales as float32, or float16 where they are stored so."""
+    stored = file.array(name)
+    return f32_from_bf16(stored) if file.initializers[name].data_type == BFLOAT16 else stored
+
+
+def _is_float16(scales: Array) -> bool:
+    """Returns whether every scale is a finite float16 number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow = scales.astype(np.float16)
+        return bool((narrow.astype(np.float32) == scales).all())
