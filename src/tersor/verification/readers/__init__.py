@@ -3,5 +3,10 @@
 from __future__ import annotations
 
 from tersor.verification.reader import Reader
+from tersor.verification.readers.awq import AWQReader
+from tersor.verification.readers.gptq import GPTQReader
 
-READERS: dict[str, Reader] = {}
+READERS: dict[str, Reader] = {
+    "awq": AWQReader(),
+    "gptq": GPTQReader(),
+}
