@@ -29,7 +29,9 @@ def foreign(path: Path, layers: Mapping[str, Mapping[str, np.ndarray]], quantiza
     return path
 
 
-def numbers(bits: int, rows: int = 64, columns: int = 64, groups: int = 2, symmetric: bool = False, seed: int = 0) -> tuple[list, list, list]:
+def numbers(
+    bits: int, rows: int = 64, columns: int = 64, groups: int = 2, symmetric: bool = False, seed: int = 0
+) -> tuple[list, list, list]:
     """Returns random (codes, zeros, scales); zeros are of all values, 0 too."""
     rng = np.random.default_rng(seed)
     zeros = rng.integers(0, 2**bits, (rows, groups))

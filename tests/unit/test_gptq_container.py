@@ -54,7 +54,11 @@ def decoded(checkpoint: Checkpoint, module: str = Q) -> Array:
 
 def tensor_of(name: str, codes: list, zeros: list, scales: list, g_idx: list[int]) -> QuantizedTensor:
     """Returns our tensor of these numbers."""
-    params = {"scale": np.array(scales, np.float16), "zero": np.array(zeros, np.uint8), "order": np.argsort(g_idx, kind="stable").astype(np.int32)}
+    params = {
+        "scale": np.array(scales, np.float16),
+        "zero": np.array(zeros, np.uint8),
+        "order": np.argsort(g_idx, kind="stable").astype(np.int32),
+    }
     keep = {"scale"} | ({"zero"} if "s" not in name else set()) | ({"order"} if name.endswith("o") else set())
     return get_format(name).pack(np.array(codes, np.uint8), {key: params[key] for key in keep})
 
@@ -212,7 +216,7 @@ def test_wider_scales_are_kept_when_exact(dtype: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    parts, w = parts_of()
+    parts, _ = parts_of()
     path = foreign(tmp_path / "m", {Q: parts}, CONFIG)
     tensors = load_file(path / "model.safetensors")
     exact = (tensors[f"{Q}.scales"].float() * 128).round() / 128
@@ -327,8 +331,17 @@ def test_a_tied_embedding_is_refused_as_such(tmp_path: Path) -> None:
 
 
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-2, 2**65), st.floats(), st.text(max_size=5), st.sampled_from(["gptq", "+:.*", "-:(", "int32"])),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["+:.*", "bits", "group_size", "sym"]), inner, max_size=3)),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-2, 2**65),
+        st.floats(),
+        st.text(max_size=5),
+        st.sampled_from(["gptq", "+:.*", "-:(", "int32"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["+:.*", "bits", "group_size", "sym"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 

@@ -22,6 +22,7 @@ from tersor.errors import ContainerError, FormatError
 from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
 from tersor.formats.floats import f32_from_bf16
+from tersor.formats.ordered import OrderedFormat
 from tersor.formats.packing import pack_bits
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
@@ -54,7 +55,8 @@ class Layer:
 
 def stored_format(name: str) -> AffineFormat | None:
     """Returns the affine format of the columns in stored order, None for any other family or a format with a float minimum or zero."""
-    found = get_format(name.removesuffix("o"))
+    found = get_format(name)
+    found = found.plain if isinstance(found, OrderedFormat) else found
     return found if isinstance(found, AffineFormat) and found.kind in ("", "s") else None
 
 

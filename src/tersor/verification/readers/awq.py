@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tersor.tensor import Array
 from tersor.verification.reader import Reader
@@ -25,9 +26,9 @@ class AWQReader(Reader):
         from safetensors import safe_open
 
         config = json.loads((path / "config.json").read_text())["quantization_config"]
-        files = {}
+        files: dict[str, Any] = {}
         for file in sorted(path.glob("*.safetensors")):
-            opened = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="pt")
             files |= dict.fromkeys(opened.keys(), opened)
         for name, file in files.items():
             module, _, part = name.rpartition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tersor.tensor import Array
 from tersor.verification.reader import Reader
@@ -24,9 +25,9 @@ class GPTQReader(Reader):
         from safetensors import safe_open
 
         config = QuantizeConfig.from_pretrained(str(path))
-        files = {}
+        files: dict[str, Any] = {}
         for file in sorted(path.glob("*.safetensors")):
-            opened = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="pt")
             files |= dict.fromkeys(opened.keys(), opened)
         for name, file in files.items():
             module, _, part = name.rpartition(".")
