@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,11 @@ def test_writes_what_the_loops_pack(symmetric: bool, tmp_path: Path) -> None:
         assert found[f"{Q}.{part}"].dtype == expected.dtype
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     left = [HEAD, *(n.removesuffix(".weight") for n in source.tensors if "_proj" in n and n != WEIGHT)]
-    assert config == CONFIG | {"modules_to_not_convert": config["modules_to_not_convert"]}
+    assert config == CONFIG | {key: config[key] for key in ("modules_to_not_convert", "dynamic")}
     assert sorted(config["modules_to_not_convert"]) == sorted(left)
+    ((key, own),) = config["dynamic"].items()
+    assert key[:2] == "-:" and own == {}
+    assert all(re.match(key[2:], module) for module in left[1:]) and not re.match(key[2:], Q)
 
 
 @pytest.mark.parametrize("name", GOLDEN["awq"])

@@ -11,7 +11,8 @@ awq/modules/linear/gemm.py (WQLinear_GEMM.from_linear), awq/utils/packing_utils.
 vllm/model_executor/layers/quantization/auto_awq.py.
 
 config.json's `quantization_config` has one group size for the whole model, so all quantized layers share it. `modules_to_not_convert`
-names the linear layers that stay float; loaders match the names as parts of a module's. The embedding and the head are always float.
+names the linear layers that stay float; loaders match the names as parts of a module's. gptqmodel (7.6) does not look there, so its own
+`dynamic` says it too. The embedding and the head are always float.
 
 A symmetric format is written with zeros of 8, since GEMM kernels read zeros (`zero_point: true`); a layer whose zeros are all 8 is
 read as symmetric: the same values. Held: int4, symmetric or with an integer zero, groups of 16, 32, 64 or 128 or a whole row.
@@ -30,7 +31,7 @@ import numpy as np
 from tersor.containers.container import Container
 from tersor.containers.directory import DTYPE_OF, is_tied, names_method, read_description
 from tersor.containers.directory_writer import DirectoryWriter, Part
-from tersor.containers.qweight import EMBEDDING, HEAD, Layer, QweightCheckpoint, as_words, check_plan, stored_format
+from tersor.containers.qweight import EMBEDDING, HEAD, Layer, QweightCheckpoint, as_words, check_plan, module_expression, stored_format
 from tersor.containers.safetensors_file import Entry, shorten
 from tersor.errors import ContainerError, unknown
 from tersor.formats import get_format
@@ -137,7 +138,7 @@ def write_quantization(plan: Iterable[TensorInfo]) -> dict[str, Any] | None:
             floats.append(module)
     if size is None:
         return None
-    return {
+    config = {
         "quant_method": METHOD,
         "bits": _BITS,
         "group_size": size,
@@ -145,6 +146,7 @@ def write_quantization(plan: Iterable[TensorInfo]) -> dict[str, Any] | None:
         "version": GEMM,
         "modules_to_not_convert": floats,
     }
+    return {**config, "dynamic": {f"-:{module_expression(floats[1:])}": {}}} if len(floats) > 1 else config
 
 
 class AWQWriter(DirectoryWriter):

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tersor.containers.qweight import EMBEDDING, HEAD, stored_format
+from tersor.containers.qweight import EMBEDDING, HEAD, module_expression, stored_format
 from tersor.containers.safetensors_file import shorten
 from tersor.errors import ContainerError, unknown
 from tersor.formats.affine import AffineFormat
@@ -30,9 +30,6 @@ METHOD = "gptq"
 V1, V2 = "gptq", "gptq_v2"
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)  # of gptqmodel's kernels (512 and 1024 are no group of ours)
-
-# What vLLM calls layers that it runs as one; its `dynamic` is asked for these names.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,9 @@ def write_quantization(plan: Iterable[TensorInfo]) -> dict[str, Any] | None:
     if not modules:
         return None
     base, _ = Counter({format: len(own) for format, own in modules.items()}).most_common(1)[0]
-    dynamic: dict[str, dict[str, Any]] = {f"+:{_expression(own)}": _entry(format) for format, own in modules.items() if format != base}
+    dynamic: dict[str, dict[str, Any]] = {
+        f"+:{module_expression(own)}": _entry(format) for format, own in modules.items() if format != base
+    }
     config = {
         "quant_method": METHOD,
         **_entry(base),
@@ -141,7 +140,7 @@ def write_quantization(plan: Iterable[TensorInfo]) -> dict[str, Any] | None:
         "lm_head": any(HEAD in own for own in modules.values()),
     }
     if floats:
-        dynamic[f"-:{_expression(floats)}"] = {}
+        dynamic[f"-:{module_expression(floats)}"] = {}
         config["modules_in_block_to_quantize"] = [[module for own in modules.values() for module in own]]
     return {**config, "dynamic": dynamic} if dynamic else config
 
@@ -153,14 +152,3 @@ def checkpoint_format(formats: Iterable[AffineFormat]) -> str:
 
 def _entry(format: AffineFormat) -> dict[str, Any]:
     return {"bits": format.width, "group_size": format.group_size or -1, "sym": format.kind == "s"}
-
-
-def _expression(modules: Sequence[str]) -> str:
-    """Returns a regular expression that matches these names, and vLLM's names of layers that they make up together."""
-    known, names = set(modules), list(modules)
-    for fused, parts in _FUSED.items():
-        for module in modules:
-            block, _, last = module.rpartition(".")
-            if last == parts[0] and all(f"{block}.{part}" in known for part in parts):
-                names.append(f"{block}.{fused}")
-    return f"^(?:{'|'.join(map(re.escape, names))})$"

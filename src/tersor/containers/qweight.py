@@ -8,6 +8,7 @@ are AutoGPTQ's (AutoGPTQ/AutoGPTQ auto_gptq/nn_modules/qlinear), which AutoAWQ t
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 _PARTS = ("qzeros", "scales", "g_idx")
+
+# What vLLM calls layers that it runs as one; its `dynamic` is asked for these names.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -199,3 +203,14 @@ def as_words(stream: Array) -> Array:
     """Returns packed rows, (n, bytes) uint8, as int32 words; bytes: a multiple of 4."""
     words: Array = np.ascontiguousarray(stream).view("<i4")
     return words
+
+
+def module_expression(modules: Sequence[str]) -> str:
+    """Returns a regular expression that matches these names, and vLLM's names of layers that they make up together."""
+    known, names = set(modules), list(modules)
+    for fused, parts in _FUSED.items():
+        for module in modules:
+            block, _, last = module.rpartition(".")
+            if last == parts[0] and all(f"{block}.{part}" in known for part in parts):
+                names.append(f"{block}.{fused}")
+    return f"^(?:{'|'.join(map(re.escape, names))})$"
