@@ -122,6 +122,17 @@ def test_the_engine_runs_it_as_it_runs_compressed_tensors(recipe: str, tmp_path:
         np.testing.assert_array_equal(back[name], array)
 
 
+def test_to_gptq_and_back(tmp_path: Path) -> None:
+    """The same grid in another order of bits: nothing is rounded again, and the files come back to the byte."""
+    model = tiny_model(tmp_path / "hf", hidden=64, intermediate=128, heads=2, kv_heads=1, tie=False)
+    quantize(model, tmp_path / "awq", MIXED, to="awq")
+    convert(tmp_path / "awq", tmp_path / "gptq", "gptq")
+    convert(tmp_path / "gptq", tmp_path / "back", "awq")
+    assert open_checkpoint(tmp_path / "gptq").container == "gptq"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "awq" / name).read_bytes(), name
+
+
 # --- foreign files --------------------------------------------------------------------------------------------------------
 
 

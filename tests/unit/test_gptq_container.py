@@ -391,10 +391,19 @@ def test_several_formats_are_overrides(tmp_path: Path) -> None:
     assert found["lm_head.weight"].format == "int3_g64" and found["model.embed_tokens.weight"].format == "f16"
 
 
-@pytest.mark.parametrize("recipe", [MIXED, "rtn:int4_g32s", "rtn:int2_g64", "rtn:int8_c"])
-def test_the_engine_runs_it_as_it_runs_compressed_tensors(recipe: str, tmp_path: Path) -> None:
+CASES = [
+    ("llama", MIXED),
+    ("mistral", "rtn:int4_g32s"),
+    ("qwen2", "rtn:int2_g64"),
+    ("qwen3", "rtn:int8_c"),
+    ("gemma3_text", "rtn:int3_g32"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "recipe"), CASES)
+def test_the_engine_runs_it_as_it_runs_compressed_tensors(architecture: str, recipe: str, tmp_path: Path) -> None:
     """The same codes by another file: the same text, and the same weights when converted back."""
-    model = tiny_model(tmp_path / "hf", hidden=64, intermediate=128, kv_heads=2, heads=2, tie=False)
+    model = tiny_model(tmp_path / "hf", architecture, hidden=64, intermediate=128, kv_heads=2, heads=2, tie=recipe != MIXED)
     quantize(model, tmp_path / "ct", recipe, to="compressed-tensors")
     quantize(model, tmp_path / "gptq", recipe, to="gptq")
     texts = [load(tmp_path / name).generate("The quick brown fox", max_tokens=12).text for name in ("ct", "gptq")]
@@ -403,6 +412,17 @@ def test_the_engine_runs_it_as_it_runs_compressed_tensors(recipe: str, tmp_path:
     assert load_file(tmp_path / "back" / "model.safetensors").keys() == load_file(tmp_path / "ct" / "model.safetensors").keys()
     for name, array in load_file(tmp_path / "ct" / "model.safetensors").items():
         np.testing.assert_array_equal(load_file(tmp_path / "back" / "model.safetensors")[name], array)
+
+
+def test_calibrated_act_order_runs(tmp_path: Path) -> None:
+    """What the method gptq orders is what the engine multiplies: the text of the file is that of its weights as floats."""
+    model = tiny_model(tmp_path / "hf", hidden=64, intermediate=128, kv_heads=2, heads=2, tie=False)
+    quantize(model, tmp_path / "q", "gptq:int4_g32so", to="gptq", calib="pydoc", samples=2, seqlen=32)
+    checkpoint = open_checkpoint(tmp_path / "q")
+    assert checkpoint.tensors[WEIGHT].format == "int4_g32so" and (checkpoint.read(WEIGHT).fields["order"] != np.arange(64)).any()
+    convert(tmp_path / "q", tmp_path / "floats", "huggingface", dequantize="f32")
+    texts = [load(tmp_path / name).generate("The quick brown fox", max_tokens=8).text for name in ("q", "floats")]
+    assert texts[0] == texts[1]
 
 
 def test_all_in_float_is_a_plain_directory(tmp_path: Path) -> None:

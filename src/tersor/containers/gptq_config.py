@@ -67,7 +67,7 @@ def read_quantization(where: str, quantization: Mapping[str, Any]) -> Quantizati
     for key in ("rotation", "adapter", "is_marlin_format"):
         if quantization.get(key):
             raise ContainerError(f"{where}: quantization_config has {key} {shorten(quantization[key])}, which is not supported")
-    words = quantization.get("pack_dtype", "int32")
+    words = quantization.get("pack_dtype") or "int32"
     if words not in ("int32", "torch.int32"):
         raise ContainerError(f"{where}: {unknown('pack_dtype', shorten(words), ['int32'])}; save it again with int32")
     base = _read_scheme(where, quantization, None)
@@ -128,9 +128,8 @@ def write_quantization(plan: Iterable[TensorInfo]) -> dict[str, Any] | None:
     if not modules:
         return None
     base, _ = Counter({format: len(own) for format, own in modules.items()}).most_common(1)[0]
-    dynamic: dict[str, dict[str, Any]] = {
-        f"+:{module_expression(own)}": _entry(format) for format, own in modules.items() if format != base
-    }
+    others = {format: own for format, own in modules.items() if format != base}
+    dynamic: dict[str, dict[str, Any]] = {f"+:{module_expression(own)}": _entry(format) for format, own in others.items()}
     config = {
         "quant_method": METHOD,
         **_entry(base),
