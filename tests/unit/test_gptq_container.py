@@ -22,7 +22,7 @@ from qweight_files import HEAD, UP, K, Q, foreign, numbers
 from tersor import quantize
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint
-from tersor.containers.convert import convert
+from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError, TersorError
 from tersor.formats import get_format
