@@ -431,7 +431,7 @@ def test_all_in_float_is_a_plain_directory(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "q").container == "huggingface"
 
 
-@pytest.mark.slow  # `make test-all` installs gptqmodel
+@pytest.mark.slow  # needs gptqmodel, which wants a numpy of its own: run it in an environment with both
 @pytest.mark.parametrize("recipe", [MIXED, *(f"rtn:{name_of(*case)}" for case in MATRIX), "rtn:int4_c", "rtn:int8_cs"])
 def test_gptqmodel_reads_exactly_what_was_meant(recipe: str, tmp_path: Path) -> None:
     reader = READERS["gptq"]

@@ -12,11 +12,11 @@ and w[r, i] = (code - zero[g_idx[i], r]) * scale[g_idx[i], r]. Source: ModelClou
 (convert_gptq_v1_to_v2_format_module) and utils/model_dequant.py. Three bits straddle words there as they do in our stream.
 
 Versions. v1 (`checkpoint_format: gptq`) stores (zero - 1) mod 2^B, v2 (`gptq_v2`) the zero. A symmetric zero is 2^(B-1), which
-v1 holds without wrapping and every loader knows. A zero of 0 wraps in v1, and loaders differ then: gptqmodel (7.6) adds one to whole
-words, so that the carry damages the neighbour, but masks each field in its safetensors reader; vLLM's kernels
+v1 holds without wrapping and every loader knows. A zero of 0 wraps in v1, and loaders differ then: gptqmodel (7.6; 3 bits apart)
+adds one to whole words, so that the carry damages the neighbour, but masks each field in its safetensors reader; vLLM's kernels
 (csrc/quantization/gptq/q_gemm.cu) add one to each field without a mask, which gives 2^B. So v2 is written as soon as one tensor is
-asymmetric, v1 otherwise. We read both, modulo 2^B. transformers hands either to gptqmodel (utils/quantization_config.py: "v2 is
-gptqmodel only"); vLLM's newest config (auto_gptq.py) takes symmetric 4 and 8 bits only.
+asymmetric, v1 otherwise. We read both, modulo 2^B. transformers hands either version to gptqmodel; vLLM's newest config
+(auto_gptq.py) takes symmetric 4 and 8 bits only.
 
 Act-order. A g_idx that is not i // N gives our formats with the suffix `o`, whose groups are runs of stored columns:
 order = argsort(g_idx), stable. Every group must have exactly N columns. Groups fixed before the columns were reordered
