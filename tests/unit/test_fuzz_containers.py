@@ -103,8 +103,8 @@ def test_damaged_gguf(tmp_path: Path) -> None:
 
 
 def directory(path: Path, container: str) -> Path:
-    """Returns a tiny directory, int4 for compressed-tensors."""
-    source = tiny_model(path / "hf", layers=1, hidden=32, intermediate=32, heads=2, kv_heads=1, tie=True)
+    """Returns a tiny directory, its linear layers int4 where the container is for such."""
+    source = tiny_model(path / "hf", layers=1, hidden=32, intermediate=32, heads=2, kv_heads=2, tie=True)
     if container == "huggingface":
         return source
     checkpoint = open_checkpoint(source)
@@ -117,7 +117,7 @@ def directory(path: Path, container: str) -> Path:
     return path / "ct"
 
 
-@pytest.mark.parametrize("container", ["huggingface", "compressed-tensors"])
+@pytest.mark.parametrize("container", ["huggingface", "compressed-tensors", "gptq", "awq"])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_directories(container: str, name: str, tmp_path: Path) -> None:
     path = directory(tmp_path, container)

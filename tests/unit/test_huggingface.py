@@ -124,8 +124,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config with a key twice": (replaced("config.json", b'{"a": 1, "a": 2}'), "'a' appears twice"),
     "quantization_config is text": (edit("config.json", lambda c: c | {"quantization_config": "x"}), "is no object"),
     "quantized by another method": (
-        edit("config.json", lambda c: c | {"quantization_config": {"quant_method": "gptq"}}),
-        "unknown quant_method 'gptq'; known: compressed-tensors",
+        edit("config.json", lambda c: c | {"quantization_config": {"quant_method": "exl3"}}),
+        "unknown quant_method 'exl3'; known: awq, compressed-tensors, gptq",
     ),
     "shard missing": (lambda p: (p / "model-00002-of-00003.safetensors").unlink(), "shard model-00002-of-00003.safetensors of 3"),
     "shard truncated": (

@@ -5,14 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tersor.containers.awq import AWQ
 from tersor.containers.compressed_tensors import CompressedTensors
 from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.gguf import GGUF
+from tersor.containers.gptq import GPTQ
 from tersor.containers.huggingface import HuggingFace
 from tersor.containers.onnx import Onnx
 from tersor.errors import ContainerError, unknown
 
-CONTAINERS: dict[str, Container] = {container.name: container for container in (GGUF(), HuggingFace(), CompressedTensors(), Onnx())}
+_ALL: tuple[Container, ...] = (
+    GGUF(),
+    HuggingFace(),
+    CompressedTensors(),
+    GPTQ(),
+    AWQ(),
+    Onnx(),
+)
+CONTAINERS: dict[str, Container] = {container.name: container for container in _ALL}
 
 # What of a hub repository a container reads; never pickles.
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]

@@ -34,6 +34,9 @@ CARRIED = (
     "chat_template.json",
 )
 
+# The quant_method of directories that have a container of their own; HuggingFace leaves these alone.
+QUANT_METHODS = ("awq", "compressed-tensors", "gptq")
+
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 DTYPE_OF = {format: dtype for dtype, format in FLOATS.items()}
 
@@ -57,10 +60,10 @@ def read_side_file(path: Path) -> bytes:
         raise ContainerError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
-def names_method(path: Path, method: str) -> bool:
-    """Returns whether the directory's config.json has a quantization_config of this quant_method."""
+def names_method(path: Path, *methods: str) -> bool:
+    """Returns whether the directory's config.json has a quantization_config of one of these quant_methods."""
     quantization = read_json(path / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == method
+    return isinstance(quantization, dict) and quantization.get("quant_method") in methods
 
 
 def read_description(path: Path) -> tuple[ModelDescription, dict[str, Any] | None]:

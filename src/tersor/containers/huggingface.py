@@ -8,6 +8,7 @@ from pathlib import Path
 from tersor.containers.container import Checkpoint, Container, refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    QUANT_METHODS,
     Shards,
     find,
     float_info,
@@ -35,7 +36,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         description, quantization = read_description(path)
         if quantization is not None:
             method = quantization.get("quant_method")
-            raise ContainerError(f"{path}: {unknown('quant_method', shorten(method), ['compressed-tensors'])}; open the float original")
+            raise ContainerError(f"{path}: {unknown('quant_method', shorten(method), QUANT_METHODS)}; open the float original")
         self._shards = Shards(path)
         try:
             tied = is_tied(description.config)
@@ -68,8 +69,8 @@ class HuggingFace(Container):
     suffix = ""
 
     def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory with a config.json that is not compressed-tensors', and no ONNX graph instead of weights."""
-        return (path / "config.json").is_file() and not names_method(path, "compressed-tensors") and not has_graph(path)
+        """Returns whether path is a directory with a config.json that is no other container's, and no ONNX graph instead of weights."""
+        return (path / "config.json").is_file() and not names_method(path, *QUANT_METHODS) and not has_graph(path)
 
     def open(self, path: Path) -> HuggingFaceCheckpoint:
         """Opens the directory. Raises ContainerError."""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from tersor.verification.reader import Reader
+from tersor.verification.readers.awq import AWQReader
+from tersor.verification.readers.gptq import GPTQReader
 from tersor.verification.readers.onnx import OnnxReader
 
-READERS: dict[str, Reader] = {"onnx": OnnxReader()}
+READERS: dict[str, Reader] = {
+    "awq": AWQReader(),
+    "gptq": GPTQReader(),
+    "onnx": OnnxReader(),
+}
