@@ -32,7 +32,7 @@ def compare_logits(
     if size > MAX_FLOAT_BYTES:
         return None, [], [f"logits were not compared: {size / 2**30:.1f} GiB of float32 weights, more than {MAX_FLOAT_BYTES >> 30} GiB"]
     runtime = runtime_of(checkpoint.container)
-    missing = runtime.missing()
+    missing = runtime.missing(checkpoint.container)
     if missing is not None:
         return None, [], [f"logits were not compared: {missing}"]
     try:
@@ -43,13 +43,15 @@ def compare_logits(
         return None, [Fault(str(checkpoint.path), f"our engine cannot run it: {error}")], []
     del model
     if progress is not None:
-        progress(runtime.name, 0, 1)
+        progress(f"run in {runtime.name}", 0, 1)
     try:
         theirs = _log_softmax(runtime.logits(checkpoint, tokens))
     except TersorError:
         raise
     except Exception as error:  # another package's, of any kind
         return None, [Fault(str(checkpoint.path), f"{runtime.name} cannot run it: {type(error).__name__}: {error}")], []
+    if progress is not None:
+        progress(f"run in {runtime.name}", 1, 1)
     if theirs.shape != ours.shape:
         return None, [Fault(str(checkpoint.path), f"{runtime.name} gives {list(theirs.shape)} logits, the engine {list(ours.shape)}")], []
     kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())

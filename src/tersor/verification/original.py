@@ -45,7 +45,7 @@ def compare_with_original(
                 fault = _too_far(checkpoint, original, info)
                 faults += [] if fault is None else [fault]
                 if progress is not None:
-                    progress(info.name, done + 1, len(checkpoint.tensors))
+                    progress("compare with the original", done + 1, len(checkpoint.tensors))
     if not faults:
         result = evaluate(checkpoint.path, against=against, windows=WINDOWS, window=WINDOW, activations="float")
         assert isinstance(result, Divergence)

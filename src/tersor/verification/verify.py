@@ -21,14 +21,13 @@ import numpy as np
 
 from tersor.containers import open_checkpoint
 from tersor.containers.container import Checkpoint
-from tersor.errors import TersorError
 from tersor.memory import resident_bytes
 from tersor.tensor import Array, TensorInfo
 from tersor.verification.digests import file_digests, model_digests, slabs_of
+from tersor.verification.independent import independent_reader
 from tersor.verification.lint import lint
 from tersor.verification.logits import compare_logits
 from tersor.verification.original import compare_with_original
-from tersor.verification.readers import READERS
 from tersor.verification.record import Fault, Logits, Verification, proof_path, read_proof, write_proof
 
 COPIES = 4  # of the largest tensor as float32 that another reader and the comparison hold
@@ -130,17 +129,14 @@ def _changed_values(meant: Mapping[str, str], tensors: Mapping[str, str]) -> lis
 
 def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: Progress | None) -> tuple[str, int, list[Fault], list[str]]:
     """Returns (reader, tensors that agree, faults, notes)."""
-    reader = READERS.get(checkpoint.container)
-    if reader is None:
-        return "", 0, [], [f"there is no independent reader of {checkpoint.container}"]
     need = resident_bytes() + COPIES * 4 * max(prod(info.shape) for info in checkpoint.tensors.values())
     if max_ram is not None and need > max_ram:
-        note = f"no independent reader: {reader.package} would take {need / 2**30:.1f} GiB; run `tersor verify` where there is more"
+        note = f"no independent reader: it would take {need / 2**30:.1f} GiB; run `tersor verify` where there is more"
         return "", 0, [], [note]
-    missing = reader.missing()
-    if missing is not None:
-        return "", 0, [], [f"no independent reader: {missing}"]
-    label = f"{reader.package} {reader.version()}"
+    reader = independent_reader(checkpoint.container)
+    if isinstance(reader, str):
+        return "", 0, [], [f"no independent reader: {reader}"]
+    label = reader.label
     left, agreeing, faults = dict(checkpoint.tensors), 0, []
     try:
         for name, values in reader.weights(checkpoint.path):
@@ -154,9 +150,7 @@ def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: P
             agreeing += fault is None
             checkpoint.release()
             if progress is not None:
-                progress(name, len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
-    except TersorError:
-        raise
+                progress("compare", len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
     except Exception as error:  # another package's, of any kind
         return label, agreeing, [*faults, Fault(str(checkpoint.path), f"{label} cannot read it: {_first_line(error)}")], []
     faults += [Fault(name, f"we find it, {label} does not") for name in left]

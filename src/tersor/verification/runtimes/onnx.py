@@ -49,7 +49,7 @@ class OnnxRuntime(Runtime):
 
     name = "onnxruntime"
 
-    def missing(self) -> str | None:
+    def missing(self, container: str) -> str | None:
         try:
             import onnxruntime  # noqa: F401
         except ImportError as error:

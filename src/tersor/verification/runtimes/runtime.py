@@ -14,8 +14,8 @@ class Runtime(ABC):
     name: str
 
     @abstractmethod
-    def missing(self) -> str | None:
-        """Returns why it cannot be used here, None when it can."""
+    def missing(self, container: str) -> str | None:
+        """Returns why it cannot run files of this container here, None when it can."""
 
     @abstractmethod
     def logits(self, checkpoint: Checkpoint, tokens: Array) -> Array:

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from tersor.containers.container import Checkpoint
-from tersor.errors import ContainerError
 from tersor.tensor import Array
-from tersor.verification.readers import READERS
+from tersor.verification.independent import independent_reader
 from tersor.verification.runtimes.runtime import Runtime
 
 
@@ -18,22 +17,21 @@ class TransformersRuntime(Runtime):
 
     name = "transformers"
 
-    def missing(self) -> str | None:
+    def missing(self, container: str) -> str | None:
         try:
             import torch  # noqa: F401
             import transformers  # noqa: F401
         except ImportError as error:
             return f"transformers cannot be imported ({error}); install it with: pip install 'tersor[verify]'"
-        return None
+        reader = independent_reader(container)
+        return reader if isinstance(reader, str) else None
 
     def logits(self, checkpoint: Checkpoint, tokens: Array) -> Array:
-        """Returns logits. Raises ContainerError when the container has no reader here."""
-        import torch
+                import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        reader = READERS.get(checkpoint.container)
-        if reader is None or reader.missing() is not None:
-            raise ContainerError(f"{checkpoint.path}: no independent reader of {checkpoint.container} here")
+        reader = independent_reader(checkpoint.container)
+        assert not isinstance(reader, str), reader  # `missing` has said so
         config = AutoConfig.for_model(**{k: v for k, v in checkpoint.description.config.items() if k not in ("dtype", "torch_dtype")})
         config._attn_implementation = "eager"
         with torch.device("meta"):
