@@ -27,7 +27,7 @@ class TransformersRuntime(Runtime):
         return reader if isinstance(reader, str) else None
 
     def logits(self, checkpoint: Checkpoint, tokens: Array) -> Array:
-                import torch
+        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         reader = independent_reader(checkpoint.container)
