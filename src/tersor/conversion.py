@@ -18,6 +18,7 @@ from tersor.formats import get_format
 from tersor.formats.exact import alternatives, exactly
 from tersor.recipe import KEEP, Choice, Recipe
 from tersor.slabs import quantize_tensor
+from tersor.targets import TARGETS, check_demands
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
 from tersor.verification.digests import values_digest
 from tersor.verification.record import drop_proof
@@ -101,9 +102,10 @@ def _convert(
     if dst.exists() and dst.resolve() == checkpoint.path.resolve():
         raise OutputError(f"{dst}: is the input; choose another name for the output")
     floats = dequantize is not None or all(info.format in DTYPE_OF for info in checkpoint.tensors.values())
-    target = get_container(to) if to is not None else CONTAINERS[_named(dst, floats)]
+    target = _target(checkpoint, to) if to is not None else CONTAINERS[_named(dst, floats)]
     choices = _choices(checkpoint, target, requantize)
     plan = [_planned(checkpoint, info, target, dequantize, choices.get(info.name)) for info in checkpoint.tensors.values()]
+    check_demands(to, plan)
     changes, meant = [], {}
     with target.create(dst, _described(checkpoint, target, plan), plan, force=force) as writer:
         for info in plan:
@@ -117,6 +119,14 @@ def _convert(
             del tensor
             checkpoint.release()
     return changes, meant
+
+
+def _target(checkpoint: Checkpoint, to: str) -> Container:
+    """Returns the container of this name, or of what the engine loads the first that holds most of the model's formats."""
+    if to not in TARGETS:
+        return get_container(to)
+    formats = [info.format for info in checkpoint.tensors.values()]
+    return max((CONTAINERS[name] for name in TARGETS[to].containers), key=lambda c: sum(c.holds(f) for f in formats))
 
 
 def _named(dst: Path, floats: bool) -> str:

@@ -23,6 +23,7 @@ from tersor.formats import get_format
 from tersor.methods import Step
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.slabs import keep_tensor, quantize_tensor
+from tersor.targets import TARGETS, check_demands, container_for
 from tersor.tensor import ActivationScheme, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
 from tersor.verification.record import DIRECTORY_NAME
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda")
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
+RECIPES = {  # of containers that hold none of DIRECTORY_RECIPE
+    "gguf": GGUF_RECIPE,
+    "bnb": "rtn:nf4_dq",
+    "hqq": "hqq:int4_g64z|int4_g32z",
+    "mlx": "clip:int4_g64m|int4_g32m",
+}
 
 Progress = Callable[[int, int, str], None]  # (weights done, weights in all, name of the tensor at work)
 
@@ -137,9 +144,9 @@ def quantize(
 
     model: a Hugging Face directory, a .gguf file, a hub id, or an opened Checkpoint; one that is quantized already is
         dequantized first, which `note` of the result says.
-    recipe: see recipe.py; None: 4 bits, GGUF_RECIPE or DIRECTORY_RECIPE.
-    to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF, any other a directory (compressed-tensors,
-        or huggingface when nothing is quantized).
+    recipe: see recipe.py; None: 4 bits, as RECIPES or DIRECTORY_RECIPE say.
+    to: a name of CONTAINERS, or of an engine (TARGETS) whose demands the plan has to meet; without it a name that ends in .gguf gives
+        GGUF, any other a directory (compressed-tensors, or huggingface when nothing is quantized).
     calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
         samples, seqlen: so many sequences of so many tokens, drawn by seed.
     activations: what the file says about rounding inputs to 8 bits when it runs. None: nothing; `token`: one scale a token, from itself;
@@ -158,8 +165,7 @@ def quantize(
     """
     start = time.perf_counter()
     target = Path(out)
-    as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
-    parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
+    parsed = Recipe.parse(recipe or _default_recipe(target, to))
     _check_calibration(parsed, calib, max_ram, resume, activations)
     if device not in DEVICES:
         raise RecipeError(unknown("device", device, DEVICES))
@@ -175,6 +181,7 @@ def quantize(
             tied=bool(checkpoint.description.config.get("tie_word_embeddings")),
         )
         plan = plan_tensors(checkpoint.tensors, choices, container)
+        check_demands(to, plan)
         description = _described(checkpoint.description, plan)
         drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed)
         description = replace(description, provenance=_provenance(parsed, drawn))
@@ -201,6 +208,12 @@ def quantize(
         {} if drawn is None else drawn.provenance,
         verification,
     )
+
+
+def _default_recipe(out: Path, to: str | None) -> str:
+    """Returns 4 bits as the container has them that `to`, or the output's name, stands for."""
+    name = ("gguf" if out.suffix.lower() == ".gguf" else "") if to is None else TARGETS[to].containers[0] if to in TARGETS else to
+    return RECIPES.get(name, DIRECTORY_RECIPE)
 
 
 def _provenance(recipe: Recipe, samples: Samples | None) -> dict[str, Any]:
@@ -345,11 +358,13 @@ def _calibrated(
 
 
 def choose_container(out: Path, recipe: Recipe, to: str | None = None) -> Container:
-    """Returns the container named by `to`, or the one that the output's name and the recipe imply. Raises RecipeError, OutputError."""
+    """Returns the container named by `to` or that the engine of that name loads, or the one that the output's name and the recipe imply.
+
+    Raises RecipeError, OutputError.
+    """
     if to is not None:
-        if to not in CONTAINERS:
-            raise RecipeError(unknown("container", to, CONTAINERS))
-        name = to
+        used = [f for choice in (recipe.default, *(rule.choice for rule in recipe.rules)) for f in choice.formats if f != KEEP]
+        name = container_for(to, used)
     elif out.suffix.lower() == ".gguf":
         name = "gguf"
     else:

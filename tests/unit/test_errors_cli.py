@@ -141,7 +141,7 @@ def test_unknown_format_method_pattern_and_container(whole, tmp_path, capsys):
     assert "unknown format 'q4_9'; known: " in refused(capsys, tmp_path, *quantize, "-r", "q4_9")
     assert "unknown method 'rnt'; known: " in refused(capsys, tmp_path, *quantize, "-r", "rnt:q4_0")
     assert "nearest: " in refused(capsys, tmp_path, *quantize, "-r", "q4_0, q_prj=q8_0")
-    assert "unknown container 'zip'; known: " in refused(capsys, tmp_path, *quantize, "--to", "zip")
+    assert "unknown container or engine 'zip'; known: " in refused(capsys, tmp_path, *quantize, "--to", "zip")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

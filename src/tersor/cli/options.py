@@ -24,7 +24,13 @@ Activations = Annotated[
 ]
 To = Annotated[
     str | None,
-    typer.Option("--to", metavar="CONTAINER", help="gguf, compressed-tensors or huggingface; by default what OUT and the recipe imply."),
+    typer.Option(
+        "--to",
+        metavar="WHAT",
+        help="A container (gguf, compressed-tensors, gptq, awq, bnb, hqq, mlx, onnx, huggingface), or an engine whose demands are checked "
+        "(vllm, sglang, llama.cpp, ollama, lm-studio, transformers, bitsandbytes, mlx-lm, onnxruntime).",
+        show_default=False,
+    ),
 ]
 Calib = Annotated[
     str | None,

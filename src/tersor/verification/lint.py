@@ -13,16 +13,15 @@ import numpy as np
 
 from tersor.containers.container import Checkpoint
 from tersor.formats import get_format
-from tersor.formats.affine import AffineFormat
 from tersor.formats.ordered import OrderedFormat
 from tersor.models import ARCHITECTURES, expected_tensors, spec_of
 from tersor.recipe import CASTS, is_edge
 from tersor.slabs import dequantize
+from tersor.targets import unequal
 from tersor.tensor import TensorInfo
 from tersor.verification.record import Fault
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # what vLLM and SGLang join into one product
-FUSING = ("compressed-tensors", "gptq", "awq", "bnb")  # containers that they load
+FUSING = ("compressed-tensors", "gptq", "awq", "bnb")  # containers that vLLM and SGLang load
 ROWS = 256  # of a matrix that are looked at
 # |mean| of a matrix's weights, in standard deviations: trained ones stay below 0.05, a zero point off by one gives 0.3 and more.
 SHIFT = 0.2
@@ -92,25 +91,10 @@ def _order(checkpoint: Checkpoint, quantized: dict[str, TensorInfo]) -> Iterator
 
 
 def _fused(matrices: dict[str, TensorInfo]) -> Iterator[Fault]:
-    for group in FUSED:
-        unequal = []
-        for name, info in matrices.items():
-            stem, _, part = name.removesuffix(".weight").rpartition(".")
-            if part != group[0]:
-                continue
-            others = [matrices[f"{stem}.{other}.weight"] for other in group if f"{stem}.{other}.weight" in matrices]
-            if len({_scheme(other.format) for other in others}) > 1:
-                unequal.append(info)
-        if unequal:
-            yield Fault(
-                _some(unequal), f"{', '.join(group)} of {len(unequal)} layers differ in format: vLLM and SGLang join them and refuse"
-            )
-
-
-def _scheme(format: str) -> str:
-    """Returns what a fused layer must share: the format, asymmetric or not."""
-    found = get_format(format)
-    return f"{found.name}" if isinstance(found, AffineFormat) else format
+    found = unequal(matrices)
+    if found:
+        where, formats = found[0]
+        yield Fault(where, f"{', '.join(formats)} ({len(found)} such): vLLM and SGLang join these layers into one and refuse the model")
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Fault]:
