@@ -68,8 +68,8 @@ def e4m3_from_f32(w: Array) -> Array:
         small = np.rint(np.minimum(magnitude, _SMALLEST_NORMAL) * _SUBNORMAL_STEPS)
         codes = np.where(magnitude < _SMALLEST_NORMAL, np.nan_to_num(small), np.minimum(normal, _NAN - 1)).astype(np.uint8)
     codes[np.isnan(w)] = _NAN
-    codes |= np.where((w < 0) & (codes > 0), np.uint8(0x80), np.uint8(0))
-    return codes
+    signed: Array = codes | np.where((w < 0) & (codes > 0), np.uint8(0x80), np.uint8(0))
+    return signed
 
 
 class Fp8Format(Format):
@@ -93,7 +93,7 @@ class Fp8Format(Format):
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Returns the shape of the scales of a matrix."""
-        return {"c": (rows, 1), "t": (1, 1)}.get(self.axis) or (ceil(rows / BLOCK), columns // BLOCK)
+        return {"c": (rows, 1), "t": (1, 1), "b128": (ceil(rows / BLOCK), columns // BLOCK)}[self.axis]
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return prod(shape) + 4 * prod(self.scale_shape(prod(shape[:-1]), shape[-1]))

@@ -40,8 +40,8 @@ def parse(name: str) -> Format | None:
 def e2m1_from_f32(w: Array) -> Array:
     """Returns the E2M1 codes, uint8, nearest to w: float32, ties to even, beyond 6 the largest, -0 as +0."""
     codes = np.searchsorted(_BOUNDS, np.abs(w), side="left").astype(np.uint8)
-    codes |= np.where((w < 0) & (codes > 0), np.uint8(8), np.uint8(0))
-    return codes
+    signed: Array = codes | np.where((w < 0) & (codes > 0), np.uint8(8), np.uint8(0))
+    return signed
 
 
 def pack_low_first(codes: Array) -> Array:
@@ -111,7 +111,8 @@ class Nvfp4Format(Format):
         step = self.steps(params)[..., None]
         with np.errstate(over="ignore"):
             blocks = w.reshape(*step.shape[:2], GROUP) / np.where(step == 0, np.float32(np.inf), step)
-        return e2m1_from_f32(blocks).reshape(w.shape)
+        codes: Array = e2m1_from_f32(blocks).reshape(w.shape)
+        return codes
 
     def decode(self, codes: Array, params: Params) -> Array:
         step = self.steps(params)[..., None]

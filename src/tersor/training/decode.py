@@ -26,7 +26,6 @@ from tersor.formats.lookup import BLOCK, NESTED_BLOCK
 from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import Array, QuantizedTensor
 
-
 # What decodes linearly in no float parameter, or shares it among weights that are no run of neighbours.
 _NOT_TRAINED = ("nvfp4_gs", "fp8_b128")
 
