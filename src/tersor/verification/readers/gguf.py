@@ -29,7 +29,8 @@ class GGUFPackageReader(Reader):
         heads = _value(first, f"{architecture}.attention.head_count")
         kv_heads = _value(first, f"{architecture}.attention.head_count_kv", heads)
         config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-        processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+        undo: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        processor = undo(config=config)
         for part in parts:
             reader: Any = GGUFReader(part)
             for tensor in reader.tensors:
