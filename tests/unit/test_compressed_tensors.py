@@ -13,8 +13,10 @@ from compressed import check_read_back, config_edit, decompressed, group_edit, l
 from tersor.containers import open_checkpoint
 from tersor.containers.compressed_tensors_config import read_schemes, write_quantization
 from tersor.conversion import convert
+from tersor.containers.safetensors_file import SafetensorsFile
 from tersor.engine import load
 from tersor.errors import ContainerError, ModelError
+from tersor.formats import get_format
 from tersor.tensor import ActivationScheme, TensorInfo
 from tiny import tiny_model
 
@@ -171,9 +173,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         tensor_edit(lambda t: t.update({f"{Q}.weight_scale": ("I16", np.ones((64, 2), np.int16))})),
         "weight_scale is ('I16'",
     ),
-    "order of columns": (
-        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.arange(64, dtype=np.int32) % 2)})),
-        "groups are not runs of columns (weight_g_idx, actorder)",
+    "order without its groups": (weights_edit(actorder="group"), "weight_g_idx is missing, but the config says actorder"),
+    "uneven groups": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.array([0] * 31 + [1] * 33, np.int32))})),
+        "weight_g_idx does not give each of 2 groups 32 columns",
+    ),
+    "groups that are not there": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.array([0, 2] * 32, np.int32))})),
+        "weight_g_idx does not give each of 2 groups 32 columns",
+    ),
+    "order of other columns": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.zeros(32, np.int32))})),
+        "weight_g_idx is I32 (32,), needs I32 (64,)",
     ),
 }
 
@@ -191,6 +202,38 @@ def test_malformed_is_refused(case: str, tmp_path: Path) -> None:
 def test_trivial_order_of_columns_is_fine(tmp_path: Path) -> None:
     tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
     tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.arange(64, dtype=np.int32) // 32)}))(tmp_path / "m")
+    check_read_back(tmp_path / "m", tensors)
+
+
+@pytest.mark.parametrize("format", ["int4_g32o", "int4_g32so", "int3_g16o", "int8_g32so"])
+def test_order_of_columns(format: str, tmp_path: Path) -> None:
+    """Every column is its code less its group's zero, times its group's scale, the group being what weight_g_idx says."""
+    tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: format if "q_proj" in n else None)
+    bits, size = get_format(format).bits, get_format(format).group_size
+    file = SafetensorsFile(tmp_path / "m" / "model.safetensors")
+    groups, scale, packed = (file.array(f"{Q}.{part}") for part in ("weight_g_idx", "weight_scale", "weight_packed"))
+    assert sorted(groups.tolist()) == [c // size for c in range(64)] != groups.tolist() and groups.dtype == np.int32
+    expected = values(tensors[f"{Q}.weight"])
+    for row in (0, 37, 63):
+        stream = int.from_bytes(packed[row].tobytes(), "little")
+        for column in range(64):
+            group = int(groups[column])
+            code, zero = stream >> int(column * bits) & 2**bits - 1, 2 ** (bits - 1)
+            if "so" not in format:
+                words = file.array(f"{Q}.weight_zero_point")[:, group]
+                zero = int.from_bytes(words.tobytes(), "little") >> int(row * bits) & 2**bits - 1
+            assert np.float32(code - zero) * np.float32(scale[row, group]) == expected[row, column]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["actorder"] == "group"
+    found = open_checkpoint(tmp_path / "m").read(f"{Q}.weight")
+    assert found.format == format and all(np.array_equal(found.fields[k], v) for k, v in tensors[f"{Q}.weight"].fields.items())
+    rows = open_checkpoint(tmp_path / "m").read(f"{Q}.weight", slice(5, 9))
+    np.testing.assert_array_equal(values(rows), expected[5:9])
+
+
+def test_unset_order_of_columns_is_none(tmp_path: Path) -> None:
+    tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
+    tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.full(64, -1, np.int32))}))(tmp_path / "m")
     check_read_back(tmp_path / "m", tensors)
 
 

@@ -44,7 +44,9 @@ from tersor.containers.directory_writer import DirectoryWriter, Part
 from tersor.containers.safetensors_file import Entry, shorten
 from tersor.errors import ContainerError, FormatError
 from tersor.formats import Format, get_format
+from tersor.formats.affine import AffineFormat
 from tersor.formats.floats import f32_from_bf16
+from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import ActivationScheme, Array, ModelDescription, QuantizedTensor, TensorInfo
 
 # The layouts that a tensor with this last part of its name and this dtype may belong to.
@@ -132,6 +134,7 @@ class CompressedTensorsCheckpoint(Checkpoint):
         try:
             format = get_format(scheme.our_format)
             format.check((rows, columns), module)
+            format = self._in_order(where, module, format, columns, scheme.ordered)
         except FormatError as error:
             raise ContainerError(f"{where}: {error}") from None
         layout = next((LAYOUTS[name] for name in stored if LAYOUTS[name].holds(format)), None)
@@ -165,11 +168,24 @@ class CompressedTensorsCheckpoint(Checkpoint):
                     f"{where}: {part.name.rpartition('.')[2]} is {found}, {format.name} of {rows} x {columns} needs"
                     f" {part.dtype} {part.shape}; config and weights disagree"
                 )
-        order = self._shards.entries.get(f"{module}.weight_g_idx")
-        if order is not None:
-            expected = np.arange(columns) // format.group_size if format.group_size > 0 else np.zeros(columns)
-            if order.shape != (columns,) or not np.array_equal(self._shards.array(order.name), expected):
-                raise ContainerError(f"{where}: groups are not runs of columns (weight_g_idx, actorder); that is not supported yet")
+
+    def _in_order(self, where: str, module: str, format: Format, columns: int, ordered: bool) -> Format:
+        """Returns the format with an order of columns when the stored groups are no runs. ordered: the config says that they may not be."""
+        entry = self._shards.entries.get(f"{module}.weight_g_idx")
+        if entry is None:
+            if ordered:
+                raise ContainerError(f"{where}.weight_g_idx is missing, but the config says actorder; without it the weights are wrong")
+            return format
+        if entry.shape != (columns,) or entry.dtype not in ("I32", "I64"):
+            raise ContainerError(f"{where}.weight_g_idx is {entry.dtype} {entry.shape}, needs I32 ({columns},); the file is damaged")
+        groups, size = self._shards.array(entry.name), format.group_size if format.group_size > 0 else columns
+        if (groups == -1).all() or np.array_equal(groups, np.arange(columns) // size):  # -1 is how it is initialized
+            return format
+        if not np.array_equal(np.sort(groups), np.arange(columns) // size):
+            raise ContainerError(f"{where}.weight_g_idx does not give each of {columns // size} groups {size} columns; the file is damaged")
+        if not isinstance(format, AffineFormat):
+            raise ContainerError(f"{where}.weight_g_idx reorders the columns of {format.name}; only integers can have that")
+        return OrderedFormat(format)
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
         """Returns the tensor, or those rows of it. Codes are views where they lie as ours; integers' scales become float16.
@@ -241,7 +257,7 @@ class CompressedTensors(Container):
         return CompressedTensorsCheckpoint(path)
 
     def holds(self, format: str) -> bool:
-        """Returns whether the format is a float, an affine integer without float minimum, fp8, nvfp4_gs or mxfp4."""
+        """Returns whether the format is a float, an affine integer without float minimum or zero, fp8, nvfp4_gs or mxfp4."""
         return format in DTYPE_OF or layout_of(format) is not None
 
     def create(

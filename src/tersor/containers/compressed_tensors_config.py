@@ -16,12 +16,16 @@ from tersor.errors import ContainerError, unknown
 from tersor.formats import Format, get_format
 from tersor.formats.affine import AffineFormat
 from tersor.formats.fp8 import BLOCK
+from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import ActivationScheme, TensorInfo
 
 METHOD = "compressed-tensors"
 INTEGER, FLOAT, NAIVE, MIXED = "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"
 EMBEDDING = "model.embed_tokens"
 STRATEGIES = ("block", "channel", "group", "tensor", "tensor_group")
+
+# Values of actorder that mean a weight_g_idx; "weight" and "static" mean none. Version 0.20 of the package has taken these out.
+_BY_COLUMN = ("group", "dynamic", True)
 
 # Of weights with type float: (bits, strategy, group_size or block_structure) -> our format.
 _FLOATS = {
@@ -37,12 +41,13 @@ _FLOATS = {
 class Scheme:
     """One entry of config_groups. targets: module names, `re:` expressions or class names; our_format: our name for its weights;
     format: the name of its layout, None = as the tensors say; inputs: how they are rounded, "dynamic" or "static" to int8, "other" =
-    in a way that is not kept, which rounds more than our engine does, "" = not at all."""
+    in a way that is not kept, which rounds more than our engine does, "" = not at all; ordered: groups are of any columns."""
 
     targets: tuple[str, ...]
     our_format: str
     format: str | None
     inputs: str = ""
+    ordered: bool = False
 
     def matches(self, module: str) -> int:
         """Returns how closely the scheme targets a module: 3 by name, 2 by expression, 1 by class, 0 not at all."""
@@ -85,7 +90,8 @@ def _read_scheme(where: str, group: Mapping[str, Any], format: Any) -> Scheme:
         own = FLOAT if weights.get("type") == "float" else INTEGER
     if own is not None and own not in LAYOUTS:
         raise ContainerError(f"{where}: {unknown('format', shorten(own), [*LAYOUTS, NAIVE])}")
-    return Scheme(tuple(targets), _read_weights(where, weights), own, _read_inputs(where, group.get("input_activations")))
+    inputs = _read_inputs(where, group.get("input_activations"))
+    return Scheme(tuple(targets), _read_weights(where, weights), own, inputs, weights.get("actorder") in _BY_COLUMN)
 
 
 def _read_weights(where: str, weights: Mapping[str, Any]) -> str:
@@ -136,6 +142,8 @@ def _read_inputs(where: str, inputs: Any) -> str:
 def _write_weights(format: Format) -> dict[str, Any]:
     """Returns a scheme's weights."""
     common: dict[str, Any] = {"dynamic": False, "group_size": None}
+    if isinstance(format, OrderedFormat):
+        return {**_write_weights(format.plain), "actorder": _BY_COLUMN[0]}
     if isinstance(format, AffineFormat):
         group = {"group_size": format.group_size} if format.group_size > 0 else {}
         strategy = "group" if format.group_size > 0 else "channel" if format.group_size == 0 else "tensor"

@@ -7,6 +7,7 @@ A quantized module `M` of (rows, in) weights is stored as
                           M.weight_shape         int64 (2,) = rows, in
                           M.weight_zero_point    int32 (ceil(rows*B/32), groups)  asymmetric only: a dense bit stream down the column;
                                                  per tensor instead int8 (1,) = zero - 2^(B-1)
+                          M.weight_g_idx         int32 (in,), the group of each column, where groups are no runs (actorder "group")
     int-quantized         M.weight               int8 (rows, in) = code - 128
                           M.weight_scale         as above
                           M.weight_zero_point    int8, asymmetric only = zero - 128
@@ -38,6 +39,7 @@ from tersor.formats.affine import AffineFormat
 from tersor.formats.floats import f32_from_bf16
 from tersor.formats.fp8 import BLOCK, Fp8Format
 from tersor.formats.nvfp4 import Nvfp4Format, pack_low_first, unpack_low_first
+from tersor.formats.ordered import OrderedFormat
 from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
 from tersor.tensor import Array, QuantizedTensor
 
@@ -91,7 +93,11 @@ class Stored:
 class Integers(Layout):
     """What both integer layouts share: float16 scales, and which zeros there are."""
 
-    accepts: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight_scale": FLOAT_DTYPES, "weight_shape": ("I64", "I32")}
+    accepts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight_scale": FLOAT_DTYPES,
+        "weight_shape": ("I64", "I32"),
+        "weight_g_idx": ("I32", "I64"),
+    }
 
     def scale(self, stored: Stored, format: AffineFormat, rows: slice | None) -> Array:
         """Returns the scales as float16. Raises ContainerError when one is no float16 number."""
@@ -110,14 +116,16 @@ class Integers(Layout):
 
 
 class PackQuantized(Integers):
-    """Integers of 1 to 8 bits as dense bit streams."""
+    """Integers of 1 to 8 bits as dense bit streams, also with an order of columns."""
 
     name = "pack-quantized"
 
     def holds(self, format: Format) -> bool:
-        return isinstance(format, AffineFormat) and format.kind in ("", "s")
+        return isinstance(format, OrderedFormat) or (isinstance(format, AffineFormat) and format.kind in ("", "s"))
 
     def parts(self, module: str, format: Format, rows: int, columns: int) -> list[Part]:
+        if isinstance(format, OrderedFormat):
+            return [*self.parts(module, format.plain, rows, columns), Part(f"{module}.weight_g_idx", "I32", (columns,))]
         assert isinstance(format, AffineFormat)
         groups = format.groups(columns)
         scale = _scale_shape(format, rows, columns)
@@ -133,6 +141,13 @@ class PackQuantized(Integers):
         return parts
 
     def arrays(self, tensor: QuantizedTensor, format: Format) -> list[Array]:
+        if isinstance(format, OrderedFormat):
+            plain, order = format.split(tensor)
+            codes = pack_bits(format.unpack(tensor)[0], format.width)
+            groups = np.empty(len(order), np.int32)
+            groups[order] = np.arange(len(order)) // format.group_size
+            in_columns = QuantizedTensor(plain.format, plain.shape, {**plain.fields, "codes": codes})
+            return [*self.arrays(in_columns, format.plain), groups]
         assert isinstance(format, AffineFormat)
         scale = tensor.fields["scale"]
         arrays = [_as_words(tensor.fields["codes"]), scale, np.array(tensor.shape, np.int64)]
@@ -146,6 +161,11 @@ class PackQuantized(Integers):
         return arrays
 
     def fields(self, stored: Stored, format: Format, shape: tuple[int, ...], rows: slice | None) -> dict[str, Array]:
+        if isinstance(format, OrderedFormat):
+            fields = self.fields(stored, format.plain, shape, rows)
+            order = np.argsort(stored.array("weight_g_idx"), kind="stable").astype(np.int32)
+            in_columns = unpack_bits(fields["codes"], format.width, shape[1])
+            return {**fields, "codes": pack_bits(np.ascontiguousarray(in_columns[:, order]), format.width), "order": order}
         assert isinstance(format, AffineFormat)
         stream = stored.array("weight_packed", rows).view(np.uint8)
         codes = np.ascontiguousarray(stream[:, : packed_bytes(shape[1], format.width)])

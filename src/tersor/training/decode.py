@@ -61,9 +61,7 @@ class TrainableTensor:
         names = tuple(
             name
             for name, a in params.items()
-            if a.dtype.kind == "f"
-            and format.name not in _NOT_TRAINED
-            and not (isinstance(format, FloatZeroFormat) and name == "zero")
+            if a.dtype.kind == "f" and format.name not in _NOT_TRAINED and not (isinstance(format, FloatZeroFormat) and name == "zero")
         )
         decoded = torch.from_numpy(np.array(format.dequantize(tensor), np.float32).reshape(tensor.rows, -1))
         if codes is None or not names:
