@@ -63,7 +63,8 @@ def decompressed(path: Path, wide: bool) -> dict[str, np.ndarray]:
         state = {name.rpartition(".")[2]: t for name, t in stored.items() if name.rpartition(".")[0] == module}
         state["weight_scale"] = state["weight_scale"].to(torch.float32) if wide else state["weight_scale"]
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        out[f"{module}.weight"] = compressor.decompress(state, scheme)["weight"].numpy()
+        weight = compressor.decompress(state, scheme)["weight"]
+        out[f"{module}.weight"] = (weight.float() if weight.dtype == torch.bfloat16 else weight).numpy()
     return out
 
 
