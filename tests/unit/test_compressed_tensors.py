@@ -12,8 +12,8 @@ import pytest
 from compressed import check_read_back, config_edit, decompressed, group_edit, linears, quantized, tensor_edit, values, weights_edit
 from tersor.containers import open_checkpoint
 from tersor.containers.compressed_tensors_config import read_schemes, write_quantization
-from tersor.conversion import convert
 from tersor.containers.safetensors_file import SafetensorsFile
+from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError, ModelError
 from tersor.formats import get_format

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compressed import check_read_back, decompressed, group_edit, linears, quantized, tensor_edit, values, weights_edit
 from tersor.containers import CONTAINERS, open_checkpoint
-from tersor.containers.convert import convert
+from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError
 from tersor.formats import get_format
