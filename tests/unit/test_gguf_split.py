@@ -17,7 +17,7 @@ from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint
 from tersor.containers.gguf import GGUF
 from tersor.containers.gguf_file import BLOCK_TYPES
-from tersor.containers.gguf_split import first_file, part_paths, split, stored_files
+from tersor.containers.gguf_split import part_paths, split, stored_files
 from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError, OutputError, TersorError
@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def parts(whole: Path, tmp_path: Path) -> list[Path]:
-    convert(whole, tmp_path / "s.gguf", split_bytes=SIZE)
+    convert(whole, tmp_path / "s.gguf", split_bytes=SIZE, verify=False)
     return sorted(tmp_path.iterdir())
 
 
@@ -101,7 +101,7 @@ def test_the_independent_reader_finds_all_parts(whole: Path, parts: list[Path]) 
 
 
 def test_merged_again_it_is_the_same_file(whole: Path, parts: list[Path], tmp_path: Path) -> None:
-    convert(parts[0], tmp_path / "merged.gguf")
+    convert(parts[0], tmp_path / "merged.gguf", verify=False)
     assert (tmp_path / "merged.gguf").read_bytes() == whole.read_bytes()
 
 
@@ -125,13 +125,13 @@ def test_reads_what_the_gguf_package_splits(whole: Path, tmp_path: Path) -> None
 
 
 def test_a_tensor_larger_than_the_size_has_its_own_file(whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "s.gguf", split_bytes=1)
+    done = convert(whole, tmp_path / "s.gguf", split_bytes=1, verify=False)
     assert len(list(tmp_path.iterdir())) == len(open_checkpoint(whole).tensors)
-    same(open_checkpoint(whole), open_checkpoint(first_file(tmp_path / "s.gguf")))
+    same(open_checkpoint(whole), open_checkpoint(done.path))
 
 
 def test_one_file_that_fits_is_part_one_of_one(whole: Path, tmp_path: Path) -> None:
-    convert(whole, tmp_path / "s.gguf", split_bytes=1 << 30)
+    convert(whole, tmp_path / "s.gguf", split_bytes=1 << 30, verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["s-00001-of-00001.gguf"]
     same(open_checkpoint(whole), open_checkpoint(tmp_path / "s-00001-of-00001.gguf"))
 
@@ -140,7 +140,10 @@ def test_the_command_says_what_it_wrote(whole: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["convert", str(whole), str(tmp_path / "s.gguf"), "--split-size", "40kB", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["path"] == str(first_file(tmp_path / "s.gguf")) and found["file_bytes"] > whole.stat().st_size
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert found["path"] == str(parts[0]) and found["file_bytes"] == sum(part.stat().st_size for part in parts)
+    assert found["verification"]["verdict"] == "verified" and set(found["verification"]["files"]) == {part.name for part in parts}
+    assert found["verification"]["compared"] == len(open_checkpoint(whole).tensors)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -153,14 +156,14 @@ def test_an_exception_leaves_nothing(error: type[BaseException], whole: Path, tm
 
 def test_existing_parts_need_force(whole: Path, parts: list[Path]) -> None:
     with pytest.raises(OutputError, match=r"s-00001-of-0000\d\.gguf: exists already; choose another name or use --force"):
-        convert(whole, parts[0].with_name("s.gguf"), split_bytes=SIZE)
-    convert(whole, parts[0].with_name("s.gguf"), split_bytes=SIZE, force=True)
+        convert(whole, parts[0].with_name("s.gguf"), split_bytes=SIZE, verify=False)
+    convert(whole, parts[0].with_name("s.gguf"), split_bytes=SIZE, force=True, verify=False)
     assert sorted(parts[0].parent.iterdir()) == parts
 
 
 def test_names() -> None:
     assert [p.name for p in part_paths(Path("a/m-00002-of-00009.gguf"), 2)] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
-    assert first_file(Path("nowhere/m.gguf")) == Path("nowhere/m.gguf") and stored_files(Path("x.gguf")) == [Path("x.gguf")]
+    assert stored_files(Path("x.gguf")) == [Path("x.gguf")]
 
 
 def edited(part: Path, key: bytes, value: bytes) -> None:
@@ -207,7 +210,7 @@ def test_parts_that_do_not_belong_together_are_refused(case: str, parts: list[Pa
 )
 def test_what_cannot_be_split(to: str, size: int, text: str, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(TersorError, match=text):
-        convert(whole, tmp_path / "s", to=to, dequantize="f32", split_bytes=size)
+        convert(whole, tmp_path / "s", to=to, dequantize="f32", split_bytes=size, verify=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,7 +228,7 @@ def test_provenance_goes_with_the_weights(tmp_path: Path) -> None:
     with CONTAINERS["gguf"].create(tmp_path / "m.gguf", replace(source.description, provenance=made), plan) as writer:
         for info in plan:
             writer.write(info.name, source.read(info.name))
-    convert(tmp_path / "m.gguf", tmp_path / "copy.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / "copy.gguf", verify=False)
     for name in ("m.gguf", "copy.gguf"):
         fields = gguf.GGUFReader(tmp_path / name).fields
         found = {key: (fields[f"quantize.imatrix.{key}"].types[0].name, fields[f"quantize.imatrix.{key}"].contents()) for key in KEYS}

@@ -45,9 +45,7 @@ def command(
     from tersor.planning.sizes import parse_bytes
 
     split_bytes = None if split is None else parse_bytes(split)
-    done = convert(
-        source, out, to=to, force=force, dequantize=dequantize, requantize=requantize, split_bytes=split_bytes, verify=verify
-    )
+    done = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize, split_bytes=split_bytes, verify=verify)
     found = inspect(done.path)
     if json:
         checked = {} if done.verification is None else {"verification": done.verification.to_dict()}
