@@ -153,6 +153,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "block strategy": (weights_edit(strategy="block"), "integer weights with strategy block, which are not supported"),
     "bits as text": (weights_edit(num_bits="4"), "num_bits 4 and group_size 32 must be integers"),
     "targets as text": (group_edit(targets="Linear"), "targets are Linear, need a list of strings"),
+    "format as a list": (group_edit(format=["pack-quantized"]), "unknown format"),
     "unknown format": (
         group_edit(format="mxfp8-quantized"),
         "known: float-quantized, int-quantized, mxfp4-pack-quantized, naive-quantized",

@@ -88,7 +88,7 @@ def _read_scheme(where: str, group: Mapping[str, Any], format: Any) -> Scheme:
     own = group.get("format") or (format if format != MIXED else None)
     if own == NAIVE:
         own = FLOAT if weights.get("type") == "float" else INTEGER
-    if own is not None and own not in LAYOUTS:
+    if own is not None and (not isinstance(own, str) or own not in LAYOUTS):
         raise ContainerError(f"{where}: {unknown('format', shorten(own), [*LAYOUTS, NAIVE])}")
     inputs = _read_inputs(where, group.get("input_activations"))
     return Scheme(tuple(targets), _read_weights(where, weights), own, inputs, weights.get("actorder") in _BY_COLUMN)
