@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tersor.containers import CONTAINERS, get_container, open_checkpoint
-from tersor.containers.container import Checkpoint, Container
+from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.directory import DTYPE_OF
+from tersor.containers.gguf import GGUF
 from tersor.errors import ContainerError, FormatError, OutputError, RecipeError, unknown
 from tersor.formats import get_format
 from tersor.formats.exact import alternatives, exactly
@@ -33,8 +34,10 @@ _TORCH_NAME = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` wrote: the tensors whose format changed, and what opening it again showed (None when that was not asked for)."""
+    """What `convert` wrote: where (of a split model the first file), the tensors whose format changed, and what opening it again showed
+    (None when that was not asked for)."""
 
+    path: Path
     changes: tuple[Change, ...]
     verification: Verification | None
 
@@ -57,6 +60,7 @@ def convert(
     *,
     dequantize: str | None = None,
     requantize: str | None = None,
+    split_bytes: int | None = None,
     verify: bool = True,
 ) -> Conversion:
     """Writes the model src as dst in another container, every value the same to the bit; returns which tensors changed their format.
@@ -66,6 +70,7 @@ def convert(
     to: a name of CONTAINERS; by default what dst looks like: `gguf` for a name that ends in .gguf, or else a directory,
     `compressed-tensors` when a tensor is quantized and `huggingface` when none is.
     dequantize: f32, f16 or bf16: write quantized tensors as these floats instead (rounded once, from their float32 values).
+    split_bytes: of GGUF only: write files of at most so many bytes, name-00001-of-00003.gguf and so on. (Directories have shards of 5 GB.)
     requantize: a recipe, of methods that need no data, for the tensors whose numbers the target cannot hold.
     verify: open dst again with a reader that is not ours, compare, and leave verification.json beside it.
     Raises ContainerError when the target cannot hold a tensor's numbers (names both), FormatError for a dequantize that is no float or
@@ -76,16 +81,16 @@ def convert(
     recipe = None if requantize is None else _checked(Recipe.parse(requantize))
     checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(src)
     try:
-        changes, meant = _convert(checkpoint, Path(dst), to, force, dequantize, recipe, verify)
+        path, changes, meant = _convert(checkpoint, Path(dst), to, force, dequantize, recipe, verify, split_bytes)
     finally:
         if checkpoint is not src:
             checkpoint.close()
     if not verify:
-        drop_proof(Path(dst))
-        return Conversion(tuple(changes), None)
+        drop_proof(path)
+        return Conversion(path, tuple(changes), None)
     from tersor.verification.verify import verify as verified
 
-    return Conversion(tuple(changes), verified(dst, meant=meant, logits=False))
+    return Conversion(path, tuple(changes), verified(path, meant=meant, logits=False))
 
 
 def _checked(recipe: Recipe) -> Recipe:
@@ -96,9 +101,16 @@ def _checked(recipe: Recipe) -> Recipe:
 
 
 def _convert(
-    checkpoint: Checkpoint, dst: Path, to: str | None, force: bool, dequantize: str | None, requantize: Recipe | None, verify: bool
-) -> tuple[list[Change], dict[str, str]]:
-    """Returns (changes, digests of what was handed to the writer)."""
+    checkpoint: Checkpoint,
+    dst: Path,
+    to: str | None,
+    force: bool,
+    dequantize: str | None,
+    requantize: Recipe | None,
+    verify: bool,
+    split_bytes: int | None,
+) -> tuple[Path, list[Change], dict[str, str]]:
+    """Returns (what was written, changes, digests of what was handed to the writer)."""
     if dst.exists() and dst.resolve() == checkpoint.path.resolve():
         raise OutputError(f"{dst}: is the input; choose another name for the output")
     floats = dequantize is not None or all(info.format in DTYPE_OF for info in checkpoint.tensors.values())
@@ -107,7 +119,7 @@ def _convert(
     plan = [_planned(checkpoint, info, target, dequantize, choices.get(info.name)) for info in checkpoint.tensors.values()]
     check_demands(to, plan)
     changes, meant = [], {}
-    with target.create(dst, _described(checkpoint, target, plan), plan, force=force) as writer:
+    with _created(target, dst, _described(checkpoint, target, plan), plan, force, split_bytes) as writer:
         for info in plan:
             stored = checkpoint.tensors[info.name]
             tensor, error = _moved(checkpoint, stored, info, dequantize, choices.get(info.name))
@@ -118,7 +130,17 @@ def _convert(
                 changes.append(Change(info.name, stored.format, info.format, error))
             del tensor
             checkpoint.release()
-    return changes, meant
+    return writer.path, changes, meant
+
+
+def _created(
+    target: Container, dst: Path, description: ModelDescription, plan: Sequence[TensorInfo], force: bool, split_bytes: int | None
+) -> Writer:
+    if split_bytes is None:
+        return target.create(dst, description, plan, force=force)
+    if not isinstance(target, GGUF):
+        raise ContainerError(f"{dst}: only gguf is split on demand; a {target.name} directory has shards of 5 GB anyway")
+    return target.create(dst, description, plan, force=force, max_bytes=split_bytes)
 
 
 def _target(checkpoint: Checkpoint, to: str) -> Container:

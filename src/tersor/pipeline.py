@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint, Container
+from tersor.containers.gguf_split import stored_files
 from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
 from tersor.formats import get_format
@@ -401,9 +402,9 @@ def source_note(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def file_bytes(path: Path) -> int:
-    """Returns the bytes of a file, or of all files of a directory but its verification."""
+    """Returns the bytes of a file, of all parts of a split one, or of all files of a directory but its verification."""
     if path.is_file():
-        return path.stat().st_size
+        return sum(part.stat().st_size for part in stored_files(path))
     return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name != DIRECTORY_NAME)
 
 

@@ -22,8 +22,9 @@ from tersor.tensor import QuantizedTensor
 EPS = 2.0**-24  # half a unit in the last place of float32
 ROWS = 37  # two panels of 16 and a ragged one
 
-# Their table is rounded to 15 bits (nf4: by at most 7.1e-5 of a value) and absmax to float16's 11 when packed.
-AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq", *float_zero.EXAMPLES}
+# Their table is rounded to 15 bits (nf4: by at most 7.1e-5 of a value) and absmax to float16's 11 when packed; fp8 and nvfp4_gs are
+# decoded to float16.
+AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq", "fp8_c", "fp8_t", "fp8_b128", "nvfp4_gs", *float_zero.EXAMPLES}
 
 # One format per kernel and columns that it can have; odd ones where the format allows.
 KERNELS = {

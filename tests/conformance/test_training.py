@@ -14,7 +14,7 @@ from tersor.training.decoder import final_norm, logits_of, run_block
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
-TRAINABLE = [name for name in ENCODERS if name not in ("f32", "f16", "bf16", "mxfp4", *ordered.EXAMPLES)]
+TRAINABLE = [name for name in ENCODERS if name not in ("f32", "f16", "bf16", "mxfp4", "nvfp4_gs", "fp8_b128", *ordered.EXAMPLES)]
 
 
 def quantized(name: str, rows: int = 6, columns: int = 768):

@@ -4,82 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tersor.containers import CONTAINERS, open_checkpoint
+from compressed import check_read_back, config_edit, decompressed, group_edit, linears, quantized, tensor_edit, values, weights_edit
+from tersor.containers import open_checkpoint
 from tersor.containers.compressed_tensors_config import read_schemes, write_quantization
-from tersor.containers.safetensors_file import Entry, SafetensorsFile, ShardWriter
+from tersor.containers.safetensors_file import SafetensorsFile
 from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError, ModelError
 from tersor.formats import get_format
-from tersor.tensor import ActivationScheme, QuantizedTensor, TensorInfo
+from tersor.tensor import ActivationScheme, TensorInfo
 from tiny import tiny_model
 
-CT = CONTAINERS["compressed-tensors"]
 FORMATS = [
     *(f"int{bits}_g{group}{kind}" for bits in (2, 3, 4, 5, 6, 8) for group in (16, 96) for kind in ("", "s")),
     *("int1_g32", "int1_c", "int3_c", "int4_cs", "int8_c", "int8_cs", "int2_t", "int4_ts", "int8_t", "int8_ts"),
 ]
 
 
-def quantized(
-    out: Path, source: Path, choose: Callable[[str], str | None], activations: ActivationScheme | None = None
-) -> dict[str, QuantizedTensor]:
-    """Writes the model with the chosen format of every matrix; returns the tensors as they were written."""
-    checkpoint = open_checkpoint(source)
-    tensors = {}
-    for name, info in checkpoint.tensors.items():
-        tensor = checkpoint.read(name)
-        format = choose(name) if len(info.shape) == 2 else None
-        tensors[name] = get_format(format).quantize(get_format(tensor.format).dequantize(tensor)) if format else tensor
-    plan = [TensorInfo(n, t.format, t.shape, t.nbytes) for n, t in tensors.items()]
-    with CT.create(out, replace(checkpoint.description, activations=activations), plan) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-    return tensors
-
-
-def linears(format: str) -> Callable[[str], str | None]:
-    return lambda name: format if "_proj" in name else None
-
-
-def values(tensor: QuantizedTensor) -> np.ndarray:
-    return get_format(tensor.format).dequantize(tensor)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("m") / "m", hidden=96, intermediate=192, heads=4, kv_heads=1, layers=1, tie=False)
-
-
-def decompressed(path: Path, wide: bool) -> dict[str, np.ndarray]:
-    """Returns every quantized weight of a directory as the compressed-tensors package decompresses it.
-
-    wide: the scales are brought to float32 first, as loading the model in float32 does; otherwise as they are stored.
-    """
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors.torch import load_file
-
-    config = QuantizationConfig.model_validate(json.loads((path / "config.json").read_text())["quantization_config"])
-    stored = load_file(path / "model.safetensors")
-    modules = {name.rpartition(".")[0] for name in stored if name.endswith("weight_scale")}
-    out = {}
-    for module in modules:
-        exact = [s for s in config.config_groups.values() if module in s.targets]
-        scheme = exact[0] if exact else next(iter(config.config_groups.values()))
-        state = {name.rpartition(".")[2]: t for name, t in stored.items() if name.rpartition(".")[0] == module}
-        state["weight_scale"] = state["weight_scale"].to(torch.float32) if wide else state["weight_scale"]
-        compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        out[f"{module}.weight"] = compressor.decompress(state, scheme)["weight"].numpy()
-    return out
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -111,21 +60,6 @@ def test_mixed_formats(model: Path, tmp_path: Path) -> None:
     for name, weight in found.items():
         np.testing.assert_array_equal(weight, values(tensors[name]))
     check_read_back(tmp_path / "m", tensors)
-
-
-def check_read_back(path: Path, tensors: dict[str, QuantizedTensor]) -> None:
-    checkpoint = open_checkpoint(path)
-    assert checkpoint.container == "compressed-tensors" and "quantization_config" not in checkpoint.description.config
-    assert {n: (i.format, i.shape, i.nbytes) for n, i in checkpoint.tensors.items()} == {
-        n: (t.format, t.shape, t.nbytes) for n, t in tensors.items()
-    }
-    for name, tensor in tensors.items():
-        for rows in (None, slice(0, 1), slice(33, 70)) if len(tensor.shape) == 2 else (None,):
-            found = checkpoint.read(name, rows)
-            for field, expected in tensor.fields.items():
-                part = expected if rows is None or (tensor.format.endswith(("_t", "_ts")) and field != "codes") else expected[rows]
-                np.testing.assert_array_equal(found.fields[field], part, err_msg=f"{name} {field} {rows}")
-            assert found.shape == (tensor.shape if rows is None else (len(next(iter(found.fields.values()))), tensor.shape[1]))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -192,52 +126,18 @@ def test_reads_what_the_package_compresses(bits: int, symmetric: bool, strategy:
 # --- refusals ---------------------------------------------------------------------------------------------------------------
 
 
-def config_edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Returns a change of the quantization_config."""
-
-    def apply(path: Path) -> None:
-        config = json.loads((path / "config.json").read_text())
-        change(config["quantization_config"])
-        (path / "config.json").write_text(json.dumps(config))
-
-    return apply
-
-
-def weights_edit(**changes: Any) -> Callable[[Path], None]:
-    return config_edit(lambda q: q["config_groups"]["group_0"]["weights"].update(changes))
-
-
-def group_edit(**changes: Any) -> Callable[[Path], None]:
-    return config_edit(lambda q: q["config_groups"]["group_0"].update(changes))
-
-
-def tensor_edit(change: Callable[[dict[str, tuple[str, np.ndarray]]], Any]) -> Callable[[Path], None]:
-    """Returns a change of the stored tensors, given as {name: (dtype, array)}."""
-
-    def apply(path: Path) -> None:
-        file = SafetensorsFile(path / "model.safetensors")
-        tensors = {name: (entry.dtype, file.array(name).copy()) for name, entry in file.entries.items()}
-        change(tensors)
-        entries, end = [], 0
-        for name, (dtype, array) in tensors.items():
-            entries.append(Entry(name, dtype, array.shape, end, end + array.nbytes))
-            end += array.nbytes
-        writer = ShardWriter(path / "model.safetensors", entries)
-        for entry in entries:
-            writer.write(entry, tensors[entry.name][1])
-        writer.close()
-
-    return apply
-
-
 Q = "model.layers.0.self_attn.q_proj"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no groups": (config_edit(lambda q: q.pop("config_groups")), "needs config_groups"),
     "preset instead of a scheme": (config_edit(lambda q: q.update(config_groups={"W4A16": ["Linear"]})), "needs config_groups"),
     "kv cache": (config_edit(lambda q: q.update(kv_cache_scheme={"num_bits": 8})), "has a kv_cache_scheme, which is not supported"),
     "transform": (config_edit(lambda q: q.update(transform_config={"a": 1})), "has a transform_config"),
-    "float weights": (weights_edit(type="float"), "only integers are supported"),
-    "no weights": (group_edit(weights=None), "only integers are supported"),
+    "complex weights": (weights_edit(type="complex"), "need an object of type int or float"),
+    "float weights": (
+        weights_edit(type="float"),
+        "known, all symmetric: 8 bits by channel, 8 bits by tensor, 8 bits by block of (128, 128)",
+    ),
+    "no weights": (group_edit(weights=None), "weights are None, need an object of type int or float"),
     "static activations without scales": (group_edit(input_activations={"num_bits": 8, "dynamic": False}), "input_scale is missing, needs"),
     "static activations of another kind": (
         group_edit(input_activations={"num_bits": 8, "dynamic": False, "strategy": "channel"}),
@@ -249,10 +149,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "activations as text": (group_edit(input_activations="int8"), "input_activations are int8; the config is damaged"),
     "output activations": (group_edit(output_activations={"num_bits": 8}), "output_activations are not supported"),
-    "block strategy": (weights_edit(strategy="block"), "unknown strategy 'block'; known: channel, group, tensor"),
-    "bits as text": (weights_edit(num_bits="4"), "needs integers num_bits"),
-    "targets as text": (group_edit(targets="Linear"), "a list of targets"),
-    "unknown format": (group_edit(format="marlin-24"), "unknown format 'marlin-24'; known: int-quantized, pack-quantized"),
+    "token strategy": (weights_edit(strategy="token"), "unknown strategy 'token'; known: block, channel, group, tensor, tensor_group"),
+    "block strategy": (weights_edit(strategy="block"), "integer weights with strategy block, which are not supported"),
+    "bits as text": (weights_edit(num_bits="4"), "num_bits 4 and group_size 32 must be integers"),
+    "targets as text": (group_edit(targets="Linear"), "targets are Linear, need a list of strings"),
+    "format as a list": (group_edit(format=["pack-quantized"]), "unknown format"),
+    "unknown format": (
+        group_edit(format="mxfp8-quantized"),
+        "known: float-quantized, int-quantized, mxfp4-pack-quantized, naive-quantized",
+    ),
     "bad expression": (group_edit(targets=["re:("]), "'(' is no regular expression"),
     "nothing targets it": (group_edit(targets=["re:.*k_proj"]), "no config group with that format targets it"),
     "other format targets it": (group_edit(format="int-quantized"), "is stored pack-quantized, but no config group"),
@@ -269,9 +174,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         tensor_edit(lambda t: t.update({f"{Q}.weight_scale": ("I16", np.ones((64, 2), np.int16))})),
         "weight_scale is ('I16'",
     ),
-    "order of columns": (
-        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.arange(64, dtype=np.int32) % 2)})),
-        "groups are not runs of columns (weight_g_idx, actorder)",
+    "order without its groups": (weights_edit(actorder="group"), "weight_g_idx is missing, but the config says actorder"),
+    "uneven groups": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.array([0] * 31 + [1] * 33, np.int32))})),
+        "weight_g_idx does not give each of 2 groups 32 columns",
+    ),
+    "groups that are not there": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.array([0, 2] * 32, np.int32))})),
+        "weight_g_idx does not give each of 2 groups 32 columns",
+    ),
+    "order of other columns": (
+        tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.zeros(32, np.int32))})),
+        "weight_g_idx is I32 (32,), needs I32 (64,)",
     ),
 }
 
@@ -289,6 +203,38 @@ def test_malformed_is_refused(case: str, tmp_path: Path) -> None:
 def test_trivial_order_of_columns_is_fine(tmp_path: Path) -> None:
     tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
     tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.arange(64, dtype=np.int32) // 32)}))(tmp_path / "m")
+    check_read_back(tmp_path / "m", tensors)
+
+
+@pytest.mark.parametrize("format", ["int4_g32o", "int4_g32so", "int3_g16o", "int8_g32so"])
+def test_order_of_columns(format: str, tmp_path: Path) -> None:
+    """Every column is its code less its group's zero, times its group's scale, the group being what weight_g_idx says."""
+    tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: format if "q_proj" in n else None)
+    bits, size = get_format(format).bits, get_format(format).group_size
+    file = SafetensorsFile(tmp_path / "m" / "model.safetensors")
+    groups, scale, packed = (file.array(f"{Q}.{part}") for part in ("weight_g_idx", "weight_scale", "weight_packed"))
+    assert sorted(groups.tolist()) == [c // size for c in range(64)] != groups.tolist() and groups.dtype == np.int32
+    expected = values(tensors[f"{Q}.weight"])
+    for row in (0, 37, 63):
+        stream = int.from_bytes(packed[row].tobytes(), "little")
+        for column in range(64):
+            group = int(groups[column])
+            code, zero = stream >> int(column * bits) & 2**bits - 1, 2 ** (bits - 1)
+            if "so" not in format:
+                words = file.array(f"{Q}.weight_zero_point")[:, group]
+                zero = int.from_bytes(words.tobytes(), "little") >> int(row * bits) & 2**bits - 1
+            assert np.float32(code - zero) * np.float32(scale[row, group]) == expected[row, column]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["actorder"] == "group"
+    found = open_checkpoint(tmp_path / "m").read(f"{Q}.weight")
+    assert found.format == format and all(np.array_equal(found.fields[k], v) for k, v in tensors[f"{Q}.weight"].fields.items())
+    rows = open_checkpoint(tmp_path / "m").read(f"{Q}.weight", slice(5, 9))
+    np.testing.assert_array_equal(values(rows), expected[5:9])
+
+
+def test_unset_order_of_columns_is_none(tmp_path: Path) -> None:
+    tensors = quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
+    tensor_edit(lambda t: t.update({f"{Q}.weight_g_idx": ("I32", np.full(64, -1, np.int32))}))(tmp_path / "m")
     check_read_back(tmp_path / "m", tensors)
 
 

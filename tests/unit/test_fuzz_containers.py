@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import gguf_bytes as g
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.containers.container import Checkpoint
+from tersor.conversion import convert
 from tersor.errors import TersorError
 from tersor.formats import get_format
 from tersor.tensor import TensorInfo
@@ -102,14 +103,40 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     assert 0 < accepted < MUTATIONS  # damage to weights alone is not noticed; most of the rest is
 
 
+def test_damaged_parts(tmp_path: Path) -> None:
+    """Of a split model, the one by which it is opened and another."""
+    source = tiny_model(tmp_path / "hf", layers=1, hidden=32, intermediate=32, heads=2, kv_heads=1)
+    (source / "tokenizer.json").unlink()
+    convert(source, tmp_path / "m.gguf", split_bytes=30_000, verify=False)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) > 1
+    for part in (parts[0], parts[-1]):
+        whole = part.read_bytes()
+        head, accepted = whole[:1500], 0
+        for data in mutations(head, seed=4, count=MUTATIONS // 5):
+            part.unlink()
+            part.write_bytes(data + whole[1500:])
+            accepted += survives(parts[0])
+        part.unlink()
+        part.write_bytes(whole)
+        assert accepted < MUTATIONS // 5
+    assert survives(parts[0])
+
+
 def directory(path: Path, container: str) -> Path:
-    """Returns a tiny directory, its linear layers int4 where the container is for such."""
+    """Returns a tiny directory, its linear layers int4 where the container is for such; compressed-tensors has one of every layout."""
     source = tiny_model(path / "hf", layers=1, hidden=32, intermediate=32, heads=2, kv_heads=2, tie=True)
     if container == "huggingface":
         return source
     checkpoint = open_checkpoint(source)
     tensors = {n: checkpoint.read(n) for n in checkpoint.tensors}
-    tensors |= {n: get_format("int4_g32").quantize(t.fields["values"]) for n, t in tensors.items() if "_proj" in n}
+    formats = {}
+    if container == "compressed-tensors":
+        formats = {"k": "int3_g16so", "v": "fp8_c", "o": "nvfp4_gs", "up": "mxfp4", "gate": "fp8_t", "down": "int8_cs"}
+    for name, tensor in list(tensors.items()):
+        if "_proj" in name:
+            format = formats.get(name.split("_proj")[0].rpartition(".")[2], "int4_g32")
+            tensors[name] = get_format(format).quantize(tensor.fields["values"])
     plan = [TensorInfo(n, t.format, t.shape, t.nbytes) for n, t in tensors.items()]
     with CONTAINERS[container].create(path / "ct", checkpoint.description, plan) as writer:
         for name, tensor in tensors.items():
@@ -223,8 +250,6 @@ CONFIG_KEYS = st.sampled_from(
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_configs_of_random_values_are_written_or_refused(tmp_path: Path, model_type: str, config: dict[str, Any]) -> None:
     """A hostile config.json must not crash the way to GGUF either."""
-    from tersor.conversion import convert
-
     path = tmp_path / "hf"
     if not path.exists():
         tiny_model(path, model_type, layers=1, hidden=32, intermediate=32, heads=2, kv_heads=1)

@@ -284,7 +284,7 @@ def test_config_that_gguf_cannot_hold_is_refused(case: str) -> None:
 REFUSED_KEYS: dict[str, tuple[dict[str, tuple[Any, Any]], str]] = {
     "unknown architecture": ({"general.architecture": (g.STRING, "mamba")}, "unknown architecture 'mamba'; known: gemma2, gemma3, llama"),
     "architecture is a number": ({"general.architecture": (g.U32, 3)}, "unknown architecture '3'"),
-    "split": ({"split.count": (g.U16, 2)}, "one part of a split model"),
+    "split": ({"split.count": (g.U16, 2)}, "is one of 2 files of a model, which are called name-00001-of-00002.gguf"),
     "no layers": ({"llama.block_count": (g.U32, 0)}, "llama.block_count is 0, needs one integer"),
     "2^31 layers": ({"llama.block_count": (g.U32, 2**31)}, "llama.block_count is 2147483648"),
     "more layers than tensors": ({"llama.block_count": (g.U32, 1000)}, "announces 1000 layers but holds 11 tensors"),

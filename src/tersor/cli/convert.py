@@ -25,6 +25,10 @@ def command(
     requantize: Annotated[
         str | None, typer.Option("--requantize", metavar="RECIPE", help="Round what OUT's container cannot hold again, like rtn:q4_k|q5_0.")
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split-size", metavar="SIZE", help="Write GGUF in files of at most this size, like 4GB.", show_default=False),
+    ] = None,
     force: options.Force = False,
     verify: options.Verify = True,
     json: options.Json = False,
@@ -38,9 +42,11 @@ def command(
     from tersor.cli.verify import fail_if_wrong, print_outcome
     from tersor.conversion import convert
     from tersor.inspection import inspect
+    from tersor.planning.sizes import parse_bytes
 
-    done = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize, verify=verify)
-    found = inspect(out)
+    split_bytes = None if split is None else parse_bytes(split)
+    done = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize, split_bytes=split_bytes, verify=verify)
+    found = inspect(done.path)
     if json:
         checked = {} if done.verification is None else {"verification": done.verification.to_dict()}
         print_json(found.to_dict() | {"changes": [asdict(change) for change in done.changes]} | checked)

@@ -54,12 +54,10 @@ class _Keys:
 
 
 def read_architecture(where: str, metadata: Mapping[str, KeyValue]) -> GGUFArchitecture:
-    """Returns the file's architecture. Raises ContainerError for an unknown one, listing the known, and for part of a split model."""
+    """Returns the file's architecture. Raises ContainerError for an unknown one, listing the known."""
     _, name = metadata.get("general.architecture", ("str", None))
     if name not in ARCHITECTURES:
         raise ContainerError(f"{where}: {unknown('architecture', shorten(name), ARCHITECTURES)}")
-    if metadata.get("split.count", ("u16", 0))[1] > 1:
-        raise ContainerError(f"{where}: is one part of a split model; join the parts with `llama-gguf-split --merge` first")
     return ARCHITECTURES[name]
 
 

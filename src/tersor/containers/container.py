@@ -45,7 +45,12 @@ class Checkpoint(ABC):
 
 
 class Writer(ABC):
-    """A model being written under a temporary name. `with` renames it to its final name, or removes it on any exception."""
+    """A model being written under a temporary name. `with` renames it to its final name, or removes it on any exception.
+
+    path: the final name; of several files the first.
+    """
+
+    path: Path
 
     @abstractmethod
     def write(self, name: str, tensor: QuantizedTensor) -> None:

@@ -142,6 +142,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         """Maps the file and checks its whole header. Raises ContainerError for anything malformed."""
         self.path = path
+        self.paths = [path]
         self._file = MappedFile(path)
         try:
             cursor = _Cursor(self._file)

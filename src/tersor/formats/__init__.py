@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tersor.errors import FormatError, unknown
-from tersor.formats import affine, float_zero, floats, ggml, int8, lookup, ordered, signs
+from tersor.formats import affine, float_zero, floats, fp8, ggml, int8, lookup, nvfp4, ordered, signs
 from tersor.formats.format import Format, as_rows
 
 # Each family has `parse(name) -> Format | None` and `EXAMPLES`, the names that docs and conformance tests go through.
-_FAMILIES = (floats, ggml, affine, float_zero, ordered, signs, int8, lookup)
+_FAMILIES = (floats, ggml, affine, float_zero, ordered, signs, int8, lookup, fp8, nvfp4)
 
 FORMATS: dict[str, Format] = {}
 for _family in _FAMILIES:

@@ -19,9 +19,11 @@ from tersor.formats import ggml_blocks
 from tersor.formats.affine import AffineFormat
 from tersor.formats.float_zero import FloatZeroFormat
 from tersor.formats.format import Format
+from tersor.formats.fp8 import BLOCK, E4M3, Fp8Format
 from tersor.formats.ggml import GgmlFormat
 from tersor.formats.int8 import Int8RowFormat
 from tersor.formats.lookup import DoubleLookupFormat, LookupFormat
+from tersor.formats.nvfp4 import E2M1, Nvfp4Format
 from tersor.formats.signs import BinaryFormat, TernaryFormat
 from tersor.tensor import Array, Params
 
@@ -73,7 +75,20 @@ def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
         step = _wide(params["scale"], rows)
         levels = np.array([-1, 1] if isinstance(format, BinaryFormat) else [-1, 0, 1], dtype=np.float32)
         return Grid(step, np.zeros_like(step), levels, np.arange(len(levels), dtype=np.uint8))
+    if isinstance(format, Fp8Format | Nvfp4Format):
+        return _eight_and_four_bit_floats(format, params, rows)
     return None
+
+
+def _eight_and_four_bit_floats(format: Fp8Format | Nvfp4Format, params: Params, rows: int) -> Grid:
+    if isinstance(format, Nvfp4Format):
+        step, table = _wide(format.steps(params), rows), E2M1
+    else:
+        scale = params["scale"]
+        step, table = _wide(np.repeat(scale, BLOCK, axis=0)[:rows] if format.axis == "b128" else scale, rows), E4M3
+    finite = np.flatnonzero(np.isfinite(table))
+    levels, first = np.unique(table[finite], return_index=True)
+    return Grid(step, np.zeros_like(step), levels, finite[first].astype(np.uint8))
 
 
 def free_parameters(format: Format) -> tuple[str, ...]:
@@ -92,6 +107,8 @@ def free_parameters(format: Format) -> tuple[str, ...]:
         return ()  # in 8 bits on a map of all rows
     if isinstance(format, LookupFormat):
         return ("absmax",)
+    if isinstance(format, Fp8Format):
+        return () if format.axis == "b128" else ("scale",)  # a block is of many rows, but not of all
     return ("scale",) if isinstance(format, BinaryFormat | TernaryFormat | FloatZeroFormat) else ()
 
 

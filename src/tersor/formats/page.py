@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tersor.containers import CONTAINERS
-from tersor.formats import FORMATS, Format, affine, float_zero, floats, ggml, int8, lookup, ordered, signs
+from tersor.formats import FORMATS, Format, affine, float_zero, floats, fp8, ggml, int8, lookup, nvfp4, ordered, signs
 
 _HEAD = """# Number formats
 
@@ -74,6 +74,18 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
         lookup,
         "Source: QLoRA (arXiv 2305.14314); bitsandbytes `functional.py`. The 256 values of the dynamic 8-bit map are those of\n"
         "`create_dynamic_map`: +-10^(i-6) times the 2^i midpoints of [0.1, 1] cut in 2^i parts, i = 0..6, and 0 and 1.",
+    ),
+    (
+        "8-bit floats",
+        fp8,
+        "E4M3 (torch's float8_e4m3fn). `_c`: one scale per row. `_t`: one per tensor. `_b128`: one per 128 x 128 weights.\n"
+        "Source: arXiv 2209.05433; scales as compressed-tensors' FP8_DYNAMIC, FP8 and FP8_BLOCK.",
+    ),
+    (
+        "NVFP4 with a global scale",
+        nvfp4,
+        "Source: arXiv 2509.25149; compressed-tensors `compressors/nvfp4`. ggml's `nvfp4` has no global scale. MXFP4 is ggml's `mxfp4` in\n"
+        "every container: the same numbers, its fields laid out anew at the border.",
     ),
 )
 

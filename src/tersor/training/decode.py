@@ -1,7 +1,7 @@
 """Differentiable decoding of every format: the codes stay, the float parameters can be trained.
 
-All formats decode linearly in their float parameters (scales, minima, absmax, d and dmin, the nested ones of double
-quantization), so a stored tensor is
+All formats but nvfp4_gs decode linearly in their float parameters (scales, minima, absmax, d and dmin, the nested ones of
+double quantization), so a stored tensor is
 
     w_hat = sum over p of value_p * basis_p        basis_p = what the codes decode to when p is 1 and the others are 0
 
@@ -26,13 +26,16 @@ from tersor.formats.lookup import BLOCK, NESTED_BLOCK
 from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import Array, QuantizedTensor
 
+# What decodes linearly in no float parameter, or shares it among weights that are no run of neighbours.
+_NOT_TRAINED = ("nvfp4_gs", "fp8_b128")
+
 
 @dataclass(frozen=True, eq=False)
 class TrainableTensor:
     """A stored tensor with fixed codes.
 
     names:  the trainable parameters, as Format.unpack calls them, without a float zero, which multiplies another; empty for float
-            formats, mxfp4, and formats with an order of columns.
+            formats, mxfp4, nvfp4_gs, fp8_b128, and formats with an order of columns.
     start:  their stored values, float32, each (count,): value i belongs to the i-th run of weights.
     runs:   weights that share one of these values; the last run may be shorter.
     bases:  (count, run) int8 where the basis holds small integers, else float32; (1, 1) where it is the same everywhere.
@@ -56,7 +59,9 @@ class TrainableTensor:
         format = get_format(tensor.format)
         codes, params = format.unpack(tensor) if format.can_encode and not isinstance(format, OrderedFormat) else (None, {})
         names = tuple(
-            name for name, a in params.items() if a.dtype.kind == "f" and not (isinstance(format, FloatZeroFormat) and name == "zero")
+            name
+            for name, a in params.items()
+            if a.dtype.kind == "f" and format.name not in _NOT_TRAINED and not (isinstance(format, FloatZeroFormat) and name == "zero")
         )
         decoded = torch.from_numpy(np.array(format.dequantize(tensor), np.float32).reshape(tensor.rows, -1))
         if codes is None or not names:
