@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda")
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
+RECIPES = {  # of containers that hold other numbers
+    "gguf": GGUF_RECIPE,
+    "bnb": "clip:nf4_dq|keep",
+    "hqq": "hqq:int4_g64z|int4_g32z",
+    "mlx": "clip:int4_g64m|int4_g32m",
+}
 
 Progress = Callable[[int, int, str], None]  # (weights done, weights in all, name of the tensor at work)
 
@@ -137,7 +143,7 @@ def quantize(
 
     model: a Hugging Face directory, a .gguf file, a hub id, or an opened Checkpoint; one that is quantized already is
         dequantized first, which `note` of the result says.
-    recipe: see recipe.py; None: 4 bits, GGUF_RECIPE or DIRECTORY_RECIPE.
+    recipe: see recipe.py; None: 4 bits, the container's of RECIPES, or DIRECTORY_RECIPE.
     to: a name of CONTAINERS; without it a name that ends in .gguf gives GGUF, any other a directory (compressed-tensors,
         or huggingface when nothing is quantized).
     calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
@@ -158,8 +164,8 @@ def quantize(
     """
     start = time.perf_counter()
     target = Path(out)
-    as_gguf = to == "gguf" or (to is None and target.suffix.lower() == ".gguf")
-    parsed = Recipe.parse(recipe or (GGUF_RECIPE if as_gguf else DIRECTORY_RECIPE))
+    named = "gguf" if to is None and target.suffix.lower() == ".gguf" else to or ""
+    parsed = Recipe.parse(recipe or RECIPES.get(named, DIRECTORY_RECIPE))
     _check_calibration(parsed, calib, max_ram, resume, activations)
     if device not in DEVICES:
         raise RecipeError(unknown("device", device, DEVICES))

@@ -102,14 +102,23 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     assert 0 < accepted < MUTATIONS  # damage to weights alone is not noticed; most of the rest is
 
 
+QUANTIZED = {
+    **dict.fromkeys(("compressed-tensors", "gptq", "awq"), "int4_g32"),
+    "bnb": "nf4_dq",
+    "mlx": "int4_g32m",
+    "hqq": "int3_g32z",
+}
+
+
 def directory(path: Path, container: str) -> Path:
-    """Returns a tiny directory, its linear layers int4 where the container is for such."""
-    source = tiny_model(path / "hf", layers=1, hidden=32, intermediate=32, heads=2, kv_heads=2, tie=True)
+    """Returns a tiny directory, its projections quantized."""
+    size = 64 if container == "bnb" else 32
+    source = tiny_model(path / "hf", layers=1, hidden=size, intermediate=size, heads=2, kv_heads=2, tie=True)
     if container == "huggingface":
         return source
     checkpoint = open_checkpoint(source)
     tensors = {n: checkpoint.read(n) for n in checkpoint.tensors}
-    tensors |= {n: get_format("int4_g32").quantize(t.fields["values"]) for n, t in tensors.items() if "_proj" in n}
+    tensors |= {n: get_format(QUANTIZED[container]).quantize(t.fields["values"]) for n, t in tensors.items() if "_proj" in n}
     plan = [TensorInfo(n, t.format, t.shape, t.nbytes) for n, t in tensors.items()]
     with CONTAINERS[container].create(path / "ct", checkpoint.description, plan) as writer:
         for name, tensor in tensors.items():
@@ -117,7 +126,7 @@ def directory(path: Path, container: str) -> Path:
     return path / "ct"
 
 
-@pytest.mark.parametrize("container", ["huggingface", "compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("container", ["huggingface", *QUANTIZED])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_directories(container: str, name: str, tmp_path: Path) -> None:
     path = directory(tmp_path, container)

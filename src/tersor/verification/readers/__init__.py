@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from tersor.verification.reader import Reader
 from tersor.verification.readers.awq import AWQReader
+from tersor.verification.readers.bitsandbytes import BitsAndBytesReader
 from tersor.verification.readers.gptq import GPTQReader
+from tersor.verification.readers.hqq import HQQReader
+from tersor.verification.readers.mlx import MLXReader
 from tersor.verification.readers.onnx import OnnxReader
 
 READERS: dict[str, Reader] = {
     "awq": AWQReader(),
+    "bnb": BitsAndBytesReader(),
     "gptq": GPTQReader(),
+    "hqq": HQQReader(),
+    "mlx": MLXReader(),
     "onnx": OnnxReader(),
 }
