@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda")
 GGUF_RECIPE = "rtn:q4_k|q5_0"
 DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
-RECIPES = {  # of containers that hold none of DIRECTORY_RECIPE
+RECIPES = {  # of containers that hold other numbers
     "gguf": GGUF_RECIPE,
-    "bnb": "rtn:nf4_dq",
+    "bnb": "clip:nf4_dq|keep",
     "hqq": "hqq:int4_g64z|int4_g32z",
     "mlx": "clip:int4_g64m|int4_g32m",
 }

@@ -123,19 +123,23 @@ def test_damaged_parts(tmp_path: Path) -> None:
     assert survives(parts[0])
 
 
+QUANTIZED = {**dict.fromkeys(("compressed-tensors", "gptq", "awq"), "int4_g32"), "bnb": "nf4_dq", "mlx": "int4_g32m", "hqq": "int3_g32z"}
+# One of every layout of compressed-tensors.
+LAYOUTS = {"k": "int3_g16so", "v": "fp8_c", "o": "nvfp4_gs", "up": "mxfp4", "gate": "fp8_t", "down": "int8_cs"}
+
+
 def directory(path: Path, container: str) -> Path:
-    """Returns a tiny directory, its linear layers int4 where the container is for such; compressed-tensors has one of every layout."""
-    source = tiny_model(path / "hf", layers=1, hidden=32, intermediate=32, heads=2, kv_heads=2, tie=True)
+    """Returns a tiny directory, its projections quantized."""
+    size = 64 if container == "bnb" else 32
+    source = tiny_model(path / "hf", layers=1, hidden=size, intermediate=size, heads=2, kv_heads=2, tie=True)
     if container == "huggingface":
         return source
     checkpoint = open_checkpoint(source)
     tensors = {n: checkpoint.read(n) for n in checkpoint.tensors}
-    formats = {}
-    if container == "compressed-tensors":
-        formats = {"k": "int3_g16so", "v": "fp8_c", "o": "nvfp4_gs", "up": "mxfp4", "gate": "fp8_t", "down": "int8_cs"}
+    formats = LAYOUTS if container == "compressed-tensors" else {}
     for name, tensor in list(tensors.items()):
         if "_proj" in name:
-            format = formats.get(name.split("_proj")[0].rpartition(".")[2], "int4_g32")
+            format = formats.get(name.split("_proj")[0].rpartition(".")[2], QUANTIZED[container])
             tensors[name] = get_format(format).quantize(tensor.fields["values"])
     plan = [TensorInfo(n, t.format, t.shape, t.nbytes) for n, t in tensors.items()]
     with CONTAINERS[container].create(path / "ct", checkpoint.description, plan) as writer:
@@ -144,7 +148,7 @@ def directory(path: Path, container: str) -> Path:
     return path / "ct"
 
 
-@pytest.mark.parametrize("container", ["huggingface", "compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("container", ["huggingface", *QUANTIZED])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_directories(container: str, name: str, tmp_path: Path) -> None:
     path = directory(tmp_path, container)

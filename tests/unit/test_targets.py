@@ -68,7 +68,7 @@ def test_what_an_engine_cannot_load_is_refused_before_anything_is_written(
 
 def test_convert_minds_them_too(model: Path, tmp_path: Path) -> None:
     quantize(model, tmp_path / "mixed", "int4_g64, q_proj=int8_cs", verify=False)
-    with pytest.raises(RecipeError, match="--to vllm: .*joins them into one product"):
+    with pytest.raises(RecipeError, match=r"--to vllm: .*joins them into one product"):
         convert(tmp_path / "mixed", tmp_path / "b", to="vllm")
     assert not (tmp_path / "b").exists()
     quantize(model, tmp_path / "plain", "int4_g64s", verify=False)

@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 from tersor.containers.awq import AWQ
+from tersor.containers.bitsandbytes import BitsAndBytes
 from tersor.containers.compressed_tensors import CompressedTensors
 from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.gguf import GGUF
 from tersor.containers.gptq import GPTQ
+from tersor.containers.hqq import HQQ
 from tersor.containers.huggingface import HuggingFace
+from tersor.containers.mlx import MLX
 from tersor.containers.onnx import Onnx
 from tersor.errors import ContainerError, unknown
 
@@ -20,6 +23,9 @@ _ALL: tuple[Container, ...] = (
     CompressedTensors(),
     GPTQ(),
     AWQ(),
+    BitsAndBytes(),
+    HQQ(),
+    MLX(),
     Onnx(),
 )
 CONTAINERS: dict[str, Container] = {container.name: container for container in _ALL}

@@ -35,7 +35,7 @@ CARRIED = (
 )
 
 # The quant_method of directories that have a container of their own; HuggingFace leaves these alone.
-QUANT_METHODS = ("awq", "compressed-tensors", "gptq")
+QUANT_METHODS = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "mlx")
 
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 DTYPE_OF = {format: dtype for dtype, format in FLOATS.items()}
@@ -61,9 +61,12 @@ def read_side_file(path: Path) -> bytes:
 
 
 def names_method(path: Path, *methods: str) -> bool:
-    """Returns whether the directory's config.json has a quantization_config of one of these quant_methods."""
-    quantization = read_json(path / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") in methods
+    """Returns whether the directory's config.json says that its weights are quantized by one of these methods."""
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and "quant_method" in quantization:
+        return quantization["quant_method"] in methods
+    return "mlx" in methods and isinstance(config.get("quantization"), dict)  # MLX's names no method
 
 
 def read_description(path: Path) -> tuple[ModelDescription, dict[str, Any] | None]:

@@ -35,7 +35,13 @@ class Part:
 
 
 class DirectoryWriter(Writer):
-    """Writes a directory under a temporary name. Subclasses say how a tensor becomes safetensors parts."""
+    """Writes a directory under a temporary name. Subclasses say how a tensor becomes safetensors parts.
+
+    widest_first: whether the parts of a shard lie by falling size of their values instead of in plan order. Parts of any number
+    of bytes need it, so that every value of the others lies at a multiple of its size.
+    """
+
+    widest_first = False
 
     def __init__(
         self,
@@ -97,7 +103,7 @@ class DirectoryWriter(Writer):
         for number, shard in enumerate(shards, 1):
             file_name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             entries, end = [], 0
-            for part in shard:
+            for part in sorted(shard, key=lambda part: -DTYPES[part.dtype].itemsize) if self.widest_first else shard:
                 entries.append(Entry(part.name, part.dtype, part.shape, end, end + part.nbytes))
                 end += part.nbytes
             writer = ShardWriter(self._temporary / file_name, entries)

@@ -15,6 +15,7 @@ from tersor.tensor import Array, Params, QuantizedTensor
 EXAMPLES = ("int8_row",)
 
 _STEPS = np.float32(127)
+_STEP = np.float32(1 / 127)  # bitsandbytes multiplies by it last, rounded to float32; so do we, for the same bits
 
 
 def parse(name: str) -> Format | None:
@@ -23,7 +24,7 @@ def parse(name: str) -> Format | None:
 
 
 class Int8RowFormat(Format):
-    """w = q * scb / 127 with q in -127..127 and scb = max |w| of the row. codes are int8; params: {"scb": float32 (rows, 1)}."""
+    """w = (q * scb) * (1/127) in float32, q in -127..127, scb = max |w| of the row. codes: int8; params: {"scb": float32 (rows, 1)}."""
 
     name = "int8_row"
     bits = 8
@@ -31,7 +32,7 @@ class Int8RowFormat(Format):
     uses_importance = False
 
     def layout(self) -> str:
-        return "codes: int8 (rows, in)  q in -127..127\nscb:   float32 (rows, 1)  the row's absmax\nw = q * scb / 127\n"
+        return "codes: int8 (rows, in)  q in -127..127\nscb:   float32 (rows, 1)  the row's absmax\nw = q * scb * (1/127)\n"
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return prod(shape) + 4 * prod(shape[:-1])
@@ -48,7 +49,7 @@ class Int8RowFormat(Format):
         return codes
 
     def decode(self, codes: Array, params: Params) -> Array:
-        w: Array = codes.astype(np.float32) * (params["scb"] / _STEPS)
+        w: Array = codes.astype(np.float32) * params["scb"] * _STEP
         return w
 
     def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:

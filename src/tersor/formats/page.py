@@ -35,6 +35,9 @@ errors by column importance in this format. The engine runs every format, from t
 | huggingface | transformers, vLLM and everything else that reads safetensors |
 | compressed-tensors | vLLM and SGLang (4 and 8 bits), transformers with the `compressed-tensors` package (all) |
 | onnx | onnxruntime, onnxruntime-genai |
+| bnb | transformers with the `bitsandbytes` package |
+| mlx | mlx-lm |
+| hqq | transformers 4 with the `hqq` package |
 """
 
 _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (

@@ -1,4 +1,8 @@
-"""GGUF files, read and decoded by ggml's own gguf package; names and row orders translated back by transformers."""
+"""GGUF files, read and decoded by ggml's own gguf package, with its own table of names.
+
+Two things that llama.cpp's converter does to weights are undone here: q and k of the llama family have their rows in pairs, and gemma's
+norms hold 1 + w. Source: ggml-org/llama.cpp conversion/{llama,gemma}.py.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tersor.tensor import Array
 from tersor.verification.reader import Reader
 
+# How transformers' decoders name their modules; the gguf package knows which of them an architecture has.
+_MODULES = ("model.embed_tokens", "model.norm", "lm_head")
+_BLOCK_MODULES = (
+    *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
+    *(f"{place}_layernorm" for place in ("input", "post_attention", "pre_feedforward", "post_feedforward")),
+)
+
 
 class GGUFPackageReader(Reader):
-    """The gguf package, with transformers' table of names and its undoing of llama's row order and gemma's norms."""
+    """The gguf package; numpy is all that it needs."""
 
     package = "gguf"
-    modules = ("gguf", "torch", "transformers")
+    modules = ("gguf",)
 
     def weights(self, path: Path) -> Iterator[tuple[str, Array]]:
         from gguf import GGUFReader
         from gguf.quants import dequantize
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         parts = _parts(path)
         first: Any = GGUFReader(parts[0])
         architecture = _value(first, "general.architecture")
         names = _hugging_face_names(first, architecture)
-        heads = _value(first, f"{architecture}.attention.head_count")
-        kv_heads = _value(first, f"{architecture}.attention.head_count_kv", heads)
-        config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-        undo: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-        processor = undo(config=config)
+        heads = int(_value(first, f"{architecture}.attention.head_count"))
+        kv_heads = int(_value(first, f"{architecture}.attention.head_count_kv", heads))
         for part in parts:
             reader: Any = GGUFReader(part)
             for tensor in reader.tensors:
@@ -39,7 +49,7 @@ class GGUFPackageReader(Reader):
                 shape = tuple(int(n) for n in reversed(tensor.shape))
                 stem, _, suffix = tensor.name.rpartition(".")
                 values = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-                yield f"{names[stem]}.{suffix}", processor.process(weights=values, name=tensor.name).weights
+                yield f"{names[stem]}.{suffix}", _undone(values, tensor.name, architecture, heads, kv_heads)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -56,16 +66,25 @@ def _value(reader: Any, key: str, default: Any = None) -> Any:
 
 
 def _hugging_face_names(reader: Any, architecture: str) -> dict[str, str]:
-    """Returns {GGUF name: Hugging Face name}, both without `.weight`, of the modules of the transformers model of this architecture."""
-    import torch
+    """Returns {GGUF name: Hugging Face name}, both without `.weight`, of all modules that the architecture has."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     layers = int(_value(reader, f"{architecture}.block_count"))
-    model_type = {"gemma3": "gemma3_text"}.get(architecture, architecture)
-    with torch.device("meta"):
-        config = AutoConfig.for_model(model_type, num_hidden_layers=layers)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     table = get_tensor_name_map(next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), layers)
-    stems = {name.rpartition(".")[0] for name in model.state_dict()}
-    return {gguf: stem for stem in stems if (gguf := table.get_name(stem)) is not None}
+    blocks = (f"model.layers.{i}.{part}" for i in range(layers) for part in _BLOCK_MODULES)
+    names = {gguf: stem for stem in (*_MODULES, *blocks) if (gguf := table.get_name(stem)) is not None}
+    return {"output": "lm_head", **names}  # the package leaves out a head that an architecture always ties
+
+
+def _undone(values: Array, name: str, architecture: str, heads: int, kv_heads: int) -> Array:
+    """Returns a tensor as Hugging Face has it."""
+    if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        less: Array = values - np.float32(1)
+        return less
+    part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+    if architecture != "llama" or part is None:
+        return values
+    count = heads if part[1] == "q" else kv_heads
+    pairs = values.reshape(count, values.shape[0] // count // 2, 2, *values.shape[1:])
+    halves: Array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+    return halves
