@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME ...` runs one benchmark.
 
-all             every one in its first form but `logits`, `floor`, `outliers`, `quality`: all FOLDER, which holds or gets the models
+all             every one in its first form but `logits`, `floor`, `outliers`, `containers`, `quality`: all FOLDER, which holds or gets the models
 engine          prefill and decode beside llama.cpp, OpenVINO, onnxruntime-genai, transformers and this machine's limits
 context         time per token behind 4,096 tokens
 floor           decoding beside only reading the same weights
@@ -12,6 +12,7 @@ agreement       a GGUF of ours in llama.cpp: the same tokens, the same perplexit
 logits          our float logits beside transformers'
 ggml_encoders   error of our block encoders beside ggml's own
 outliers        what rounding inputs to 8 bits costs where outlier columns were planted
+containers      a model in every container, run by others; what others wrote, run here
 quality         quality per bit beside llmcompressor, gptqmodel, auto-round, bitsandbytes and llama-quantize
 """
 
@@ -36,6 +37,7 @@ NAMES = (
     "ggml_encoders",
     "floor",
     "outliers",
+    "containers",
     "quality",
 )
 
@@ -55,7 +57,7 @@ def main() -> int:
 
 
 def run_all(folder: Path, model: str) -> int:
-    """Runs every benchmark but `logits`, `floor`, `outliers` and `quality`. model: the demo's. Returns the worst exit code."""
+    """Runs every benchmark but `logits`, `floor`, `outliers`, `containers` and `quality`. model: the demo's. Returns the worst exit code."""
     files = {kind: get(folder, "smollm2", kind).path for kind in ("q4_0", "q4_1", "q8_0")}
     worst = 0
     for name, *arguments in (

@@ -444,3 +444,27 @@ def test_gptqmodel_reads_exactly_what_was_meant(recipe: str, tmp_path: Path) -> 
         for name in found:
             tensor = meant.read(name)
             np.testing.assert_array_equal(found[name], get_format(tensor.format).dequantize(tensor), err_msg=name)
+
+
+def test_what_auto_round_saves_by_itself_is_read(tmp_path: Path) -> None:
+    """auto-round 0.16's own config, beside the buffers that it shares with GPTQ v1 (no g_idx)."""
+    from tersor.pipeline import quantize
+
+    quantize(tiny_model(tmp_path / "hf", hidden=128, intermediate=256), tmp_path / "a", "int4_g32s", to="gptq", verify=False)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    own = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int", "amp": False, "iters": 2, "block_name_to_quantize": "model.layers"}
+    own |= {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "autoround_version": "0.16.0"}
+    name = "model.layers.0.mlp.up_proj.weight"
+    with open_checkpoint(tmp_path / "a") as before:
+        want = get_format("int4_g32s").dequantize(before.read(name))
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"quantization_config": own}))
+    with open_checkpoint(tmp_path / "a") as found:
+        assert found.container == "gptq" and found.tensors[name].format == "int4_g32s"
+        np.testing.assert_array_equal(get_format("int4_g32s").dequantize(found.read(name)), want)
+    for change, text in (
+        ({"packing_format": "auto_round:exllamav2x"}, "unknown packing_format"),
+        ({"extra_config": {"x": {}}}, "extra_config"),
+    ):
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"quantization_config": own | change}))
+        with pytest.raises(ContainerError, match=text):
+            open_checkpoint(tmp_path / "a")

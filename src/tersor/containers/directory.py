@@ -35,7 +35,7 @@ CARRIED = (
 )
 
 # The quant_method of directories that have a container of their own; HuggingFace leaves these alone.
-QUANT_METHODS = ("awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "mlx")
+QUANT_METHODS = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "mlx")
 
 FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 DTYPE_OF = {format: dtype for dtype, format in FLOATS.items()}

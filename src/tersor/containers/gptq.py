@@ -40,7 +40,16 @@ import numpy as np
 from tersor.containers.container import Container
 from tersor.containers.directory import DTYPE_OF, is_tied, names_method, read_description
 from tersor.containers.directory_writer import DirectoryWriter, Part
-from tersor.containers.gptq_config import BITS, GROUP_SIZES, METHOD, V1, checkpoint_format, read_quantization, write_quantization
+from tersor.containers.gptq_config import (
+    AUTO_ROUND,
+    BITS,
+    GROUP_SIZES,
+    METHOD,
+    V1,
+    checkpoint_format,
+    read_quantization,
+    write_quantization,
+)
 from tersor.containers.qweight import Layer, QweightCheckpoint, as_words, check_plan, stored_format
 from tersor.containers.safetensors_file import Entry
 from tersor.errors import ContainerError
@@ -198,7 +207,7 @@ class GPTQ(Container):
 
     def recognizes(self, path: Path) -> bool:
         """Returns whether path is a directory whose config.json names this quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD)
+        return (path / "config.json").is_file() and names_method(path, METHOD, AUTO_ROUND)
 
     def open(self, path: Path) -> GPTQCheckpoint:
         """Opens the directory. Raises ContainerError."""

@@ -7,9 +7,11 @@
             {"-:regex": {}}                                       modules that are not quantized; the first match counts
     modules_in_block_to_quantize [[names]]                        optimum's way to say what is quantized
     pack_dtype                                                    int32
+    quant_method auto-round, packing_format auto_round:auto_gptq  the same buffers as auto-round saves them by itself
 
 Source: ModelCloud/GPTQModel gptqmodel/quantization/config.py (QuantizeConfig, dynamic_get); vllm-project/vllm
-vllm/model_executor/layers/quantization/utils/gptq_utils.py (get_dynamic_override); huggingface/optimum optimum/gptq/quantizer.py.
+vllm/model_executor/layers/quantization/utils/gptq_utils.py (get_dynamic_override); huggingface/optimum optimum/gptq/quantizer.py;
+intel/auto-round docs/step_by_step.md.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from tersor.formats.affine import AffineFormat
 from tersor.tensor import TensorInfo
 
 METHOD = "gptq"
+AUTO_ROUND = "auto-round"
+AUTO_ROUND_PACKING = ("auto_round:auto_gptq", "auto_round:gptq", "auto_gptq", "gptq")  # GPTQ's buffers, zeros minus one
 V1, V2 = "gptq", "gptq_v2"
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256)  # of gptqmodel's kernels (512 and 1024 are no group of ours)
@@ -67,6 +71,8 @@ def read_quantization(where: str, quantization: Mapping[str, Any]) -> Quantizati
     for key in ("rotation", "adapter", "is_marlin_format"):
         if quantization.get(key):
             raise ContainerError(f"{where}: quantization_config has {key} {shorten(quantization[key])}, which is not supported")
+    if quantization.get("quant_method") == AUTO_ROUND:
+        _check_auto_round(where, quantization)
     words = quantization.get("pack_dtype") or "int32"
     if words not in ("int32", "torch.int32"):
         raise ContainerError(f"{where}: {unknown('pack_dtype', shorten(words), ['int32'])}; save it again with int32")
@@ -76,6 +82,14 @@ def read_quantization(where: str, quantization: Mapping[str, Any]) -> Quantizati
         raise ContainerError(f"{where}: dynamic is {shorten(dynamic)}, needs expressions with an object each; the config is damaged")
     overrides = tuple(_read_override(f"{where}: dynamic {shorten(key)!r}", key, own, base) for key, own in dynamic.items())
     return Quantization(base, _read_version(where, quantization), overrides)
+
+
+def _check_auto_round(where: str, quantization: Mapping[str, Any]) -> None:
+    packing = quantization.get("packing_format")
+    if packing not in AUTO_ROUND_PACKING:
+        raise ContainerError(f"{where}: {unknown('packing_format', shorten(packing), AUTO_ROUND_PACKING)}; save it with format auto_gptq")
+    if quantization.get("extra_config"):
+        raise ContainerError(f"{where}: extra_config (layers with bits of their own) is not supported; save it with format auto_gptq")
 
 
 def _read_version(where: str, quantization: Mapping[str, Any]) -> str:

@@ -37,15 +37,15 @@ def compare_logits(
         return None, [], [f"logits were not compared: {missing}"]
     try:
         model = load(checkpoint, activations="float", kv="f32")
-        tokens = _tokens(checkpoint, model.vocab_size, model.context)
-        ours = _log_softmax(model.head(model.forward(tokens, model.new_cache(len(tokens)))))
+        tokens = probe_tokens(checkpoint, model.vocab_size, model.context)
+        ours = log_softmax(model.head(model.forward(tokens, model.new_cache(len(tokens)))))
     except TersorError as error:
         return None, [Fault(str(checkpoint.path), f"our engine cannot run it: {error}")], []
     del model
     if progress is not None:
         progress(f"run in {runtime.name}", 0, 1)
     try:
-        theirs = _log_softmax(runtime.logits(checkpoint, tokens))
+        theirs = log_softmax(runtime.logits(checkpoint, tokens))
     except TersorError:
         raise
     except Exception as error:  # another package's, of any kind
@@ -65,7 +65,7 @@ def compare_logits(
     )
 
 
-def _tokens(checkpoint: Checkpoint, vocab_size: int, context: int) -> Array:
+def probe_tokens(checkpoint: Checkpoint, vocab_size: int, context: int) -> Array:
     """Returns a few sentences' tokens, or arbitrary ones where there is no tokenizer."""
     from tersor.engine.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def _tokens(checkpoint: Checkpoint, vocab_size: int, context: int) -> Array:
     return np.array(ids, np.int32)
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=-1, keepdims=True)
     out: Array = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
