@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME ...` runs one benchmark.
 
-all             every one in its first form but `logits`, `floor`, `outliers`, `containers`, `quality`: all FOLDER, which holds or gets the models
+all             every one of the first seven in its first form: all FOLDER, which holds or gets the models
 engine          prefill and decode beside llama.cpp, OpenVINO, onnxruntime-genai, transformers and this machine's limits
 context         time per token behind 4,096 tokens
 floor           decoding beside only reading the same weights
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run_all(folder: Path, model: str) -> int:
-    """Runs every benchmark but `logits`, `floor`, `outliers`, `containers` and `quality`. model: the demo's. Returns the worst exit code."""
+    """Runs the benchmarks of `all`. model: the demo's. Returns the worst exit code."""
     files = {kind: get(folder, "smollm2", kind).path for kind in ("q4_0", "q4_1", "q8_0")}
     worst = 0
     for name, *arguments in (

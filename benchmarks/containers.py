@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def keep(kind: str, key: str, row: dict[str, Any]) -> None:
 
 def ours(model: Path, out: Path, names: list[str]) -> None:
     """Writes the model to every container in every recipe and verifies it."""
+    with suppress(NotHere):
+        os.environ.setdefault("TERSOR_PYTHON_GPTQMODEL", python_of("gptqmodel"))
     for container in names or RECIPES:
         for recipe in RECIPES[container]:
             name = recipe.replace(":", "-").replace("|", "-")

@@ -1,4 +1,4 @@
-"""What a model file holds: tensors, formats, true bits per weight, sizes, metadata. Reads headers only."""
+"""What a model file holds: tensors, formats, true bits per weight, sizes, metadata, and what of it is known to go wrong."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 from tersor.containers import open_checkpoint
 from tersor.pipeline import file_bytes
 from tersor.tensor import TensorInfo
+from tersor.verification.lint import lint as lint_of
+from tersor.verification.record import Fault
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model as stored. formats: format -> (tensors, weights, bytes), largest first."""
+    """A model as stored. formats: format -> (tensors, weights, bytes), largest first. findings: what is suspicious (verification/lint.py)."""
 
     path: str
     container: str
@@ -25,6 +27,7 @@ class Inspection:
     metadata: Mapping[str, Any]
     files: Mapping[str, int]
     file_bytes: int
+    findings: tuple[Fault, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -42,8 +45,11 @@ class Inspection:
         return asdict(self) | {"tensors": tensors, "parameters": self.parameters, "bits_per_weight": self.bits_per_weight}
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Returns what the model at path holds: a Hugging Face directory, a .gguf file or a hub id. Raises ContainerError."""
+def inspect(path: str | Path, lint: bool = True) -> Inspection:
+    """Returns what the model at path holds: a model directory, a .gguf file or a hub id. Raises ContainerError.
+
+    lint: look for what is known to go wrong, for which a few rows of every quantized matrix are read; else headers alone.
+    """
     with open_checkpoint(path) as checkpoint:
         tensors = tuple(checkpoint.tensors.values())
         totals: dict[str, tuple[int, int, int]] = {}
@@ -60,6 +66,7 @@ def inspect(path: str | Path) -> Inspection:
             metadata={key: _plain(value) for key, value in description.metadata.items()},
             files={name: len(data) for name, data in description.files.items()},
             file_bytes=file_bytes(checkpoint.path),
+            findings=tuple(lint_of(checkpoint)) if lint else (),
         )
 
 

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Hugging Face directory, .gguf file or hub id.", show_default=False)],
     every: Annotated[bool, typer.Option("--all", help="List every tensor instead of one line for all equal ones.")] = False,
+    lint: Annotated[
+        bool, typer.Option("--lint/--no-lint", help="Look for what is known to go wrong; reads a few rows of each matrix.")
+    ] = True,
     json: options.Json = False,
 ) -> None:
     """Show what a model file holds.
 
-    Tensors, formats, true bits per weight, sizes and metadata of PATH. Only headers are read.
+    Tensors, formats, true bits per weight, sizes and metadata of PATH, and what is suspicious: zero points off by one, layers that were
+    forgotten or that vLLM joins though their formats differ, a missing head, chat template or end of text.
     """
     from tersor.cli.printing import print_json
     from tersor.inspection import inspect
 
-    found = inspect(path)
+    found = inspect(path, lint)
     if json:
         print_json(found.to_dict())
     else:
@@ -59,3 +63,7 @@ def _print(found: Inspection, every: bool) -> None:
         print("\nfiles")
         for file, size in found.files.items():
             print(f"  {file}, {format_bytes(size)}")
+    if found.findings:
+        print("\nsuspicious")
+        for finding in found.findings:
+            print(f"  {finding}")
