@@ -17,7 +17,7 @@ from tersor.verification.record import Fault
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model as stored. formats: format -> (tensors, weights, bytes), largest first. findings: what is suspicious (verification/lint.py)."""
+    """A model as stored. formats: format -> (tensors, weights, bytes), largest first. findings: by verification/lint.py."""
 
     path: str
     container: str

@@ -232,7 +232,7 @@ def test_a_model_without_a_chat_template_cannot_chat(tmp_path, capsys):
 
 
 def test_a_fault_of_ours_asks_for_a_report(whole, monkeypatch, capsys):
-    def fail(path: str) -> None:
+    def fail(path: str, lint: bool) -> None:
         raise ZeroDivisionError("no\nluck")
 
     monkeypatch.setattr("tersor.inspection.inspect", fail)

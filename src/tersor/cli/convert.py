@@ -46,7 +46,7 @@ def command(
 
     split_bytes = None if split is None else parse_bytes(split)
     done = convert(source, out, to=to, force=force, dequantize=dequantize, requantize=requantize, split_bytes=split_bytes, verify=verify)
-    found = inspect(done.path)
+    found = inspect(done.path, lint=False)
     if json:
         checked = {} if done.verification is None else {"verification": done.verification.to_dict()}
         print_json(found.to_dict() | {"changes": [asdict(change) for change in done.changes]} | checked)

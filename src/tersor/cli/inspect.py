@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Hugging Face directory, .gguf file or hub id.", show_default=False)],
     every: Annotated[bool, typer.Option("--all", help="List every tensor instead of one line for all equal ones.")] = False,
-    lint: Annotated[
-        bool, typer.Option("--lint/--no-lint", help="Look for what is known to go wrong; reads a few rows of each matrix.")
-    ] = True,
+    lint: Annotated[bool, typer.Option("--lint/--no-lint", help="Look for what is known to go wrong.")] = True,
     json: options.Json = False,
 ) -> None:
     """Show what a model file holds.
