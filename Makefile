@@ -82,8 +82,8 @@ demo: .venv/.base
 test: .venv/.test
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: .venv/.bench
-	$(BIN)/python -m pytest
+test-all: .venv/.bench .peers/.gptqmodel
+	TERSOR_PYTHON_GPTQMODEL=$(CURDIR)/.peers/gptqmodel/bin/python $(BIN)/python -m pytest
 
 # The native runtime by itself, without Python: native/kernels/kernel_test.cc. Every instruction set of this CPU; an ARM
 # CPU with and one without dot products, both emulated; under the sanitizers.
