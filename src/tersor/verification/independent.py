@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tersor.tensor import Array
 from tersor.verification.readers import READERS
-from tersor.verification.remote import python_for, remote_version, remote_weights
+from tersor.verification.remote import python_for, python_variable, remote_version, remote_weights
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ def independent_reader(container: str) -> Independent | str:
     python = python_for(reader.package)
     if python is None:
         missing = reader.missing()
-        return Independent(container, f"{reader.package} {reader.version()}", None) if missing is None else missing
+        if missing is not None:
+            return f"{missing}, or set {python_variable(reader.package)} to a Python that has it"
+        return Independent(container, f"{reader.package} {reader.version()}", None)
     version = remote_version(python, reader.package)
     return Independent(container, f"{reader.package} {version}", python) if version else f"{python} has no {reader.package}"

@@ -24,9 +24,14 @@ from tersor.errors import ContainerError
 from tersor.tensor import Array
 
 
+def python_variable(package: str) -> str:
+    """Returns the name of the variable that names a Python for a package."""
+    return f"TERSOR_PYTHON_{package.upper().replace('-', '_')}"
+
+
 def python_for(package: str) -> str | None:
     """Returns the Python that the environment names for a package, None when it names none."""
-    return os.environ.get(f"TERSOR_PYTHON_{package.upper().replace('-', '_')}")
+    return os.environ.get(python_variable(package))
 
 
 def remote_version(python: str, package: str) -> str | None:
