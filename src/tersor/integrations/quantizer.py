@@ -5,7 +5,7 @@
 transformers builds the model without values; then, here,
     before the weights come   every torch.nn.Linear becomes a TersorLinear, and the recipe says what each matrix is to be
     as each weight comes      it is rounded, and the float is dropped
-    when all have come        layers that share an input are joined, norms are moved to the native kernel
+    when all have come        layers that share an input are joined, norms and plain decoder layers moved to the native kernels
 
 The recipe's grammar and defaults are tersor's (tersor/recipe.py), with methods that need no calibration data. Names are the model's own. Not
 touched: what is no torch.nn.Linear (GPT-2's Conv1D, experts in one tensor), embeddings that are not the model's input.
@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.errors import ContainerError, ModelError, RecipeError, TersorError, unknown
 from tersor.formats import get_format
+from tersor.integrations.decoder_layer import replace_layers
 from tersor.integrations.linear import Joined, TersorLinear
 from tersor.integrations.matrix import ACTIVATIONS, Matrix
 from tersor.integrations.norm import replace_norms
@@ -207,7 +208,7 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def finish(model: Any) -> None:
-    """Joins layers that share an input, packs every matrix, and moves RMS norms to the native kernel."""
+    """Joins layers that share an input, packs every matrix, and moves RMS norms and plain layers to the native kernels."""
     joins = not getattr(model.config, "is_encoder_decoder", False)
     for module in model.modules():
         for names in _SHARING if joins else ():
@@ -216,6 +217,7 @@ def finish(model: Any) -> None:
         if isinstance(module, TersorLinear) and module.joined is None and isinstance(module.weight, QuantizedWeight):
             module.weight.matrix.packed  # noqa: B018 (made now, so that the first token does not wait)
     replace_norms(model)
+    replace_layers(model)
 
 
 def _join(layers: list[Any]) -> None:
