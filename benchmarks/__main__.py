@@ -13,6 +13,7 @@ logits          our float logits beside transformers'
 ggml_encoders   error of our block encoders beside ggml's own
 outliers        what rounding inputs to 8 bits costs where outlier columns were planted
 containers      a model in every container, run by others; what others wrote, run here
+transformers_integration  decoding through transformers: bfloat16, our kernels, our engine
 quality         quality per bit beside llmcompressor, gptqmodel, auto-round, bitsandbytes and llama-quantize
 """
 
@@ -38,6 +39,7 @@ NAMES = (
     "floor",
     "outliers",
     "containers",
+    "transformers_integration",
     "quality",
 )
 

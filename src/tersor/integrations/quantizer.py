@@ -174,6 +174,7 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
         """Raises the first TersorError of rounding."""
         if self.failure is not None:
             raise self.failure
+        _make_others_float(model)
         finish(model)
         return model
 
@@ -218,6 +219,14 @@ def finish(model: Any) -> None:
             module.weight.matrix.packed  # noqa: B018 (made now, so that the first token does not wait)
     replace_norms(model)
     replace_layers(model)
+
+
+def _make_others_float(model: Any) -> None:
+    """Makes quantized weights ordinary ones in modules that do more with them than a product or a look-up."""
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if isinstance(weight, QuantizedWeight) and not isinstance(module, TersorLinear | torch.nn.Embedding):
+                module._parameters[name] = torch.nn.Parameter(weight.dense(), requires_grad=False)
 
 
 def _join(layers: list[Any]) -> None:

@@ -65,7 +65,9 @@ def load(
     lacking = sorted(report["missing_keys"]) or sorted(report["unexpected_keys"])
     if lacking:
         what = "lacks" if report["missing_keys"] else "holds"
-        raise ModelError(f"{checkpoint.path}: {what} {lacking[0]} and {len(lacking) - 1} more, unlike {type(model).__name__}; see auto_class")
+        raise ModelError(
+            f"{checkpoint.path}: {what} {lacking[0]} and {len(lacking) - 1} more, unlike {type(model).__name__}; see auto_class"
+        )
     checkpoint.release()
     model.name_or_path = str(checkpoint.path)
     if "generation_config.json" in description.files and model.can_generate():

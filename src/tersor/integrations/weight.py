@@ -51,9 +51,7 @@ class QuantizedWeight(torch.Tensor):
         return _rebuilt, (self.matrix, self.dtype, isinstance(self, torch.nn.Parameter))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Does what the file's docstring says. Raises ModelError for a change in place and for another device than the CPU."""
         own = _OWN.get(func)
         if own is not None and isinstance(args[0], QuantizedWeight):
