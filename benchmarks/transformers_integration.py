@@ -7,9 +7,9 @@ MODEL is a directory of float weights. In every round each of these decodes gree
     transformers, our kernels    MODEL quantized by the recipe, opened with tersor.integrations.transformers.load
     tersor                       the same files in our engine
 
-A row's tokens/s is the median over the rounds of (tokens / (seconds of all - seconds of the first)); its ratio is the median of the rounds' own
-ratios to the faster bfloat16 row of that round, with their range. With "torch threads 1" torch's own operations stay on one thread: its pool waits
-by spinning, as ours does, so that two pools on the same cores are in each other's way.
+A row's tokens/s is the median over the rounds of (tokens / (seconds of all - seconds of the first)); its ratio is the median of the
+rounds' own ratios to the faster bfloat16 row of that round, with their range. With "torch threads 1" torch's own operations stay on one
+thread: its pool waits by spinning, as ours does, so that two pools on the same cores are in each other's way.
 Exit code 1 when the ratio of our kernels in transformers is below 3.
 """
 

@@ -1,4 +1,4 @@
-"""transformers' models on our kernels. The judge is torch in float32 on the dequantized weights, transformers' own loader, or our engine."""
+"""transformers' models on our kernels. The judge is torch on the dequantized weights, transformers' own loader, or our engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from tiny import tiny_model
 
 torch = pytest.importorskip("torch")
@@ -467,6 +468,6 @@ def test_merging_an_adapter_is_refused(tmp_path, safe):
     base = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "m"), quantization_config=TersorConfig("int4_g32s"))
     model = lora(base, target_modules=["q_proj"], init_lora_weights=False)
     before = logits(model)
-    with pytest.raises((ModelError, RuntimeError)):
+    with pytest.raises(ModelError, match="merging an adapter"):
         model.merge_adapter(safe_merge=safe)
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)

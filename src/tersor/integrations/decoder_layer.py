@@ -2,10 +2,10 @@
 
     a = norm(x); q, k, v = rope(a Wqkv); x = x + attention(q, k, v) Wo; b = norm(x); x = x + (act(b Wgate) * (b Wup)) Wdown
 
-Most of a token's time is Python's, not the products', when each of a layer's thirty torch calls goes through modules of their own. The key-value
-cache, the mask and the attention function stay transformers'. A layer is taken for a plain one when its children are named as Llama's
-and its own forward gives the same on random input; the modules stay, only the layer's forward is replaced, and it goes back to the layer's own
-whenever a gradient, an adapter, a hook or eager attention asks for it.
+Most of a token's time is Python's, not the products', when each of a layer's thirty torch calls goes through modules of their own.
+The key-value cache, the mask and the attention function stay transformers'. A layer is taken for a plain one when its children are
+named as Llama's and its own forward gives the same on random input; the modules stay, only the layer's forward is replaced, and it
+goes back to the layer's own whenever a gradient, an adapter, a hook or eager attention asks for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tersor import ops
+from tersor import _native, ops
 from tersor.errors import TersorError
 from tersor.integrations.linear import Joined, TersorLinear
 from tersor.integrations.weight import QuantizedWeight
@@ -144,7 +144,7 @@ def _forward(
 ) -> Any:
     plain: Plain = self.tersor_plain
     x, attention = hidden_states, plain.attention
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config.__dict__.get("_attn_implementation_internal"), None)
+    attend = _attention_function(attention.config)
     if torch.is_grad_enabled() or x.dtype is not torch.float32 or attend is None or not x.numel() or not plain.intact():
         return type(self).forward(
             self,
@@ -156,7 +156,7 @@ def _forward(
             position_embeddings=position_embeddings,
             **kwargs,
         )
-    native, n, dim = ops._native, x.numel() // x.shape[-1], x.shape[-1]
+    n, dim = x.numel() // x.shape[-1], x.shape[-1]
     before = x.detach().contiguous().numpy().reshape(n, dim)
     normed = np.empty((n, dim), np.float32)
     _norm(plain.norms[0], before, normed)
@@ -171,14 +171,21 @@ def _forward(
     _norm(plain.norms[1], between, normed)
     halves = ops.linear(normed, plain.gate_up.packed)
     gated = np.empty((n, halves.shape[1] // 2), np.float32)
-    native.gated(halves, plain.activation, gated)
+    _native.gated(halves, plain.activation, gated)
     return torch.from_numpy(ops.linear(gated, plain.down._parameters["weight"].matrix.packed, between)).view(x.shape)
+
+
+def _attention_function(config: Any) -> Any:
+    """Returns the function that transformers' attention would call, None when that is the module's own (eager)."""
+    name = config.__dict__.get("_attn_implementation_internal")  # the property is slow, and would be read in every layer
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    return functions.get(name)
 
 
 def _norm(norm: Any, x: Array, y: Array) -> None:
     offset, eps = norm.tersor_norm
     weight = norm._parameters["weight"].detach().numpy()
-    ops._native.rms_norm(x, weight if offset == 0 else weight + np.float32(offset), eps, y)
+    _native.rms_norm(x, weight if offset == 0 else weight + np.float32(offset), eps, y)
 
 
 def _heads(plain: Plain, joined: Array, rope: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from tersor import ops
+from tersor import _native, ops
 from tersor.errors import ModelError
 from tersor.integrations.matrix import Matrix
 from tersor.integrations.weight import QuantizedWeight
@@ -68,7 +68,7 @@ class TersorLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns x W^T + b. Raises ModelError for a tensor that is not on the CPU, ValueError for a wrong shape."""
-        weight = self._parameters["weight"]
+        weight: object = self._parameters["weight"]
         if type(weight) is not QuantizedWeight:
             return super().forward(input)
         training = torch.is_grad_enabled() and input.requires_grad
@@ -101,7 +101,7 @@ def product(x: torch.Tensor, weight: ops.Weight) -> torch.Tensor:
     values = x.detach().to(torch.float32).contiguous().numpy()
     y = np.empty((*x.shape[:-1], weight.rows), np.float32)
     if y.size:
-        ops._native.linear(values.reshape(-1, columns), weight, y.reshape(-1, weight.rows), None)
+        _native.linear(values.reshape(-1, columns), weight, y.reshape(-1, weight.rows), None)
     return torch.from_numpy(y)
 
 
@@ -115,7 +115,7 @@ class _Product(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
         total = torch.zeros(flat.shape[0], ctx.matrix.shape[1])

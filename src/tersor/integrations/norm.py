@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tersor import ops
+from tersor import _native, ops
 
 TOLERANCE = 1e-5  # of values near 1: float32 sums in another order
 
@@ -65,5 +65,5 @@ def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     offset, eps = self.tersor_norm
     scale, values = weight.detach().numpy(), x.detach().numpy()
     y = np.empty_like(values)
-    ops._native.rms_norm(values, scale if offset == 0 else scale + np.float32(offset), eps, y)
+    _native.rms_norm(values, scale if offset == 0 else scale + np.float32(offset), eps, y)
     return torch.from_numpy(y)

@@ -7,8 +7,8 @@ transformers builds the model without values; then, here,
     as each weight comes      it is rounded, and the float is dropped
     when all have come        layers that share an input are joined, norms and plain decoder layers moved to the native kernels
 
-The recipe's grammar and defaults are tersor's (tersor/recipe.py), with methods that need no calibration data. Names are the model's own. Not
-touched: what is no torch.nn.Linear (GPT-2's Conv1D, experts in one tensor), embeddings that are not the model's input.
+The recipe's grammar and defaults are tersor's (tersor/recipe.py), with methods that need no calibration data. Names are the model's
+own. Not touched: what is no torch.nn.Linear (GPT-2's Conv1D, experts in one tensor), embeddings that are not the model's input.
 The model computes in float32, whatever dtype was asked for: norms and attention are faster so on a CPU, and nothing is rounded twice.
 
 Source of the interface: huggingface/transformers src/transformers/quantizers/{base,auto}.py.
@@ -16,12 +16,12 @@ Source of the interface: huggingface/transformers src/transformers/quantizers/{b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.errors import ContainerError, ModelError, RecipeError, TersorError, unknown
@@ -43,7 +43,7 @@ _SHARING = tuple(tuple(name.rpartition(".")[2] for name in group) for group in G
 
 
 @register_quantization_config(METHOD)
-class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class TersorConfig(QuantizationConfigMixin):
     """What to do with the weights: a recipe (tersor/recipe.py) of methods that need no data; and how products round their input.
 
     activations: int8, int8_token, llm_int8 or float, as tersor.ops.pack says.
@@ -59,36 +59,38 @@ class TersorConfig(QuantizationConfigMixin):  # type: ignore[misc]
         for step in parsed.steps:
             if step.method.needs != "nothing" or step.method.stage != "round":
                 raise RecipeError(
-                    f"TersorConfig: {step} needs more than one weight at a time; use rtn, clip or hqq, or run `tersor quantize` and load its output"
+                    f"TersorConfig: {step} needs more than one weight at a time; use rtn, clip or hqq, or run `tersor quantize` and"
+                    " load its output"
                 )
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.recipe = str(parsed)
         self.activations = activations
+        self._saved: dict[str, Any] | None = None  # quantization_config of the directory last written
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a saved config.json says: of a saved model, the container's own quantization_config."""
-        saved: dict[str, Any] | None = getattr(self, "_saved", None)
-        return dict(saved) if saved else {"quant_method": METHOD, "recipe": self.recipe, "activations": self.activations}
+        return dict(self._saved) if self._saved else {"quant_method": METHOD, "recipe": self.recipe, "activations": self.activations}
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """Turns one weight into a QuantizedWeight, as it is loaded."""
 
     def __init__(self, quantizer: TersorQuantizer) -> None:
         self._quantizer = quantizer
 
-    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str = "", **kwargs: object) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns {name: parameter}."""
         (value,) = input_dict.values()
-        value = value[0] if isinstance(value, list) else value
-        return {full_layer_name: self._quantizer.parameter(full_layer_name, value)}
+        name = kwargs["full_layer_name"]
+        return {name: self._quantizer.parameter(name, value[0] if isinstance(value, list) else value)}
 
 
 @register_quantizer(METHOD)
-class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
+class TersorQuantizer(HfQuantizer):
     """The quantizer; see the file's docstring. One object serves one model."""
 
     requires_calibration = False
+    quantization_config: TersorConfig
 
     def __init__(self, quantization_config: TersorConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -188,7 +190,7 @@ class TersorQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Returns the model with torch's own linear layers, of the dequantized weights."""
-        for name, module in list(model.named_modules()):
+        for module in list(model.modules()):
             for key, child in list(module.named_children()):
                 if isinstance(child, TersorLinear):
                     module._modules[key] = _float_linear(child, dtype or torch.float32)
@@ -239,11 +241,11 @@ def _join(layers: list[Any]) -> None:
             layer.joined = (joined, index)
 
 
-def _replace_linears(model: Any) -> list[tuple[str, torch.nn.Module, str]]:
+def _replace_linears(model: Any) -> list[tuple[str, Any, str]]:
     """Replaces every torch.nn.Linear; returns (name, module, what it is) of these and of the input embedding, which is
     `embed_tokens`, as the head is `lm_head`, and everything else ""."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    found: list[tuple[str, torch.nn.Module, str]] = []
+    found: list[tuple[str, Any, str]] = []
     for name, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear:
             layer = TersorLinear(module.in_features, module.out_features, module.bias is not None, torch.float32)

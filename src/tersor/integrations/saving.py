@@ -1,4 +1,4 @@
-"""What transformers' save_pretrained writes of a model on tersor's kernels: a compressed-tensors directory, as tersor's writer lays it out."""
+"""What save_pretrained writes of a model on tersor's kernels: a compressed-tensors directory, as tersor's writer lays it out."""
 
 from __future__ import annotations
 

@@ -16,18 +16,23 @@ from tersor.errors import ModelError
 from tersor.integrations.matrix import Matrix
 
 _aten: Any = torch.ops.aten
+_DATA: Any = torch.Tensor.__dict__.get("data") or torch._C.TensorBase.__dict__["data"]
+_REFUSAL = (
+    "a quantized weight cannot be changed in place (merging an adapter does that); keep the adapter apart, or make the layers float"
+    " first: model.dequantize()"
+)
 
 
 class QuantizedWeight(torch.Tensor):
     """A tensor that stands for a Matrix. It needs no gradient and lives on the CPU."""
 
     matrix: Matrix
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls: type[QuantizedWeight], matrix: Matrix, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
         """Returns the tensor. dtype: of the values that torch sees; the matrix is what it is."""
-        made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        made: QuantizedWeight = torch.Tensor._make_wrapper_subclass(cls, matrix.shape, dtype=dtype, device=torch.device("cpu"))
         made.matrix = matrix
         return made
 
@@ -38,7 +43,7 @@ class QuantizedWeight(torch.Tensor):
         """Returns the values as an ordinary tensor."""
         return torch.from_numpy(self.matrix.dequantize()).to(self.dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedWeight({self.matrix.format}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: object) -> torch.Tensor:
@@ -50,17 +55,30 @@ class QuantizedWeight(torch.Tensor):
         """Pickles the stored numbers."""
         return _rebuilt, (self.matrix, self.dtype, isinstance(self, torch.nn.Parameter))
 
+    @property
+    def data(self) -> torch.Tensor:
+        """The same without gradient."""
+        found: torch.Tensor = _DATA.__get__(self)
+        return found
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        """Raises ModelError for ordinary values."""
+        if not isinstance(value, QuantizedWeight):
+            raise ModelError(f"weight.data: {_REFUSAL}")
+        self.matrix = value.matrix
+        _DATA.__set__(self, value)
+
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Does what the file's docstring says. Raises ModelError for a change in place and for another device than the CPU."""
         own = _OWN.get(func)
         if own is not None and isinstance(args[0], QuantizedWeight):
             return own(*args, **(kwargs or {}))
         if func._schema.is_mutable:
-            raise ModelError(
-                f"{func}: a quantized weight cannot be changed in place (merging an adapter does that); keep the adapter apart, or make"
-                " the layers float first: model.dequantize()"
-            )
+            raise ModelError(f"{func}: {_REFUSAL}")
         args, kwargs = torch.utils._pytree.tree_map_only(QuantizedWeight, QuantizedWeight.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
