@@ -111,14 +111,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: TersorLinear) -> torch.Tensor:
         weight: Any = layer.weight
-        ctx.matrix, ctx.dtype = weight.matrix, x.dtype
+        ctx.slabs, ctx.dtype = weight.matrix.slabs, x.dtype
         return layer.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
-        total = torch.zeros(flat.shape[0], ctx.matrix.shape[1])
-        for first, rows in ctx.matrix.slabs():
+        total = torch.zeros(flat.shape[0], ctx.slabs.shape[1])
+        for first, rows in ctx.slabs:
             total.addmm_(flat[:, first : first + len(rows)], torch.from_numpy(rows))
         return total.view(*gradient.shape[:-1], -1).to(ctx.dtype), None

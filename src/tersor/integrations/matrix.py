@@ -68,19 +68,15 @@ class Matrix:
         """Returns these rows, (n, in) float32. rows: (n,) int32 in [0, out)."""
         return ops.embed(self._table, rows)
 
-    def slabs(self) -> Iterator[tuple[int, Array]]:
-        """Yields (first row, the values of some rows, float32) for all rows, in order."""
-        fmt = get_format(self.format)
-        rows, columns = prod(self.shape[:-1]), self.shape[-1]
-        step = max(1, SLAB_VALUES // columns) if fmt.row_independent else rows
-        for first in range(0, rows, step):
-            part = self._read(None if step >= rows else slice(first, min(rows, first + step)))
-            yield first, fmt.dequantize(part).reshape(-1, columns)
+    @property
+    def slabs(self) -> Slabs:
+        """The values, some rows at a time. They do not hold the packed matrix, so that a graph that is left over does not either."""
+        return Slabs(self.format, self.shape, self._read)
 
     def dequantize(self) -> Array:
         """Returns all values, float32."""
         values = np.empty((prod(self.shape[:-1]), self.shape[-1]), np.float32)
-        for first, part in self.slabs():
+        for first, part in self.slabs:
             values[first : first + len(part)] = part
         return values.reshape(self.shape)
 
@@ -91,6 +87,20 @@ class Matrix:
     def __reduce__(self) -> tuple[object, ...]:
         """Pickles the stored numbers."""
         return Matrix.of, (self.tensor, self.activations)
+
+
+class Slabs:
+    """An iterable of (first row, the values of some rows, float32), for all rows in order."""
+
+    def __init__(self, format: str, shape: tuple[int, ...], read: Callable[[slice | None], QuantizedTensor]) -> None:
+        self._format, self.shape, self._read = get_format(format), shape, read
+
+    def __iter__(self) -> Iterator[tuple[int, Array]]:
+        rows, columns = prod(self.shape[:-1]), self.shape[-1]
+        step = max(1, SLAB_VALUES // columns) if self._format.row_independent else rows
+        for first in range(0, rows, step):
+            part = self._read(None if step >= rows else slice(first, min(rows, first + step)))
+            yield first, self._format.dequantize(part).reshape(-1, columns)
 
 
 def _rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:
