@@ -8,6 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from tiny import tiny_model
 
@@ -113,13 +114,14 @@ def test_gradient_of_many_slabs_of_rows(monkeypatch):
     monkeypatch.setattr("tersor.integrations.matrix.SLAB_VALUES", 5 * 64)
     layer = TersorLinear.of(matrix(activations="float"))
     x = torch.randn(3, 64, requires_grad=True)
-    layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.dense().sum(0).expand(3, 64))
+    g = torch.randn(3, 48)
+    layer(x).backward(g)
+    torch.testing.assert_close(x.grad, g @ layer.weight.dense())
 
 
 def test_joined_layers_give_what_each_gives_alone_and_notice_changes_in_place():
     matrices = [matrix(rows=r, activations="float") for r in (48, 16, 32)]
-    joined, x = Joined(matrices), torch.randn(2, 3, 64)
+    joined, x = pickle.loads(pickle.dumps(Joined(matrices))), torch.randn(2, 3, 64)
     for index, m in enumerate(matrices):
         torch.testing.assert_close(joined.product(x, index), x @ torch.from_numpy(m.dequantize()).T)
     first = joined.product(x, 0)
@@ -165,6 +167,8 @@ def test_weight_refuses_changes_in_place_and_other_devices():
     layer = TersorLinear.of(matrix())
     with pytest.raises(ModelError, match="cannot be changed in place"):
         layer.weight.data += 1
+    with pytest.raises(ModelError, match=r"weight\.data: a quantized weight"):
+        layer.weight.data = torch.zeros(48, 64)
     with pytest.raises(ModelError, match="run on the CPU"):
         torch.ops.aten._to_copy(layer.weight, device=torch.device("cuda"))
     assert layer.to(torch.bfloat16).weight.matrix is layer.weight.matrix
@@ -229,6 +233,18 @@ def test_any_architecture(tmp_path, kind):
         assert type(reloaded.transformer.h[0].attn.c_attn.weight) is torch.nn.Parameter
 
 
+def test_embedding_and_head_are_known_whatever_their_names(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, tie_word_embeddings=False
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    model = transformers.BertForMaskedLM.from_pretrained(tmp_path, quantization_config=TersorConfig("int4_g32s, lm_head=q8_0", "float"))
+    assert model.get_output_embeddings().weight.matrix.format == "q8_0"
+    assert model.get_input_embeddings().weight.matrix.format == "f16"
+    assert model.bert.encoder.layer[0].output.dense.weight.matrix.format == "int4_g32s"
+    torch.testing.assert_close(logits(model), meant(model), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "arguments, kind, message",
     [
@@ -289,20 +305,31 @@ def test_load_gives_the_engines_logits_and_tokens(tmp_path, name, recipe, kind):
     assert out[0].tolist() == tokens
 
 
-def test_load_reads_every_container_that_holds_the_format(tmp_path):
-    """gptq, awq and others come by themselves when they are in CONTAINERS."""
-    path = tiny_model(tmp_path / "m", tie=False)
-    seen = {}
-    for container in CONTAINERS.values():
-        format = next((f for f in ("int4_g32s", "int4_g32", "nf4", "int4_g32m", "q4_0", "f16") if container.holds(f)), None)
-        if format is None or container.name == "onnx":
-            continue
-        out = tmp_path / f"{container.name}{container.suffix}"
-        tersor.quantize(path, out, format, to=container.name, verify=False)
-        model = load(out, activations="float")
-        torch.testing.assert_close(logits(model), meant(model), rtol=1e-3, atol=1e-3)
-        seen[container.name] = {w.matrix.format for w in model.state_dict().values() if isinstance(w, QuantizedWeight)}
-    assert {"gguf", "huggingface", "compressed-tensors"} <= set(seen)
+HELD = {
+    "gguf": "q4_0",
+    "huggingface": "f16",
+    "compressed-tensors": "int4_g32",
+    "gptq": "int4_g32so",
+    "awq": "int4_g32",
+    "bnb": "nf4",
+    "hqq": "int4_g32z",
+    "mlx": "int4_g32m",
+    "onnx": "int4_g32",
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_load_reads_every_container(tmp_path, name):
+    out = tmp_path / f"out{CONTAINERS[name].suffix}"
+    if name == "onnx":
+        pytest.importorskip("onnx")
+    tersor.quantize(tiny_model(tmp_path / "m", tie=False), out, HELD[name], to=name, verify=False)
+    model = load(out, activations="float")
+    engine = tersor.load(out, activations="float", kv="f32")
+    theirs = engine.head(engine.forward(IDS[0].numpy().astype(np.int32), engine.new_cache(32)))
+    torch.testing.assert_close(logits(model)[0], torch.from_numpy(theirs), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model), meant(model), rtol=1e-3, atol=1e-3)
+    assert model.model.layers[0].mlp.up_proj.weight.matrix.format == HELD[name]
 
 
 def test_load_takes_generation_config_and_an_open_checkpoint(tmp_path):
@@ -347,6 +374,7 @@ def test_plain_layers_are_found_and_give_what_the_modules_give(tmp_path, kind, l
         slow = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(quick[1], slow[1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(quick[0, 3:], slow[0, 3:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model, ids), meant(model, ids), rtol=1e-3, atol=1e-3)
 
 
 def test_hooks_see_what_the_modules_do(tmp_path):
@@ -379,6 +407,7 @@ def test_saved_model_is_read_by_transformers_and_by_us(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(logits(load(tmp_path / "saved", activations="float")), logits(model), rtol=1e-5, atol=1e-5)
+    assert "lm_head.weight" not in safe_open(tmp_path / "saved" / "model.safetensors", "np").keys()  # noqa: SIM118
     with open_checkpoint(tmp_path / "saved") as checkpoint:
         assert checkpoint.container == "compressed-tensors"
         assert {info.format for info in checkpoint.tensors.values()} >= {"int4_g32s", "int8_cs"}

@@ -27,6 +27,7 @@ class Joined:
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
         """matrices: in the order in which the layers are called; all have the same columns and activations."""
+        self._matrices = tuple(matrices)
         self.packed = ops.pack([m.tensor for m in matrices], None, matrices[0].activations)
         ends = np.cumsum([m.shape[0] for m in matrices]).tolist()
         self._rows = [slice(end - m.shape[0], end) for m, end in zip(matrices, ends)]
@@ -46,7 +47,7 @@ class Joined:
         return self
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise ModelError("layers joined for tersor's kernels cannot be pickled; use save_pretrained")
+        return Joined, (self._matrices,)
 
 
 class TersorLinear(torch.nn.Linear):
