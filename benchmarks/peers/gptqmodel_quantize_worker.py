@@ -22,10 +22,10 @@ model.save(str(a.out / "stored"))
 run.stop()
 
 decoded = {}
-stored = GPTQModel.load(str(a.out / "stored"), device="cpu", backend=BACKEND.TORCH)
+stored = GPTQModel.load(str(a.out / "stored"), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
 for name, module in stored.model.named_modules():
     if isinstance(module, TorchLinear):
-        module.scales = module.scales.float()  # stored in float16; the weights are meant, not a kernel's rounding of them
+        module.scales = module.scales.float()  # float16 as stored; the weights are meant, not a kernel's rounding of them
         decoded[f"{name}.weight"] = module.dequantize_weight().T.float()
 run.finish(f"gptqmodel {__version__}", decoded, a.out / "stored")
 quiet_exit()

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda")
 GGUF_RECIPE = "rtn:q4_k|q5_0"
-DIRECTORY_RECIPE = "clip:int4_g128|int4_g64|int4_g32"
+DIRECTORY_RECIPE = "clip:int4_g128s|int4_g64s|int4_g32s"  # symmetric: transformers loads no others (targets.py)
 RECIPES = {  # of containers that hold other numbers
     "gguf": GGUF_RECIPE,
+    "awq": "clip:int4_g64",  # one group size for all
     "bnb": "clip:nf4_dq|keep",
     "hqq": "hqq:int4_g64z|int4_g32z",
     "mlx": "clip:int4_g64m|int4_g32m",

@@ -1,6 +1,7 @@
 """The engines that `--to` knows beside the containers: which file each loads, and what it demands of the tensors in it.
 
     --to vllm         compressed-tensors; q, k, v in one format, gate and up in one; integers of its kernels; head and embedding float
+    --to transformers compressed-tensors or bitsandbytes; no integers with zero points, which transformers 5 makes room for in another shape
     --to llama.cpp    GGUF, of ggml's types only
     ...
 
@@ -80,6 +81,16 @@ def _vllm_kernels(plan: Mapping[str, TensorInfo]) -> str | None:
     return None
 
 
+def _transformers_zeros(plan: Mapping[str, TensorInfo]) -> str | None:
+    for info in plan.values():
+        format = get_format(info.format)
+        plain = format.plain if isinstance(format, OrderedFormat) else format
+        if isinstance(plain, AffineFormat) and plain.kind == "":
+            what = f"{info.name} is {info.format}; it makes room for zero points of another shape (tried: 5.23)"
+            return f"{what}; use {plain.name}s, or --to gptq"
+    return None
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -88,7 +99,7 @@ TARGETS: dict[str, Target] = {
         Target("llama.cpp", ("gguf",)),
         Target("ollama", ("gguf",)),
         Target("lm-studio", ("gguf",)),
-        Target("transformers", ("compressed-tensors", "bnb", "gptq", "awq", "hqq")),
+        Target("transformers", ("compressed-tensors", "bnb"), (_transformers_zeros,)),
         Target("bitsandbytes", ("bnb",), (_edges_float,)),
         Target("mlx-lm", ("mlx",)),
         Target("onnxruntime", ("onnx",)),

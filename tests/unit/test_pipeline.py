@@ -105,7 +105,7 @@ def test_output_container_follows_name_recipe_and_to(tmp_path):
     assert quantize(model, tmp_path / "v0.1", "bf16").container == "huggingface"
     assert quantize(model, tmp_path / "c.gguf", "bf16").container == "gguf"
     assert quantize(model, tmp_path / "d.gguf").container == "gguf"
-    assert {t.format for t in quantize(model, tmp_path / "e").tensors if "proj" in t.name} == {"int4_g128", "int4_g64"}
+    assert {t.format for t in quantize(model, tmp_path / "e").tensors if "proj" in t.name} == {"int4_g128s", "int4_g64s"}
 
 
 def test_progress_ends_at_the_total(tmp_path):

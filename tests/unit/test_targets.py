@@ -29,7 +29,7 @@ def test_targets_name_containers() -> None:
     [
         *(("vllm", "rtn:int4_g64s", "compressed-tensors"), ("sglang", "rtn:int8_cs", "compressed-tensors")),
         *(("llama.cpp", None, "gguf"), ("ollama", "q4_0", "gguf"), ("lm-studio", "q8_0", "gguf")),
-        *(("transformers", "nf4", "bnb"), ("transformers", "int4_g64", "compressed-tensors"), ("bitsandbytes", None, "bnb")),
+        *(("transformers", "nf4", "bnb"), ("transformers", "int4_g64s", "compressed-tensors"), ("bitsandbytes", None, "bnb")),
         *(("mlx-lm", None, "mlx"), ("onnxruntime", "int4_g32", "onnx")),
     ],
 )
@@ -53,6 +53,7 @@ def test_an_engine_gets_a_container_that_it_loads(to: str, recipe: str | None, c
         ("vllm", "int3_g64s", r"is int3_g64s; its kernels have 4 and 8 bits in groups of 32, 64 or 128"),
         ("sglang", "int4_g16", r"is int4_g16; its kernels have"),
         ("vllm", "int8_g64", r"no 8 bits in groups with zero points; use int8_g64s"),
+        ("transformers", "int4_g64", r"is int4_g64; it makes room for zero points of another shape .*; use int4_g64s, or --to gptq"),
         ("bitsandbytes", "int4_g64", "int4_g64 is in no container that it loads \\(bnb\\)"),
         ("llama.cpp", "int4_g64", "int4_g64 is in no container that it loads"),
         ("tensorrt", "int4_g64", "unknown container or engine 'tensorrt'; known: awq"),

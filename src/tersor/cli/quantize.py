@@ -20,7 +20,7 @@ def command(
             "-r",
             metavar="RECIPE",
             help='"method:format, pattern=format, ..." or a .toml file; by default 4 bits: rtn:q4_k|q5_0 for GGUF, '
-            "clip:int4_g128|int4_g64|int4_g32 for a directory.",
+            "clip:int4_g128s|int4_g64s|int4_g32s for most directories.",
         ),
     ] = None,
     to: options.To = None,

@@ -33,7 +33,7 @@ errors by column importance in this format. The engine runs every format, from t
 |---|---|
 | gguf | llama.cpp, llama-cpp-python, ollama, LM Studio |
 | huggingface | transformers, vLLM and everything else that reads safetensors |
-| compressed-tensors | vLLM and SGLang (4 and 8 bits), transformers with the `compressed-tensors` package (all) |
+| compressed-tensors | vLLM and SGLang (4 and 8 bits), transformers with the `compressed-tensors` package (symmetric ones) |
 | onnx | onnxruntime, onnxruntime-genai |
 | bnb | transformers with the `bitsandbytes` package |
 | mlx | mlx-lm |
