@@ -7,7 +7,7 @@
 MODEL: a Hugging Face directory in float32. ours: `tersor quantize --to NAME`, then `verify`: every weight through the package that
 reads such files, then the logits of 96 tokens in onnxruntime, or in transformers on the weights as that package decodes them; GGUF in
 llama.cpp besides (built with BLAS, whose products are float32: `make peers`). KL is of our engine, float activations, from that.
-foreign: 8 samples of 512 tokens are enough, since quality is not judged here; our reading of the tool's own directory is compared with
+foreign: 8 samples of 512 tokens (and 2 iterations of auto-round) are enough, since quality is not judged here; our reading of the tool's own directory is compared with
 the weights that the tool's own code decodes, and the logits with transformers on those.
 """
 
@@ -51,7 +51,7 @@ RECIPES = {
 FOREIGN = (
     ("gptqmodel", "int4_g64s"),
     ("gptqmodel", "int3_g64"),
-    ("auto-round, 50 iterations", "int4_g64s"),
+    ("auto-round", "int4_g64s"),
     ("llmcompressor", "int4_g64"),
     ("bitsandbytes", "nf4_dq"),
     ("bitsandbytes", "int8"),
@@ -119,10 +119,11 @@ def foreign(model: Path, out: Path, text: Path) -> None:
     """Has the tools quantize the model, and compares our reading of what they stored with theirs."""
     calibration(model, text, out)
     for tool, format in FOREIGN:
-        key = f"{tool.partition(',')[0]} {format}"
+        key = f"{tool} {format}"
         target = out / key.replace(" ", "-")
         try:
-            answer = run_peer(tool, format, model, target, SAMPLES, os.cpu_count() or 1, [])
+            extra = ["--iters", "2"] if tool == "auto-round" else []
+            answer = run_peer(tool, format, model, target, SAMPLES, os.cpu_count() or 1, extra)
         except NotHere as absent:
             print(f"{key}: {absent}", file=sys.stderr)
             continue

@@ -22,7 +22,7 @@ model.save(str(a.out / "stored"))
 run.stop()
 
 decoded = {}
-stored = GPTQModel.load(str(a.out / "stored"), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
+stored = GPTQModel.load(str(a.out / "stored"), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)  # else scales become bfloat16
 for name, module in stored.model.named_modules():
     if isinstance(module, TorchLinear):
         module.scales = module.scales.float()  # float16 as stored; the weights are meant, not a kernel's rounding of them
