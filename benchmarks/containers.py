@@ -7,8 +7,8 @@
 MODEL: a Hugging Face directory in float32. ours: `tersor quantize --to NAME`, then `verify`: every weight through the package that
 reads such files, then the logits of 96 tokens in onnxruntime, or in transformers on the weights as that package decodes them; GGUF in
 llama.cpp besides (built with BLAS, whose products are float32: `make peers`). KL is of our engine, float activations, from that.
-foreign: 8 samples of 512 tokens (and 2 iterations of auto-round) are enough, since quality is not judged here; our reading of the tool's own directory is compared with
-the weights that the tool's own code decodes, and the logits with transformers on those.
+foreign: 8 samples of 512 tokens (and 2 iterations of auto-round) are enough, since quality is not judged here; our reading of the tool's
+own directory is compared with the weights that the tool's own code decodes, and the logits with transformers on those.
 """
 
 from __future__ import annotations
