@@ -5,7 +5,7 @@ Rounding to nearest in the same format says how far it would be. Three questions
     all of it         its distance; GPTQ, AWQ's clipping and tuning go up to about twice as far as rounding, a wrong nibble order or
                       shuffled scales many times
     its mean          rounding errors cancel out; a zero point off by one moves every weight by a step, 3.5 times the RMS of rounding
-    every 32 columns  in a row: a scale with another sign or exponent puts its few weights farther from the original than 0 is
+    every 16 columns  in a row: a scale with another sign or exponent puts its few weights farther from the original than 0 is
 
 Flipped bits of codes, and of a scale's or zero's low bits, change less than a method may: only the digests of verification.json tell.
 Where norms were changed too, a method has moved scale between layers (AWQ, SmoothQuant, rotations) and weights say nothing: then only
@@ -34,7 +34,7 @@ from tersor.tensor import Array, TensorInfo
 from tersor.verification.record import Fault
 
 ROWS = 256  # of a tensor that are compared at once
-COLUMNS = 32  # of a row that are looked at by themselves: the smallest group that is common
+COLUMNS = 16  # of a row that are looked at by themselves: the smallest group of any format
 MOST_TIMES = 4.0  # as far from the original as rounding to nearest
 # A piece of a row as far from the original as all zeros would be, nearly: what a scale gives whose sign or exponent is wrong (halving
 # aside, which costs half of it). Methods exceed this in pieces of outlier rows, but then rounding to nearest does too.
