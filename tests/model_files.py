@@ -1,8 +1,8 @@
 """What a model file stores, taken apart and put together again without tersor, so that tests can plant faults.
 
-    parts = load_parts(path)               # directory of safetensors or ONNX, or a GGUF file: {stored name: Part}
-    parts["lm_head.weight"].data[7] ^= 1
-    save_parts(path, parts)                # names, dtypes, shapes and bytes as they are now; what is left out is gone
+parts = load_parts(path)               # directory of safetensors or ONNX, or a GGUF file: {stored name: Part}
+parts["lm_head.weight"].data[7] ^= 1
+save_parts(path, parts)                # names, dtypes, shapes and bytes as they are now; what is left out is gone
 """
 
 from __future__ import annotations
