@@ -37,7 +37,6 @@ def lint(checkpoint: Checkpoint) -> Iterator[Fault]:
     if quantized:
         yield from _leftovers(matrices)
         yield from _zero_points(checkpoint, quantized)
-        yield from _order(checkpoint, quantized)
     if checkpoint.container in FUSING:
         yield from _fused(matrices)
     yield from _files(checkpoint)
@@ -96,16 +95,6 @@ def _beside_middle(tensor: QuantizedTensor) -> bool:
         return False
     zeros = format.unpack(tensor)[1]["zero"]
     return zeros.size > 1 and bool((zeros == zeros.flat[0]).all()) and abs(int(zeros.flat[0]) - format.middle) == 1
-
-
-def _order(checkpoint: Checkpoint, quantized: dict[str, TensorInfo]) -> Iterator[Fault]:
-    for name, info in quantized.items():
-        format = get_format(info.format)
-        if isinstance(format, OrderedFormat):
-            order = checkpoint.read(name).fields["order"]
-            if np.array_equal(order, np.arange(len(order))):
-                yield Fault(name, "says it has an order of columns (act-order), but it is the plain one: slower for nothing")
-                return
 
 
 def _fused(matrices: dict[str, TensorInfo]) -> Iterator[Fault]:
