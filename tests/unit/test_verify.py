@@ -204,12 +204,12 @@ def test_nothing_is_left_behind_on_demand(source: Path) -> None:
 
 
 @pytest.mark.parametrize("again", [quantize, convert])
-def test_writing_anew_without_verification_drops_the_old_one(again: Callable[..., Any], source: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    first = quantized(source, path, "f16", "huggingface")
-    assert (first / "verification.json").is_file()
-    again(source, path, "f32" if again is quantize else "huggingface", force=True, verify=False)
-    assert not (path / "verification.json").exists()
+@pytest.mark.parametrize("to", ["huggingface", "gguf"])
+def test_writing_anew_without_verification_drops_the_old_one(again: Callable[..., Any], to: str, source: Path, tmp_path: Path) -> None:
+    path = quantized(source, tmp_path / ("m.gguf" if to == "gguf" else "m"), "f16", to)
+    assert proof_path(path).is_file()
+    again(source, path, to=to, force=True, verify=False, **({"recipe": "f32"} if again is quantize else {}))
+    assert not proof_path(path).exists()
 
 
 def test_a_reader_that_would_need_too_much_memory_is_not_asked(source: Path) -> None:
