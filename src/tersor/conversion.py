@@ -124,7 +124,7 @@ def _convert(
             stored = checkpoint.tensors[info.name]
             tensor, error = _moved(checkpoint, stored, info, dequantize, choices.get(info.name))
             if verify:
-                meant[info.name] = values_digest(tensor)
+                meant[info.name] = values_digest(writer.kept(info.name, tensor))
             writer.write(info.name, tensor)
             if info.format != stored.format:
                 changes.append(Change(info.name, stored.format, info.format, error))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.containers import CONTAINERS, open_checkpoint
-from tersor.containers.container import Checkpoint, Container
+from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.gguf_split import stored_files
 from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
@@ -439,7 +439,7 @@ def _write(
             choice = choices[info.name]
             if work is not None and info.name in work:
                 made = work.read(info.name)
-                _note(meant, info.name, made.tensor)
+                _note(meant, info.name, made.tensor, writer)
                 writer.write(info.name, made.tensor)
                 results.append(
                     TensorResult(
@@ -454,18 +454,18 @@ def _write(
             method = (
                 choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
             )
-            _note(meant, info.name, tensor)
+            _note(meant, info.name, tensor, writer)
             writer.write(info.name, tensor)
             checkpoint.release()
             results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error))
     return results
 
 
-def _note(meant: dict[str, str] | None, name: str, tensor: QuantizedTensor) -> None:
+def _note(meant: dict[str, str] | None, name: str, tensor: QuantizedTensor, writer: Writer) -> None:
     if meant is not None:
         from tersor.verification.digests import values_digest
 
-        meant[name] = values_digest(tensor)
+        meant[name] = values_digest(writer.kept(name, tensor))
 
 
 def _verified(target: Path, meant: Mapping[str, str] | None, max_ram: int | None) -> Verification | None:

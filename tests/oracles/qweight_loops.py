@@ -55,3 +55,18 @@ def weights(codes: list, zeros: list, scales: list, g_idx: list) -> np.ndarray:
         for i, code in enumerate(row):
             out[r, i] = np.float32(code - zeros[r][g_idx[i]]) * np.float32(np.float16(scales[r][g_idx[i]]))
     return out
+
+
+def gptq_weights(parts: dict[str, np.ndarray], bits: int, stored_minus: int) -> np.ndarray:
+    """The weights that a layer's stored tensors stand for, (rows, in) float32: a column of words is one long number."""
+    mask, g_idx = 2**bits - 1, parts["g_idx"].tolist()
+    rows, columns = parts["qweight"].shape[1], len(g_idx)
+    zero_numbers = [int.from_bytes(words.astype("<i4").tobytes(), "little") for words in parts["qzeros"]]
+    out = np.empty((rows, columns), np.float32)
+    for r in range(rows):
+        number = int.from_bytes(parts["qweight"][:, r].astype("<i4").tobytes(), "little")
+        codes = [number >> i * bits & mask for i in range(columns)]
+        zeros = [((stored >> r * bits & mask) + stored_minus) % 2**bits for stored in zero_numbers]
+        steps = np.array([code - zeros[g_idx[i]] for i, code in enumerate(codes)], np.float32)
+        out[r] = steps * parts["scales"][g_idx, r].astype(np.float32)
+    return out

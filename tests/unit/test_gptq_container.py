@@ -149,7 +149,7 @@ def test_sym_with_other_zeros_is_asymmetric(tmp_path: Path) -> None:
 def test_missing_g_idx_means_runs_of_columns(tmp_path: Path) -> None:
     parts, w = parts_of()
     del parts["g_idx"]
-    checkpoint = open_checkpoint(foreign(tmp_path / "m", {Q: parts}, CONFIG | {"desc_act": True}))
+    checkpoint = open_checkpoint(foreign(tmp_path / "m", {Q: parts}, CONFIG))
     assert checkpoint.tensors[f"{Q}.weight"].format == "int4_g32"
     np.testing.assert_array_equal(decoded(checkpoint), w)
 
@@ -466,3 +466,17 @@ def test_what_auto_round_saves_by_itself_is_read(tmp_path: Path) -> None:
         (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"quantization_config": own | change}))
         with pytest.raises(ContainerError, match=text):
             open_checkpoint(tmp_path / "a")
+
+
+def test_missing_order_is_refused(tmp_path: Path) -> None:
+    """desc_act without g_idx: which scale a column has is lost, unless there is one only."""
+    parts, _ = parts_of(g_idx=SHUFFLED)
+    del parts["g_idx"]
+    with pytest.raises(ContainerError, match=r"q_proj: g_idx is missing, but desc_act is true"):
+        open_checkpoint(foreign(tmp_path / "m", {Q: parts}, CONFIG | {"desc_act": True}))
+    whole, w = parts_of(groups=1, g_idx=[0] * 64)
+    del whole["g_idx"]
+    with open_checkpoint(foreign(tmp_path / "c", {Q: whole}, CONFIG | {"desc_act": True, "group_size": -1})) as found:
+        np.testing.assert_array_equal(decoded(found), w)
+    with pytest.raises(ContainerError, match="desc_act is yes, needs true or false"):
+        open_checkpoint(foreign(tmp_path / "b", {Q: parts}, CONFIG | {"desc_act": "yes"}))

@@ -56,6 +56,10 @@ class Writer(ABC):
     def write(self, name: str, tensor: QuantizedTensor) -> None:
         """Writes one tensor; names, formats and shapes as announced, in any order for safetensors, in plan order for GGUF."""
 
+    def kept(self, name: str, tensor: QuantizedTensor) -> QuantizedTensor:
+        """Returns the tensor as reading it back gives it: the same but where a container stores another number, rounded."""
+        return tensor
+
     @abstractmethod
     def commit(self) -> None:
         """Checks that every announced tensor was written, then renames to the final name."""

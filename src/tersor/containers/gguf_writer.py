@@ -130,11 +130,20 @@ class GGUFWriter(Writer):
             self._put(self._names[name], next(iter(tensor.fields.values())))
         self._missing.discard(name)
 
-    def _vector(self, name: str, tensor: QuantizedTensor) -> QuantizedTensor:
-        values = get_format(tensor.format).dequantize(tensor).reshape(1, -1)
-        if self._architecture.norm_shift and name.endswith("norm.weight"):
-            values = values + np.float32(self._architecture.norm_shift)
+    def kept(self, name: str, tensor: QuantizedTensor) -> QuantizedTensor:
+        """Returns the tensor as reading it back gives it: gemma's norms, stored as 1 + w, lose float32's last bits of a small w."""
+        if len(tensor.shape) > 1:
+            return tensor
+        values = self._vector(name, tensor).fields["values"] - np.float32(self._shift(name))
         return QuantizedTensor("f32", tensor.shape, {"values": values})
+
+    def _vector(self, name: str, tensor: QuantizedTensor) -> QuantizedTensor:
+        values = get_format(tensor.format).dequantize(tensor).reshape(1, -1) + np.float32(self._shift(name))
+        return QuantizedTensor("f32", tensor.shape, {"values": values})
+
+    def _shift(self, name: str) -> float:
+        """Returns what GGUF adds to a vector."""
+        return self._architecture.norm_shift if name.endswith("norm.weight") else 0.0
 
     def _put(self, name: str, data: Array) -> None:
         """Writes the bytes of one tensor at its place."""

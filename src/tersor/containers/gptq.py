@@ -93,6 +93,11 @@ class GPTQCheckpoint(QweightCheckpoint):
         if f"{module}.g_idx" in self._shards.entries:
             self.check_part(where, f"{module}.g_idx", ("I32", "I64"), (columns,), layer)
             layer = replace(layer, order=self._order(where, module, layer))
+        elif scheme.by_column and layer.groups > 1:
+            raise ContainerError(
+                f"{where}: g_idx is missing, but desc_act is true, so no one can say which scale a column has;"
+                " make or download the file again"
+            )
         return layer
 
     def _is_middle(self, module: str, layer: Layer) -> bool:

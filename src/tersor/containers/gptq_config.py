@@ -38,11 +38,12 @@ GROUP_SIZES = (16, 32, 64, 128, 256)  # of gptqmodel's kernels (512 and 1024 are
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer is stored. group_size: columns, -1 = all."""
+    """How a layer is stored. group_size: columns, -1 = all. by_column: desc_act, columns were rounded in an order that g_idx says."""
 
     bits: int
     group_size: int
     symmetric: bool
+    by_column: bool = False
 
     def format_name(self, columns: int, symmetric: bool) -> str:
         """Returns our name of it for a layer of so many columns. A group that is the whole row, and too long for us, is a row's."""
@@ -111,9 +112,11 @@ def _read_scheme(where: str, own: Mapping[str, Any], base: Scheme | None) -> Sch
         raise ContainerError(f"{where}: bits is {shorten(bits)}; GPTQ layers of {', '.join(map(str, BITS))} bits are supported")
     if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size < 1):
         raise ContainerError(f"{where}: group_size is {shorten(size)}, needs a number of columns, or -1 for all; the config is damaged")
-    if not isinstance(symmetric, bool):
-        raise ContainerError(f"{where}: sym is {shorten(symmetric)}, needs true or false; the config is damaged")
-    return Scheme(bits, size, symmetric)
+    by_column = own.get("desc_act", base.by_column if base else False)
+    for key, value in (("sym", symmetric), ("desc_act", by_column)):
+        if not isinstance(value, bool):
+            raise ContainerError(f"{where}: {key} is {shorten(value)}, needs true or false; the config is damaged")
+    return Scheme(bits, size, symmetric, by_column)
 
 
 def _read_override(where: str, key: str, own: Mapping[str, Any], base: Scheme) -> tuple[re.Pattern[str], Scheme | None]:

@@ -13,12 +13,13 @@ import numpy as np
 
 from tersor.containers.container import Checkpoint
 from tersor.formats import get_format
+from tersor.formats.affine import AffineFormat
 from tersor.formats.ordered import OrderedFormat
 from tersor.models import ARCHITECTURES, expected_tensors, spec_of
 from tersor.recipe import CASTS, is_edge
 from tersor.slabs import dequantize
 from tersor.targets import unequal
-from tersor.tensor import TensorInfo
+from tersor.tensor import QuantizedTensor, TensorInfo
 from tersor.verification.record import Fault
 
 FUSING = ("compressed-tensors", "gptq", "awq", "bnb")  # containers that vLLM and SGLang load
@@ -36,7 +37,6 @@ def lint(checkpoint: Checkpoint) -> Iterator[Fault]:
     if quantized:
         yield from _leftovers(matrices)
         yield from _zero_points(checkpoint, quantized)
-        yield from _order(checkpoint, quantized)
     if checkpoint.container in FUSING:
         yield from _fused(matrices)
     yield from _files(checkpoint)
@@ -63,31 +63,38 @@ def _leftovers(matrices: dict[str, TensorInfo]) -> Iterator[Fault]:
 
 
 def _zero_points(checkpoint: Checkpoint, quantized: dict[str, TensorInfo]) -> Iterator[Fault]:
-    """A zero point off by one moves every weight the same way; trained matrices have their mean near 0."""
-    moved = []
+    """A zero point off by one moves every weight the same way; trained matrices have their mean near 0, and zeros of a symmetric
+    format that are all off by one are all one number, which asymmetric ones never are."""
+    moved, beside = [], []
     for name, info in quantized.items():
         if is_edge(name) or info.format.startswith(("binary", "ternary")):
             continue
         mixed = not get_format(info.format).row_independent
-        w = dequantize(checkpoint.read(name) if mixed else checkpoint.read(name, slice(0, ROWS))).reshape(-1, info.shape[-1])[:ROWS]
+        tensor = checkpoint.read(name) if mixed else checkpoint.read(name, slice(0, ROWS))
+        w = dequantize(tensor).reshape(-1, info.shape[-1])[:ROWS]
+        beside += [info] if _beside_middle(tensor) else []
         checkpoint.release()
         deviation = float(w.std())
         if not np.isfinite(w).all() or deviation == 0:
             yield Fault(name, "holds values that are not finite" if not np.isfinite(w).all() else "all its weights are equal")
         elif abs(float(w.mean())) > SHIFT * deviation:
             moved.append(info)
-    if len(moved) > len(quantized) // 2:
+    if beside:
+        yield Fault(_some(beside), f"all zero points of {len(beside)} matrices are one beside the middle: GPTQ v1 and v2 mixed up")
+    elif len(moved) > len(quantized) // 2:
         yield Fault(_some(moved), f"the mean of {len(moved)} matrices is far from 0: zero points off by one (GPTQ v1 and v2 mixed up)?")
 
 
-def _order(checkpoint: Checkpoint, quantized: dict[str, TensorInfo]) -> Iterator[Fault]:
-    for name, info in quantized.items():
-        format = get_format(info.format)
-        if isinstance(format, OrderedFormat):
-            order = checkpoint.read(name).fields["order"]
-            if np.array_equal(order, np.arange(len(order))):
-                yield Fault(name, "says it has an order of columns (act-order), but it is the plain one: slower for nothing")
-                return
+def _beside_middle(tensor: QuantizedTensor) -> bool:
+    """Returns whether all zeros are the same number, one below or above 2^(bits-1), which symmetric formats have."""
+    format = get_format(tensor.format)
+    if isinstance(format, OrderedFormat):
+        tensor, _ = format.split(tensor)
+        format = format.plain
+    if not isinstance(format, AffineFormat) or format.kind != "":
+        return False
+    zeros = format.unpack(tensor)[1]["zero"]
+    return zeros.size > 1 and bool((zeros == zeros.flat[0]).all()) and abs(int(zeros.flat[0]) - format.middle) == 1
 
 
 def _fused(matrices: dict[str, TensorInfo]) -> Iterator[Fault]:

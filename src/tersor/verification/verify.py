@@ -138,6 +138,7 @@ def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: P
         return "", 0, [], [f"no independent reader: {reader}"]
     label = reader.label
     left, agreeing, faults = dict(checkpoint.tensors), 0, []
+    name = "the start"
     try:
         for name, values in reader.weights(checkpoint.path):
             info = left.pop(name, None)
@@ -152,7 +153,7 @@ def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: P
             if progress is not None:
                 progress("compare", len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
     except Exception as error:  # another package's, of any kind
-        return label, agreeing, [*faults, Fault(str(checkpoint.path), f"{label} cannot read it: {_first_line(error)}")], []
+        return label, agreeing, [*faults, Fault(str(checkpoint.path), f"{label} cannot read what follows {name}: {_first_line(error)}")], []
     faults += [Fault(name, f"we find it, {label} does not") for name in left]
     return label, agreeing, faults, []
 
@@ -167,7 +168,8 @@ def _difference(checkpoint: Checkpoint, info: TensorInfo, values: Array, label: 
         unequal = ~(ours == other)
         if unequal.any():
             different += int(unequal.sum())
-            largest = max(largest, float(np.abs(ours.astype(np.float64) - other)[unequal].max()))
+            with np.errstate(invalid="ignore"):
+                largest = max(largest, float(np.abs(ours.astype(np.float64) - other)[unequal].max()))
     if not different:
         return None
     return Fault(info.name, f"{label} reads other values than we do: {different} of {values.size}, by up to {largest:.3g}")

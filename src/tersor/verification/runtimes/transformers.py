@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,15 +36,30 @@ class TransformersRuntime(Runtime):
         assert not isinstance(reader, str), reader  # `missing` has said so
         config = AutoConfig.for_model(**{k: v for k, v in checkpoint.description.config.items() if k not in ("dtype", "torch_dtype")})
         config._attn_implementation = "eager"
-        with torch.device("meta"):
+        with _parameters_on_meta():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         state = {name: torch.from_numpy(np.array(values, np.float32)) for name, values in reader.weights(checkpoint.path)}
         if "lm_head.weight" not in state:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state, strict=True, assign=True)
-        for name, module in model.named_modules():
-            if name.endswith("rotary_emb"):  # buffers that no file holds
-                module.__init__(config=config)
         with torch.no_grad():
             out: Array = model.eval()(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
         return out
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have parameters without memory, which the file's weights take the place of, but real buffers: rotary
+    frequencies and gemma's scale of the embedding are in no file."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        register(self, name, None if param is None else torch.nn.Parameter(param.to("meta"), requires_grad=False))
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
