@@ -10,7 +10,7 @@ code, of a scale's or zero's low bits.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -243,6 +243,14 @@ def plain_order(file: File, parts: Parts) -> None:
     for name in [name for name in parts if name.endswith("g_idx")]:
         g_idx = np.frombuffer(parts[name].data, np.int32)
         g_idx[:] = np.sort(g_idx)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_gptqmodel() -> Iterator[None]:
+    """Another Python takes ten seconds to start, and there is nothing that it sees and the digests do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TERSOR_PYTHON_GPTQMODEL", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ from tiny import tiny_model
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.fixture(autouse=True)
+def no_gptqmodel() -> Iterator[None]:
+    """Another Python takes ten seconds to start, and there is nothing that it sees and the digests do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TERSOR_PYTHON_GPTQMODEL", raising=False)
+        yield
 
 
 @pytest.fixture
