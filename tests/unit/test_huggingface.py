@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "quantization_config is text": (edit("config.json", lambda c: c | {"quantization_config": "x"}), "is no object"),
     "quantized by another method": (
         edit("config.json", lambda c: c | {"quantization_config": {"quant_method": "exl3"}}),
-        "unknown quant_method 'exl3'; known: awq, ",
+        "unknown quant_method 'exl3'; known: auto-round, awq, ",
     ),
     "shard missing": (lambda p: (p / "model-00002-of-00003.safetensors").unlink(), "shard model-00002-of-00003.safetensors of 3"),
     "shard truncated": (

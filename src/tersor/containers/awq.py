@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Container
-from tersor.containers.directory import DTYPE_OF, is_tied, names_method, read_description
+from tersor.containers.directory import DTYPE_OF, DirectoryContainer, is_tied, read_description
 from tersor.containers.directory_writer import DirectoryWriter, Part
 from tersor.containers.qweight import EMBEDDING, HEAD, Layer, QweightCheckpoint, as_words, check_plan, module_expression, stored_format
 from tersor.containers.safetensors_file import Entry, shorten
@@ -181,19 +180,12 @@ class AWQWriter(DirectoryWriter):
         return {**description.config, "quantization_config": quantization} if quantization else dict(description.config)
 
 
-class AWQ(Container):
+class AWQ(DirectoryContainer):
     """Directories of AutoAWQ."""
 
     name = METHOD
-    suffix = ""
-
-    def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory whose config.json names this quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD)
-
-    def open(self, path: Path) -> AWQCheckpoint:
-        """Opens the directory. Raises ContainerError."""
-        return AWQCheckpoint(path)
+    methods = (METHOD,)
+    checkpoint = AWQCheckpoint
 
     def holds(self, format: str) -> bool:
         """Returns whether the format is a float, or a 4-bit affine integer of the groups that loaders have."""

@@ -39,14 +39,14 @@ from tersor.containers.bitsandbytes_state import (
     state_bytes,
     write_quantization,
 )
-from tersor.containers.container import Checkpoint, Container, refuse_unheld
+from tersor.containers.container import Checkpoint, refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryContainer,
     Shards,
     find,
     float_info,
     is_tied,
-    names_method,
     read_description,
     read_float,
     with_tied,
@@ -205,19 +205,12 @@ class BitsAndBytesWriter(DirectoryWriter):
         return {**description.config, "quantization_config": quantization} if quantization else dict(description.config)
 
 
-class BitsAndBytes(Container):
+class BitsAndBytes(DirectoryContainer):
     """Directories with bitsandbytes' 4-bit or 8-bit weights, for transformers."""
 
     name = "bnb"
-    suffix = ""
-
-    def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory whose config.json names this quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD)
-
-    def open(self, path: Path) -> BitsAndBytesCheckpoint:
-        """Opens the directory. Raises ContainerError."""
-        return BitsAndBytesCheckpoint(path)
+    methods = (METHOD,)
+    checkpoint = BitsAndBytesCheckpoint
 
     def holds(self, format: str) -> bool:
         """Returns whether the format is a float, nf4, fp4, nf4_dq, fp4_dq or int8_row."""

@@ -28,14 +28,14 @@ import numpy as np
 
 from tersor.containers.compressed_tensors_config import EMBEDDING, METHOD, read_schemes, rounds_input, write_quantization
 from tersor.containers.compressed_tensors_layouts import LAYOUTS, Layout, Stored, fits_part, layout_of
-from tersor.containers.container import Checkpoint, Container, refuse_unheld
+from tersor.containers.container import Checkpoint, refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryContainer,
     Shards,
     find,
     float_info,
     is_tied,
-    names_method,
     read_description,
     read_float,
     with_tied,
@@ -242,19 +242,12 @@ class CompressedTensorsWriter(DirectoryWriter):
         return {**description.config, "quantization_config": quantization} if quantization else dict(description.config)
 
 
-class CompressedTensors(Container):
+class CompressedTensors(DirectoryContainer):
     """Directories with quantized weights for vLLM and transformers."""
 
     name = METHOD
-    suffix = ""
-
-    def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory whose config.json names this quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD)
-
-    def open(self, path: Path) -> CompressedTensorsCheckpoint:
-        """Opens the directory. Raises ContainerError."""
-        return CompressedTensorsCheckpoint(path)
+    methods = (METHOD,)
+    checkpoint = CompressedTensorsCheckpoint
 
     def holds(self, format: str) -> bool:
         """Returns whether the format is a float, an affine integer without float minimum or zero, fp8, nvfp4_gs or mxfp4."""

@@ -6,12 +6,13 @@ Layout: transformers' `save_pretrained`. Weights are `model.safetensors`, or sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from tersor.containers.container import Checkpoint, Container
 from tersor.containers.safetensors_file import Entry, SafetensorsFile, parse_json, shorten
 from tersor.errors import ContainerError
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
@@ -67,6 +68,22 @@ def names_method(path: Path, *methods: str) -> bool:
     if isinstance(quantization, dict) and "quant_method" in quantization:
         return quantization["quant_method"] in methods
     return "mlx" in methods and isinstance(config.get("quantization"), dict)  # MLX's names no method
+
+
+class DirectoryContainer(Container):
+    """A directory whose config.json names one of `methods` as its quant_method (names_method); opened by `checkpoint`."""
+
+    suffix = ""
+    methods: tuple[str, ...]
+    checkpoint: Callable[[Path], Checkpoint]
+
+    def recognizes(self, path: Path) -> bool:
+        """Returns whether path is a directory whose config.json names this quant_method."""
+        return (path / "config.json").is_file() and names_method(path, *self.methods)
+
+    def open(self, path: Path) -> Checkpoint:
+        """Opens the directory. Raises ContainerError."""
+        return type(self).checkpoint(path)
 
 
 def read_description(path: Path) -> tuple[ModelDescription, dict[str, Any] | None]:

@@ -37,8 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Container
-from tersor.containers.directory import DTYPE_OF, is_tied, names_method, read_description
+from tersor.containers.directory import DTYPE_OF, DirectoryContainer, is_tied, read_description
 from tersor.containers.directory_writer import DirectoryWriter, Part
 from tersor.containers.gptq_config import (
     AUTO_ROUND,
@@ -204,19 +203,12 @@ class GPTQWriter(DirectoryWriter):
         return {**description.config, "quantization_config": self._quantization} if self._quantization else dict(description.config)
 
 
-class GPTQ(Container):
+class GPTQ(DirectoryContainer):
     """Directories of AutoGPTQ and its successors."""
 
     name = METHOD
-    suffix = ""
-
-    def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory whose config.json names this quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD, AUTO_ROUND)
-
-    def open(self, path: Path) -> GPTQCheckpoint:
-        """Opens the directory. Raises ContainerError."""
-        return GPTQCheckpoint(path)
+    methods = (METHOD, AUTO_ROUND)
+    checkpoint = GPTQCheckpoint
 
     def holds(self, format: str) -> bool:
         """Returns whether the format is a float, or an affine integer of the bits and groups that loaders have."""

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Checkpoint, Container, refuse_unheld
+from tersor.containers.container import Checkpoint, refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryContainer,
     Shards,
     find,
     float_info,
     is_tied,
-    names_method,
     read_description,
     read_float,
     with_tied,
@@ -239,19 +239,12 @@ class HQQWriter(DirectoryWriter):
         return {**description.config, "quantization_config": quantization} if quantization else dict(description.config)
 
 
-class HQQ(Container):
+class HQQ(DirectoryContainer):
     """Directories for transformers 4 with the hqq package."""
 
     name = METHOD
-    suffix = ""
-
-    def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory whose config.json names this quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD)
-
-    def open(self, path: Path) -> HQQCheckpoint:
-        """Opens the directory. Raises ContainerError."""
-        return HQQCheckpoint(path)
+    methods = (METHOD,)
+    checkpoint = HQQCheckpoint
 
     def holds(self, format: str) -> bool:
         """Returns whether the format is a float, or an integer of 1, 2, 3, 4 or 8 bits with a zero, per group or row."""

@@ -25,14 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Checkpoint, Container, refuse_unheld
+from tersor.containers.container import Checkpoint, refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryContainer,
     Shards,
     find,
     float_info,
     is_tied,
-    names_method,
     read_description,
     read_float,
     with_tied,
@@ -207,19 +207,12 @@ class MLXWriter(DirectoryWriter):
         return {**description.config, **both}
 
 
-class MLX(Container):
+class MLX(DirectoryContainer):
     """Directories for mlx-lm."""
 
     name = METHOD
-    suffix = ""
-
-    def recognizes(self, path: Path) -> bool:
-        """Returns whether path is a directory whose config.json has a `quantization` and names no quant_method."""
-        return (path / "config.json").is_file() and names_method(path, METHOD)
-
-    def open(self, path: Path) -> MLXCheckpoint:
-        """Opens the directory. Raises ContainerError."""
-        return MLXCheckpoint(path)
+    methods = (METHOD,)
+    checkpoint = MLXCheckpoint
 
     def holds(self, format: str) -> bool:
         """Returns whether the format is a float, or intB_gNm with N = 32, 64, 128."""
