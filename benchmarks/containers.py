@@ -115,10 +115,10 @@ def divergence(theirs: Array, ours: Array) -> float:
     return float(max(0.0, (np.exp(p) * (p - q)).sum(-1).mean()))
 
 
-def foreign(model: Path, out: Path, text: Path) -> None:
+def foreign(model: Path, out: Path, text: Path, tools: list[str]) -> None:
     """Has the tools quantize the model, and compares our reading of what they stored with theirs."""
     calibration(model, text, out)
-    for tool, format in FOREIGN:
+    for tool, format in (made for made in FOREIGN if made[0] in tools):
         key = f"{tool} {format}"
         target = out / key.replace(" ", "-")
         try:
@@ -203,6 +203,7 @@ def main() -> None:
             command.add_argument("names", nargs="*", choices=[*RECIPES, []])
         else:
             command.add_argument("--text", type=Path, required=True)
+            command.add_argument("--tools", nargs="*", default=sorted({tool for tool, _ in FOREIGN}), help="by default all")
     commands.add_parser("report")
     a = parser.parse_args()
     if a.command == "report":
@@ -212,7 +213,7 @@ def main() -> None:
     if a.command == "ours":
         ours(a.model, a.out, a.names)
     else:
-        foreign(a.model, a.out, a.text)
+        foreign(a.model, a.out, a.text, a.tools)
 
 
 if __name__ == "__main__":

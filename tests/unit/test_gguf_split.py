@@ -28,7 +28,6 @@ from tersor.verification.readers import READERS
 from tiny import tiny_model
 
 KEYS = {
-    "file": ("STRING", "wiki.imatrix"),
     "dataset": ("STRING", "wiki.txt"),
     "entries_count": ("INT32", 14),
     "chunks_count": ("INT32", 12),
@@ -223,7 +222,7 @@ def test_more_files_than_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_provenance_goes_with_the_weights(tmp_path: Path) -> None:
     """llama-quantize's keys, read by the gguf package; a file converted as it is keeps them."""
     source = open_checkpoint(tiny_model(tmp_path / "hf", layers=2))
-    made = {"recipe": "gptq:q8_0", "calibration": {"source": "wiki.txt", "samples": 12, "seqlen": 64, "file": "wiki.imatrix"}}
+    made = {"recipe": "gptq:q8_0", "calibration": {"source": "wiki.txt", "samples": 12, "seqlen": 64}}
     plan = [TensorInfo(n, i.format, i.shape, i.nbytes) for n, i in source.tensors.items()]
     with CONTAINERS["gguf"].create(tmp_path / "m.gguf", replace(source.description, provenance=made), plan) as writer:
         for info in plan:

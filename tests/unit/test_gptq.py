@@ -8,7 +8,7 @@ import pytest
 from oracles import gptq_loops
 from tersor import _native
 from tersor.errors import FormatError, ModelError, RecipeError
-from tersor.formats import FORMATS, get_format
+from tersor.formats import FORMATS, get_format, ordered
 from tersor.formats.grid import basis, free_parameters, grid_of
 from tersor.methods import feedback
 from tersor.methods.gptq import GptqOptions, asymmetric_target, gptq
@@ -97,7 +97,7 @@ def test_act_order_is_the_papers_algorithm_on_columns_by_falling_diagonal(name):
     assert all(np.array_equal(kept[p], params[p]) for p in params)
 
 
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("name", [name for name in CODED if name not in ordered.EXAMPLES])
 def test_the_grid_is_what_decode_says(name):
     f = FORMATS[name]
     w = weights(3, 768)
@@ -106,7 +106,11 @@ def test_the_grid_is_what_decode_says(name):
     level = {int(c): v for c, v in zip(grid.codes, grid.levels)}
     values = np.array([[level[int(c)] for c in row] for row in codes], dtype=np.float32)
     size = 768 // grid.step.shape[1]
-    assert np.array_equal(np.repeat(grid.step, size, axis=1) * values + np.repeat(grid.offset, size, axis=1), f.decode(codes, params))
+    spanned = np.repeat(grid.step, size, axis=1) * values + np.repeat(grid.offset, size, axis=1)
+    if name == "int8_row":  # decoded in bitsandbytes' order, (q * scb) * (1 / 127)
+        np.testing.assert_allclose(spanned, f.decode(codes, params), rtol=3 * 2.0**-24)
+    else:
+        assert np.array_equal(spanned, f.decode(codes, params))
     assert (np.diff(grid.levels) > 0).all()
     names = free_parameters(f)
     if names:

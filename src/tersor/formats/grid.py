@@ -43,7 +43,7 @@ def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
     """Returns the grid that the params (leading axes (rows, groups of the format)) span, or None for a format without one.
 
     step * level + offset equals `format.decode` bit for bit, in float32 with every operation rounded; with a float zero below 2^-4
-    (code - zero has more than 24 bits) it may be the neighbouring float32.
+    (code - zero has more than 24 bits), and in int8_row (which is decoded in bitsandbytes' order), it may be a neighbouring float32.
     """
     if isinstance(format, AffineFormat):
         step = _wide(params["scale"], rows)

@@ -68,7 +68,7 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
 
 def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
     """Returns the tokens' rows of the tensor, decoded, times scale. tokens: (n,) int32 in [0, rows) -> (n, columns)."""
-    if _native.has_scheme(tensor.format, tensor.columns):
+    if embeds_natively(tensor):
         out = np.empty((tokens.shape[0], tensor.columns), np.float32)
         _native.embed(*_stored(tensor), tokens, scale, out)
         return out
@@ -77,6 +77,11 @@ def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
         return np.asarray(fmt.dequantize(tensor).reshape(tensor.rows, tensor.columns)[tokens] * np.float32(scale))
     fields = {name: np.ascontiguousarray(array[tokens]) for name, array in tensor.fields.items()}
     return np.asarray(fmt.dequantize(QuantizedTensor(tensor.format, (len(tokens), tensor.columns), fields)) * np.float32(scale))
+
+
+def embeds_natively(tensor: QuantizedTensor) -> bool:
+    """Returns whether the native reader decodes rows of this format to the last bit: of int8_row it multiplies in another order."""
+    return tensor.format != "int8_row" and bool(_native.has_scheme(tensor.format, tensor.columns))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -173,7 +178,7 @@ def _stored(tensor: QuantizedTensor) -> tuple[str, int, int, dict[str, Array]]:
 def _in_one_order(tensors: Sequence[QuantizedTensor]) -> tuple[Sequence[QuantizedTensor], Array | None]:
     """Returns the tensors without their order of columns, and the order, when they have one and the same; else (tensors, None)."""
     split = [fmt.split(t) for t in tensors if isinstance(fmt := get_format(t.format), OrderedFormat)]
-    if len(split) < len(tensors) or any(not np.array_equal(order, split[0][1]) for _, order in split):
+    if not split or len(split) < len(tensors) or any(not np.array_equal(order, split[0][1]) for _, order in split):
         return tensors, None
     return [plain for plain, _ in split], np.ascontiguousarray(split[0][1], dtype=np.int32)
 

@@ -51,7 +51,7 @@ class Recorder:
 
     def embed(self, tensor: QuantizedTensor, scale: float, x: Array) -> bool:
         """Records that x is ops.embed of the replay's tokens; False when the tensor has no native reader, and x is left alone."""
-        if not _native.has_scheme(tensor.format, tensor.columns):
+        if not ops.embeds_natively(tensor):
             return False
         self.program.embed(*ops._stored(tensor), scale, x)
         return True
