@@ -129,20 +129,17 @@ def test_slow_loops_decode_our_weights(format: str, model: Path, tmp_path: Path)
         assert found.format == tensor.format or (tensor.columns == 128 and "_c" in format)  # a row of 128 is a group as well
 
 
-@pytest.mark.skipif(READERS["hqq"].missing() is not None, reason=str(READERS["hqq"].missing()))
 @pytest.mark.parametrize("format", WRITTEN)
 def test_the_package_decodes_our_weights(format: str, model: Path, tmp_path: Path) -> None:
     check_reader("hqq", tmp_path / "m", quantized("hqq", tmp_path / "m", model, linears(format)))
 
 
-@pytest.mark.skipif(READERS["hqq"].missing() is not None, reason=str(READERS["hqq"].missing()))
 @pytest.mark.parametrize("case", FORMAT_OF)
 def test_the_reader_reads_what_hqq_stores(case: str, model: Path, tmp_path: Path) -> None:
     found = dict(READERS["hqq"].weights(golden_directory(case, model, tmp_path / "m")))
     assert hashlib.sha256(found[Q].tobytes()).hexdigest() == GOLDEN["layers"][case]["sha256"]
 
 
-@pytest.mark.skipif(READERS["hqq"].missing() is not None, reason=str(READERS["hqq"].missing()))
 def test_a_layer_of_hqq_loads_and_multiplies(model: Path, tmp_path: Path) -> None:
     """hqq's own HQQLinear takes our tensors, as transformers hands them over."""
     from hqq.core.quantize import HQQLinear

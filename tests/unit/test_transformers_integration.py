@@ -7,22 +7,21 @@ import json
 import pickle
 
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from safetensors import safe_open
 
+import tersor
+from tersor.containers import CONTAINERS, open_checkpoint
+from tersor.errors import ContainerError, FormatError, ModelError, RecipeError
+from tersor.formats import get_format
+from tersor.integrations.linear import Joined, TersorLinear
+from tersor.integrations.matrix import Matrix
+from tersor.integrations.transformers import TersorConfig, load
+from tersor.integrations.weight import QuantizedWeight
 from tiny import tiny_model
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-import tersor  # noqa: E402
-from tersor.containers import CONTAINERS, open_checkpoint  # noqa: E402
-from tersor.errors import ContainerError, FormatError, ModelError, RecipeError  # noqa: E402
-from tersor.formats import get_format  # noqa: E402
-from tersor.integrations.linear import Joined, TersorLinear  # noqa: E402
-from tersor.integrations.matrix import Matrix  # noqa: E402
-from tersor.integrations.transformers import TersorConfig, load  # noqa: E402
-from tersor.integrations.weight import QuantizedWeight  # noqa: E402
 
 AutoModelForCausalLM = transformers.AutoModelForCausalLM
 IDS = torch.arange(3, 12)[None]
@@ -321,8 +320,6 @@ HELD = {
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_load_reads_every_container(tmp_path, name):
     out = tmp_path / f"out{CONTAINERS[name].suffix}"
-    if name == "onnx":
-        pytest.importorskip("onnx")
     tersor.quantize(tiny_model(tmp_path / "m", tie=False), out, HELD[name], to=name, verify=False)
     model = load(out, activations="float")
     engine = tersor.load(out, activations="float", kv="f32")
@@ -403,7 +400,6 @@ def test_saved_model_is_read_by_transformers_and_by_us(tmp_path):
     path = tiny_model(tmp_path / "m", dtype="f16")
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=TersorConfig("int4_g32s, layers.1=int8_cs", "float"))
     model.save_pretrained(tmp_path / "saved")
-    pytest.importorskip("compressed_tensors")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(logits(load(tmp_path / "saved", activations="float")), logits(model), rtol=1e-5, atol=1e-5)
@@ -449,7 +445,6 @@ def test_dequantize_gives_torchs_layers(tmp_path):
 
 
 def lora(model, **options):
-    peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
 
 
@@ -471,7 +466,6 @@ def test_an_adapter_is_trained_on_quantized_layers(tmp_path, targets):
     with torch.no_grad():
         assert model(IDS, labels=IDS).loss < losses[0] - 0.5  # no layer goes round its adapter
     model.save_pretrained(tmp_path / "adapter")
-    peft = pytest.importorskip("peft")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=TersorConfig("int4_g32s"))
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(again, tmp_path / "adapter")), logits(model), rtol=1e-3, atol=1e-3)
 

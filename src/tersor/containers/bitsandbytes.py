@@ -39,9 +39,10 @@ from tersor.containers.bitsandbytes_state import (
     state_bytes,
     write_quantization,
 )
-from tersor.containers.container import Checkpoint, refuse_unheld
+from tersor.containers.container import refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryCheckpoint,
     DirectoryContainer,
     Shards,
     find,
@@ -64,7 +65,7 @@ EMBEDDING = "model.embed_tokens.weight"
 _ROW_FORMAT = 0  # of weight_format; 1..3 are column orders of old GPU kernels
 
 
-class BitsAndBytesCheckpoint(Checkpoint):
+class BitsAndBytesCheckpoint(DirectoryCheckpoint):
     """An opened directory."""
 
     container = "bnb"
@@ -151,14 +152,6 @@ class BitsAndBytesCheckpoint(Checkpoint):
             raise ContainerError(f"{self.path}: {info.name} holds the code -128, LLM.int8() has -127..127; the file is damaged")
         scb = as_float32(self._shards, f"{info.name.removesuffix('.weight')}.SCB").reshape(-1, 1)
         return QuantizedTensor(INT8, codes.shape, {"codes": codes, "scb": scb if rows is None else scb[rows]})
-
-    def release(self) -> None:
-        """Gives pages back to the system."""
-        self._shards.release()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._shards.close()
 
 
 class BitsAndBytesWriter(DirectoryWriter):

@@ -28,9 +28,10 @@ import numpy as np
 
 from tersor.containers.compressed_tensors_config import EMBEDDING, METHOD, read_schemes, rounds_input, write_quantization
 from tersor.containers.compressed_tensors_layouts import LAYOUTS, Layout, Stored, fits_part, layout_of
-from tersor.containers.container import Checkpoint, refuse_unheld
+from tersor.containers.container import refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryCheckpoint,
     DirectoryContainer,
     Shards,
     find,
@@ -63,7 +64,7 @@ _SUFFIXES = (
 )
 
 
-class CompressedTensorsCheckpoint(Checkpoint):
+class CompressedTensorsCheckpoint(DirectoryCheckpoint):
     """An opened directory."""
 
     container = METHOD
@@ -200,14 +201,6 @@ class CompressedTensorsCheckpoint(Checkpoint):
         fields = layout.fields(Stored(self._shards, name.removesuffix(".weight")), format, info.shape, rows)
         count = info.shape[0] if rows is None else len(range(*rows.indices(info.shape[0])))
         return QuantizedTensor(format.name, (count, info.shape[1]), fields)
-
-    def release(self) -> None:
-        """Gives pages back to the system."""
-        self._shards.release()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._shards.close()
 
 
 class CompressedTensorsWriter(DirectoryWriter):

@@ -31,7 +31,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tersor.containers.directory import Shards
+from tersor.containers.directory import Shards, exact_half
 from tersor.containers.directory_writer import Part
 from tersor.errors import ContainerError
 from tersor.formats import Format, get_format
@@ -102,13 +102,7 @@ class Integers(Layout):
     def scale(self, stored: Stored, format: AffineFormat, rows: slice | None) -> Array:
         """Returns the scales as float16. Raises ContainerError when one is no float16 number."""
         wide = stored.wide("weight_scale", None if format.group_size < 0 else rows)
-        if wide.dtype == np.float16:
-            return wide
-        with np.errstate(over="ignore"):
-            scale: Array = wide.astype(np.float16)
-        if not np.array_equal(scale.astype(np.float32), wide):
-            raise ContainerError(f"{stored.where}.weight_scale holds scales that are no float16 numbers; they cannot be kept exactly")
-        return scale
+        return exact_half(wide, False, f"{stored.where}.weight_scale", "scales")
 
     def packed_zeros(self, zeros: Array, format: AffineFormat, rows: slice | None) -> Array:
         """Returns zeros, (rows, groups) uint8, as our field."""

@@ -12,9 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tersor.containers.container import Checkpoint, Container
 from tersor.containers.safetensors_file import Entry, SafetensorsFile, parse_json, shorten
 from tersor.errors import ContainerError
+from tersor.formats.floats import f32_from_bf16
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -140,6 +143,32 @@ class Shards:
         """Closes all files."""
         for file in self._files:
             file.close()
+
+
+class DirectoryCheckpoint(Checkpoint):
+    """An opened directory: its shards live as long as it does."""
+
+    _shards: Shards
+
+    def release(self) -> None:
+        """Gives pages back to the system."""
+        self._shards.release()
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._shards.close()
+
+
+def exact_half(stored: Array, is_bf16: bool, where: str, what: str) -> Array:
+    """Returns stored float16, float32 or bfloat16 (as uint16) values as float16. Raises ContainerError when one is no float16 number."""
+    if stored.dtype == np.float16:
+        return stored
+    wide = f32_from_bf16(stored) if is_bf16 else stored
+    with np.errstate(over="ignore"):
+        half: Array = wide.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), wide):
+        raise ContainerError(f"{where} holds {what} that are no float16 numbers; they cannot be kept exactly")
+    return half
 
 
 def _shard_names(path: Path) -> dict[str, set[str] | None]:

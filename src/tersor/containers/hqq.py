@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Checkpoint, refuse_unheld
+from tersor.containers.container import refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryCheckpoint,
     DirectoryContainer,
     Shards,
+    exact_half,
     find,
     float_info,
     is_tied,
@@ -43,7 +45,6 @@ from tersor.errors import ContainerError
 from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
 from tersor.formats.float_zero import FloatZeroFormat
-from tersor.formats.floats import f32_from_bf16
 from tersor.formats.packing import pack_bits, unpack_bits
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
@@ -63,7 +64,7 @@ def integers(format: str) -> AffineFormat | FloatZeroFormat | None:
     return found if plain and isinstance(found, AffineFormat) and found.width in _BITS else None
 
 
-class HQQCheckpoint(Checkpoint):
+class HQQCheckpoint(DirectoryCheckpoint):
     """An opened directory."""
 
     container = METHOD
@@ -137,22 +138,7 @@ class HQQCheckpoint(Checkpoint):
 
     def _half(self, name: str) -> Array:
         stored, dtype = self._shards.array(name), self._shards.entries[name].dtype
-        if dtype == "F16":
-            return stored
-        wide = f32_from_bf16(stored) if dtype == "BF16" else stored
-        with np.errstate(over="ignore"):
-            half: Array = wide.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), wide):
-            raise ContainerError(f"{self.path}: {name} holds {dtype} values that are no float16 numbers; they cannot be kept exactly")
-        return half
-
-    def release(self) -> None:
-        """Gives pages back to the system."""
-        self._shards.release()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._shards.close()
+        return exact_half(stored, dtype == "BF16", f"{self.path}: {name}", f"{dtype} values")
 
 
 def layer_of(info: TensorInfo) -> Layer:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tersor.containers.container import Checkpoint, Container, refuse_unheld
+from tersor.containers.container import Container, refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
     QUANT_METHODS,
+    DirectoryCheckpoint,
     Shards,
     find,
     float_info,
@@ -25,7 +26,7 @@ from tersor.errors import ContainerError, unknown
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
 
 
-class HuggingFaceCheckpoint(Checkpoint):
+class HuggingFaceCheckpoint(DirectoryCheckpoint):
     """An opened directory of float weights."""
 
     container = "huggingface"
@@ -52,14 +53,6 @@ class HuggingFaceCheckpoint(Checkpoint):
         """Returns the tensor, or those rows of it, as a view."""
         info = find(self.path, self.tensors, name)
         return read_float(self._shards, info, rows)
-
-    def release(self) -> None:
-        """Gives pages back to the system."""
-        self._shards.release()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._shards.close()
 
 
 class HuggingFace(Container):

@@ -25,11 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.container import Checkpoint, refuse_unheld
+from tersor.containers.container import refuse_unheld
 from tersor.containers.directory import (
     DTYPE_OF,
+    DirectoryCheckpoint,
     DirectoryContainer,
     Shards,
+    exact_half,
     find,
     float_info,
     is_tied,
@@ -42,7 +44,6 @@ from tersor.containers.safetensors_file import Entry, shorten
 from tersor.errors import ContainerError, unknown
 from tersor.formats import get_format
 from tersor.formats.affine import BITS, AffineFormat
-from tersor.formats.floats import f32_from_bf16
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
 METHOD = "mlx"
@@ -58,7 +59,7 @@ def affine(format: str) -> AffineFormat | None:
     return found if isinstance(found, AffineFormat) and found.kind == "m" and found.group_size in GROUPS else None
 
 
-class MLXCheckpoint(Checkpoint):
+class MLXCheckpoint(DirectoryCheckpoint):
     """An opened directory."""
 
     container = METHOD
@@ -129,22 +130,7 @@ class MLXCheckpoint(Checkpoint):
 
     def _half(self, name: str, rows: slice | None) -> Array:
         stored, dtype = self._shards.array(name, rows), self._shards.entries[name].dtype
-        if dtype == "F16":
-            return stored
-        wide = f32_from_bf16(stored) if dtype == "BF16" else stored
-        with np.errstate(over="ignore"):
-            half: Array = wide.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), wide):
-            raise ContainerError(f"{self.path}: {name} holds {dtype} values that are no float16 numbers; they cannot be kept exactly")
-        return half
-
-    def release(self) -> None:
-        """Gives pages back to the system."""
-        self._shards.release()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._shards.close()
+        return exact_half(stored, dtype == "BF16", f"{self.path}: {name}", f"{dtype} values")
 
 
 def read_format(where: str, quantization: Mapping[str, Any], module: str) -> AffineFormat:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tersor.containers.container import Checkpoint, Container, refuse_unheld
-from tersor.containers.directory import Shards, find, float_info, is_tied, read_float, with_tied
+from tersor.containers.container import Container, refuse_unheld
+from tersor.containers.directory import DirectoryCheckpoint, Shards, exact_half, find, float_info, is_tied, read_float, with_tied
 from tersor.containers.safetensors_file import Entry, shorten
 from tersor.errors import ContainerError, FormatError
 from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
-from tersor.formats.floats import f32_from_bf16
 from tersor.formats.ordered import OrderedFormat
 from tersor.formats.packing import pack_bits
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
@@ -64,7 +63,7 @@ def stored_format(name: str) -> AffineFormat | None:
     return found if isinstance(found, AffineFormat) and found.kind in ("", "s") else None
 
 
-class QweightCheckpoint(Checkpoint):
+class QweightCheckpoint(DirectoryCheckpoint):
     """An opened directory. Subclasses say how a layer is found and unpacked."""
 
     def __init__(self, path: Path, description: ModelDescription) -> None:
@@ -156,22 +155,7 @@ class QweightCheckpoint(Checkpoint):
         """Returns the scales, (groups, rows) float16."""
         name = f"{module}.scales"
         stored, dtype = self._shards.array(name), self._shards.entries[name].dtype
-        if dtype == "F16":
-            return stored
-        wide = f32_from_bf16(stored) if dtype == "BF16" else stored
-        with np.errstate(over="ignore"):
-            scales: Array = wide.astype(np.float16)
-        if not np.array_equal(scales.astype(np.float32), wide):
-            raise ContainerError(f"{self.path}: {name} holds scales that are no float16 numbers; they cannot be kept exactly")
-        return scales
-
-    def release(self) -> None:
-        """Gives pages back to the system."""
-        self._shards.release()
-
-    def close(self) -> None:
-        """Closes the files."""
-        self._shards.close()
+        return exact_half(stored, dtype == "BF16", f"{self.path}: {name}", "scales")
 
 
 def check_plan(container: Container, path: Path, plan: Sequence[TensorInfo], tied: bool, row_block: int, column_block: int) -> None:

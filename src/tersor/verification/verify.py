@@ -137,23 +137,28 @@ def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: P
     if isinstance(reader, str):
         return "", 0, [], [f"no independent reader: {reader}"]
     label = reader.label
-    left, agreeing, faults = dict(checkpoint.tensors), 0, []
-    name = "the start"
-    try:
-        for name, values in reader.weights(checkpoint.path):
-            info = left.pop(name, None)
-            if info is None:
-                if name != "lm_head.weight" or "model.embed_tokens.weight" not in checkpoint.tensors:  # a tied head may be shown twice
-                    faults.append(Fault(name, f"{label} finds it, we do not"))
-                continue
-            fault = _difference(checkpoint, info, values, label)
-            faults += [] if fault is None else [fault]
-            agreeing += fault is None
-            checkpoint.release()
-            if progress is not None:
-                progress("compare", len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
-    except Exception as error:  # another package's, of any kind
-        return label, agreeing, [*faults, Fault(str(checkpoint.path), f"{label} cannot read what follows {name}: {_first_line(error)}")], []
+    left, agreeing = dict(checkpoint.tensors), 0
+    faults: list[Fault] = []
+    name, weights = "the start", reader.weights(checkpoint.path)
+    while True:
+        try:
+            name, values = next(weights)
+        except StopIteration:
+            break
+        except Exception as error:  # another package's, of any kind
+            what = f"{label} cannot read what follows {name}: {_first_line(error)}"
+            return label, agreeing, [*faults, Fault(str(checkpoint.path), what)], []
+        info = left.pop(name, None)
+        if info is None:
+            if name != "lm_head.weight" or "model.embed_tokens.weight" not in checkpoint.tensors:  # a tied head may be shown twice
+                faults.append(Fault(name, f"{label} finds it, we do not"))
+            continue
+        fault = _difference(checkpoint, info, values, label)
+        faults += [] if fault is None else [fault]
+        agreeing += fault is None
+        checkpoint.release()
+        if progress is not None:
+            progress("compare", len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
     faults += [Fault(name, f"we find it, {label} does not") for name in left]
     return label, agreeing, faults, []
 
