@@ -575,3 +575,17 @@ def test_suspicions_are_no_failure(source: Path, run: Run) -> None:
     (source / "tokenizer.json").unlink()
     code, text = run("verify", source, "--no-logits")
     assert code == 0 and "suspicious:" in text and "tokenizer.json: is missing" in text
+
+
+def test_a_failure_is_no_measure_of_what_follows(tmp_path: Path) -> None:
+    """A file that fails and is fetched again is compared with what was meant, not with its broken self."""
+    source = tiny_model(tmp_path / "hf")
+    path = tmp_path / "m.gguf"
+    quantize(source, path, "q4_0", verify=False)
+    good, other = path.read_bytes(), tmp_path / "other"
+    tiny_model(other, change={"model.layers.0.mlp.up_proj.weight": np.random.default_rng(9).standard_normal((128, 64)).astype(np.float32)})
+    failed = verify(path, against=other, logits=False)
+    assert failed.verdict == "failed" and not failed.tensors
+    assert verify(path, against=source, logits=False).verdict == "verified"
+    path.write_bytes(good)
+    assert verify(path, logits=False).verdict == "verified"

@@ -59,7 +59,7 @@ def print_outcome(result: Verification) -> None:
 def print_verification(result: Verification) -> None:
     """Prints what was found, faults first."""
     print(f"{result.path}: {result.verdict}")
-    if result.reader:
+    if result.reader and result.tensors:
         print(f"  {result.compared} of {len(result.tensors)} tensors read by {result.reader} to the bit as we read them")
     if result.logits is not None:
         print(f"  logits in {result.logits.runtime}: KL {result.logits.kl:.2g} over {result.logits.tokens} tokens")

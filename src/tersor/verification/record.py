@@ -40,7 +40,8 @@ class Verification:
     """What was found of a model file.
 
     reader: package and version of the independent reader, "" when there was none; compared: tensors whose every value it read as we do.
-    files: SHA-256 by name. tensors: values_digest by name (digests.py). notes: what was not checked, and why.
+    files: SHA-256 by name. tensors: values_digest by name (digests.py); with faults, of what was meant, none if that is not known.
+    notes: what was not checked, and why.
     """
 
     path: str

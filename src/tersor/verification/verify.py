@@ -28,7 +28,7 @@ from tersor.verification.independent import independent_reader
 from tersor.verification.lint import lint
 from tersor.verification.logits import compare_logits
 from tersor.verification.original import compare_with_original
-from tersor.verification.record import Fault, Logits, Verification, proof_path, read_proof, write_proof
+from tersor.verification.record import FAILED, Fault, Logits, Verification, proof_path, read_proof, write_proof
 
 COPIES = 4  # of the largest tensor as float32 that another reader and the comparison hold
 
@@ -58,9 +58,11 @@ def verify(
         root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         files = file_digests(_files(checkpoint), root)
         proof = read_proof(checkpoint.path)
-        faults = [] if proof is None or meant is not None else _changed_files(proof["files"], files)
+        # The bytes of a file that failed are no measure; what was meant stays one.
+        compares_bytes = proof is not None and meant is None and proof.get("verdict") != FAILED
+        faults = _changed_files(proof["files"], files) if proof is not None and compares_bytes else []
         tensors = model_digests(checkpoint)
-        expected = meant if meant is not None else None if proof is None else proof["tensors"]
+        expected = meant if meant is not None else None if proof is None else proof["tensors"] or None
         notes = []
         if expected is None:
             notes.append("nothing is known of what was meant: no verification.json; give --against ORIGINAL")
@@ -89,7 +91,7 @@ def verify(
             findings=tuple(lint(checkpoint)),
             notes=tuple(notes),
             files=files,
-            tensors=dict(expected) if expected is not None and faults else tensors,
+            tensors=dict(expected or {}) if faults else tensors,
             logits=measured,
             against=found,
             seconds=time.perf_counter() - start,
