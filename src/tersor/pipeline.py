@@ -22,6 +22,7 @@ from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
 from tersor.formats import get_format
 from tersor.methods import Step
+from tersor.planning.budget import parse_budget
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.slabs import keep_tensor, quantize_tensor
 from tersor.targets import TARGETS, check_demands, container_for
@@ -128,6 +129,7 @@ def quantize(
     recipe: str | Recipe | None = None,
     *,
     to: str | None = None,
+    budget: int | str | None = None,
     calib: str | Path | None = None,
     samples: int = 128,
     seqlen: int = 512,
@@ -149,6 +151,8 @@ def quantize(
     recipe: see recipe.py; None: 4 bits, as RECIPES or DIRECTORY_RECIPE say.
     to: a name of CONTAINERS, or of an engine (TARGETS) whose demands the plan has to meet; without it a name that ends in .gguf gives
         GGUF, any other a directory (compressed-tensors, or huggingface when nothing is quantized).
+    budget: what the whole output may take: bytes, `3.5GiB`, or `4.25bpw` (bits per weight). The recipe then names steps alone (None: clip),
+        and every matrix gets the format with which the least divergence from the model is predicted (planning/budget.py); needs calib.
     calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
         samples, seqlen: so many sequences of so many tokens, drawn by seed.
     activations: what the file says about rounding inputs to 8 bits when it runs. None: nothing; `token`: one scale a token, from itself;
@@ -167,7 +171,10 @@ def quantize(
     """
     start = time.perf_counter()
     target = Path(out)
-    parsed = Recipe.parse(recipe or _default_recipe(target, to))
+    if budget is None:
+        parsed = Recipe.parse(recipe or RECIPES.get(_container_name(target, to), DIRECTORY_RECIPE))
+    else:
+        parsed = _frame(recipe, _container_name(target, to), calib, activations)
     _check_calibration(parsed, calib, max_ram, resume, activations)
     if device not in DEVICES:
         raise RecipeError(unknown("device", device, DEVICES))
@@ -177,16 +184,18 @@ def quantize(
         _check_not_source(target, opened.path)
         checkpoint = view(opened, parsed)
         container = choose_container(target, parsed, to)
-        choices = parsed.assign(
-            checkpoint.tensors,
-            gguf=container.name == "gguf",
-            tied=bool(checkpoint.description.config.get("tie_word_embeddings")),
-        )
-        plan = plan_tensors(checkpoint.tensors, choices, container)
-        check_demands(to, plan)
-        description = _described(checkpoint.description, plan)
+        if budget is None:
+            choices, plan = assigned(checkpoint, container, parsed)
+            check_demands(to, plan)
         drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed)
-        description = replace(description, provenance=_provenance(parsed, drawn))
+        if budget is not None and drawn is not None:
+            from tersor.fitting import fit
+
+            nbytes = parse_budget(budget, sum(prod(info.shape) for info in checkpoint.tensors.values()))
+            parsed = fit(checkpoint, container, to, target, parsed, nbytes, drawn, max_ram, progress).recipe
+            choices, plan = assigned(checkpoint, container, parsed)
+            check_demands(to, plan)
+        description = described(checkpoint.description, plan, parsed, drawn)
         with _calibrated(
             checkpoint, parsed, choices, plan, drawn, target, container, max_ram, resume, device, force, progress, report
         ) as work:
@@ -212,15 +221,29 @@ def quantize(
     )
 
 
-def _default_recipe(out: Path, to: str | None) -> str:
-    """Returns 4 bits as the container has them that `to`, or the output's name, stands for."""
-    name = ("gguf" if out.suffix.lower() == ".gguf" else "") if to is None else TARGETS[to].containers[0] if to in TARGETS else to
-    return RECIPES.get(name, DIRECTORY_RECIPE)
+def _container_name(out: Path, to: str | None) -> str:
+    """Returns the container that `to`, or the output's name, stands for while no recipe says more."""
+    if to is None:
+        return "gguf" if out.suffix.lower() == ".gguf" else "compressed-tensors"
+    return TARGETS[to].containers[0] if to in TARGETS else to
 
 
-def _provenance(recipe: Recipe, samples: Samples | None) -> dict[str, Any]:
-    """Returns what the output says of how it was made."""
-    return {"recipe": str(recipe)} | ({} if samples is None else {"calibration": dict(samples.provenance)})
+def _frame(recipe: str | Recipe | None, container: str, calib: object, activations: str | None) -> Recipe:
+    """Returns what a budget leaves open. Raises RecipeError for what a budget cannot go with."""
+    from tersor.fitting import frame_of
+
+    if calib is None:
+        raise RecipeError("--budget judges formats by what they cost on text; give --calib FILE, --calib pydoc or --calib self")
+    if activations is not None:
+        raise RecipeError("--budget does not count the scales of --activations; choose the formats by --recipe")
+    return frame_of(None if recipe is None else str(recipe), container)
+
+
+def assigned(checkpoint: Checkpoint, container: Container, recipe: Recipe) -> tuple[Mapping[str, Choice], list[TensorInfo]]:
+    """Returns the choice of every tensor, and every tensor as it will be stored. Raises RecipeError, FormatError and ContainerError."""
+    tied = bool(checkpoint.description.config.get("tie_word_embeddings"))
+    choices = recipe.assign(checkpoint.tensors, gguf=container.name == "gguf", tied=tied)
+    return choices, plan_tensors(checkpoint.tensors, choices, container)
 
 
 def view(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -478,13 +501,15 @@ def _verified(target: Path, meant: Mapping[str, str] | None, max_ram: int | None
     return verify(target, meant=meant, logits=False, max_ram=max_ram)
 
 
-def _described(description: ModelDescription, plan: Sequence[TensorInfo]) -> ModelDescription:
-    """Returns the description with config.json's dtype, which loaders cast floats to, as most float values of the plan are stored."""
+def described(description: ModelDescription, plan: Sequence[TensorInfo], recipe: Recipe, samples: Samples | None) -> ModelDescription:
+    """Returns the description of the output: how it was made, and config.json's dtype, which loaders cast floats to, as most float values
+    of the plan are stored."""
     values = {format: sum(prod(info.shape) for info in plan if info.format == format) for format in CASTS}
     most = max(values, key=lambda format: values[format])
     key = "torch_dtype" if "torch_dtype" in description.config else "dtype"
     name = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[most]
-    return replace(description, config={**description.config, key: name})
+    made = {"recipe": str(recipe)} | ({} if samples is None else {"calibration": dict(samples.provenance)})
+    return replace(description, config={**description.config, key: name}, provenance=made)
 
 
 def _advice(container: Container, chosen: str, format: str) -> str:

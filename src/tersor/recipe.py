@@ -170,6 +170,19 @@ class Recipe:
             )
         return cls(choice, tuple(Rule(pattern, _rule_choice(value, rounding or _RTN)) for pattern, value in rules), before, after)
 
+    @classmethod
+    def frame(cls, steps: str, formats: Sequence[str]) -> Recipe:
+        """Returns the recipe of steps alone, like `gptq` or `rotate+gptq(act_order)`, with any of the formats, which a budget chooses from.
+
+        Raises RecipeError for formats or rules in the text.
+        """
+        if re.search("[:,=]", re.sub(r"\([^)]*\)?", "", steps)):
+            raise RecipeError(
+                f"recipe {steps!r} names formats, which a budget chooses; name the steps alone, like clip, gptq or rotate+gptq"
+            )
+        before, rounding, after = _steps(f"{steps}:")
+        return cls(Choice(rounding or _RTN, tuple(formats)), (), before, after)
+
     def to_toml(self) -> str:
         """Returns the recipe as TOML, as `load` reads it."""
         lines = [f'default = "{self._first}"', "", "[rules]"] if self.rules else [f'default = "{self._first}"']

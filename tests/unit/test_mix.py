@@ -12,7 +12,7 @@ from tersor.containers import open_checkpoint
 from tersor.errors import FormatError, RecipeError
 from tersor.formats import get_format
 from tersor.models import spec_of
-from tersor.planning.budget import candidates, recipe_within
+from tersor.planning.budget import GGUF_FORMATS, candidates, mixed, options_of, parse_budget
 from tersor.planning.mix import Candidate, choose
 from tersor.planning.sensitivity import Sensitivity, measure
 from tersor.recipe import Recipe
@@ -115,20 +115,79 @@ def test_a_recipe_within_a_budget_fills_it_and_reads_back(tmp_path, tie):
     path = tiny_model(tmp_path / "m", tie=tie)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2, 32)).astype(np.int32)
     with open_checkpoint(path) as checkpoint:
-        spec = spec_of(checkpoint.description.config)
-        found = measure(spec, checkpoint.read, tokens)
+        found = measure(spec_of(checkpoint.description.config), checkpoint.read, tokens)
         matrices = [t for t in checkpoint.tensors.values() if len(t.shape) == 2]
         budget = sum(get_format("q5_0").nbytes(t.shape) for t in matrices)
-        recipe, loss = recipe_within(budget, checkpoint.read, found)
-        uniform = 0.0
-        for t in matrices:
-            w = np.array(get_format(t.format).dequantize(checkpoint.read(t.name)), np.float32)
-            uniform += candidates(w, found[t.name], ["q5_0"])[0].loss
+        options = options_of(checkpoint.read, found, GGUF_FORMATS)
+        recipe, loss = mixed(options, budget, Recipe.frame("clip", GGUF_FORMATS))
+    uniform = sum(c.loss for of in options.values() for c in of if c.format == "q5_0")
     assert 0 < loss < uniform
     assert Recipe.parse(str(recipe)) == recipe
     result = tersor.quantize(path, tmp_path / "out.gguf", recipe)
     used = sum(get_format(t.format).nbytes(t.shape) for t in result.tensors if len(t.shape) == 2)
     assert used <= budget < used * 1.05
+
+
+CALIBRATION = {"calib": "pydoc", "samples": 4, "seqlen": 32}
+
+
+@pytest.mark.parametrize("out", ["out.gguf", "out"])
+@pytest.mark.parametrize("steps", [None, "gptq"])
+def test_an_output_fills_its_budget_to_the_byte_that_formats_allow(tmp_path, out, steps):
+    path = tiny_model(tmp_path / "m", hidden=128, intermediate=256, tie=False)
+    floor = tersor.quantize(path, tmp_path / f"floor-{out}", "q4_0" if out.endswith("gguf") else "rtn:int4_g64s").file_bytes
+    losses = []
+    for budget in (int(floor * 1.1), int(floor * 1.3)):
+        result = tersor.quantize(path, tmp_path / out, steps, budget=budget, **CALIBRATION, force=True)
+        assert budget * 0.95 < result.file_bytes <= budget
+        assert result.file_bytes == sum(f.stat().st_size for f in _files(tmp_path / out))
+        losses.append(result.output_error)
+        assert result.verification.verdict == "verified"
+        method = {t.method for t in result.tensors if t.format not in ("f32", "f16")}
+        assert method == {"clip", steps or "clip"} if out.endswith("gguf") else {steps or "clip"}
+    assert losses[1] < losses[0]
+
+
+def _files(path):
+    return [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file() and f.name != "verification.json"]
+
+
+def test_what_engines_join_gets_one_format(tmp_path):
+    path = tiny_model(tmp_path / "m", hidden=128, intermediate=256)
+    result = tersor.quantize(path, tmp_path / "out", budget=300_000, to="sglang", **CALIBRATION)
+    formats = {t.name.removesuffix(".weight"): t.format for t in result.tensors}
+    assert len({f for f in formats.values() if f not in ("f32", "f16")}) > 1, "one width tells nothing"
+    assert set(formats.values()) <= {"f32", "f16", "int4_g128s", "int4_g64s", "int4_g32s", "int8_cs"}, "what its kernels have"
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        assert len({formats[f"{layer}self_attn.{p}_proj"] for p in "qkv"}) == 1
+        assert formats[f"{layer}mlp.gate_proj"] == formats[f"{layer}mlp.up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 100_000}, "give --calib"),
+        ({"budget": 100_000, **CALIBRATION, "recipe": "gptq:q4_k"}, "name the steps alone"),
+        ({"budget": 100_000, **CALIBRATION, "recipe": "q4_k, lm_head=q6_k"}, "name the steps alone"),
+        ({"budget": 100, **CALIBRATION}, "budget of 100 bytes; need at least .* for the rest of the output"),
+        ({"budget": "many", **CALIBRATION}, "size 'many'"),
+        ({"budget": "4bpw", **CALIBRATION, "activations": "token"}, "does not count the scales"),
+        ({"budget": "4bpw", **CALIBRATION, "to": "awq"}, "awq files hold one kind of numbers"),
+        ({"budget": "8bpw", **CALIBRATION, "max_ram": 1 << 20}, "in float32, which takes"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_written(tmp_path, arguments, message):
+    path = tiny_model(tmp_path / "m")
+    out = tmp_path / ("out" if "to" in arguments else "out.gguf")
+    with pytest.raises(RecipeError, match=message):
+        tersor.quantize(path, out, **arguments)
+    assert {p.name for p in tmp_path.iterdir()} == {"m"}
+
+
+def test_bits_per_weight_are_those_of_the_whole_output():
+    assert parse_budget("4.25bpw", 1000) == 531
+    assert parse_budget("1KiB", 1000) == parse_budget(1024, 1000) == 1024
 
 
 def test_a_tensor_that_no_format_fits_is_refused():

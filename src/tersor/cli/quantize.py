@@ -24,6 +24,17 @@ def command(
         ),
     ] = None,
     to: options.To = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="SIZE",
+            help="What the whole output may take, like 3.5GiB or 4.25bpw: formats are chosen tensor by tensor (needs --calib); --recipe "
+            "names the steps alone: clip, gptq, rotate+gptq.",
+            show_default=False,
+        ),
+    ] = None,
     calib: options.Calib = None,
     samples: options.Samples = 128,
     seqlen: options.Seqlen = 512,
@@ -75,6 +86,7 @@ def command(
             out,
             recipe,
             to=to,
+            budget=budget,
             calib=calib,
             samples=samples,
             seqlen=seqlen,

@@ -47,10 +47,11 @@ class Checkpoint(ABC):
 class Writer(ABC):
     """A model being written under a temporary name. `with` renames it to its final name, or removes it on any exception.
 
-    path: the final name; of several files the first.
+    path: the final name; of several files the first. nbytes: of the whole output, known from the start.
     """
 
     path: Path
+    nbytes: int
 
     @abstractmethod
     def write(self, name: str, tensor: QuantizedTensor) -> None:

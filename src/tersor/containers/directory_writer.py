@@ -71,6 +71,9 @@ class DirectoryWriter(Writer):
                 self._temporary.mkdir()
                 self._write_side_files(description)
                 self._open_shards(shards)
+                opened = {shard.path for shard in self._shards}
+                beside = [file for file in self._temporary.rglob("*") if file.is_file() and file not in opened]
+            self.nbytes = sum(shard.nbytes for shard in self._shards) + sum(file.stat().st_size for file in beside)
         except BaseException:
             self.abort()
             raise

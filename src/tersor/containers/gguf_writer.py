@@ -76,12 +76,12 @@ class GGUFWriter(Writer):
         self._missing = set(self._plan)
         self._files = self._laid_out(metadata, tensors, max_bytes)
         self.path = self._files[0].path
-        self._need = sum(file.layout.size for file in self._files)
+        self.nbytes = sum(file.layout.size for file in self._files)
         for file in self._files:
-            check_output(file.path, self._need, force=force, directory=False)
+            check_output(file.path, self.nbytes, force=force, directory=False)
         self._home = {name: file for file in self._files for name in file.layout.tensors}
         try:
-            with disk_errors(path, self._need):
+            with disk_errors(path, self.nbytes):
                 for file in self._files:
                     file.stream = write_file(file.temporary, file.layout)
                 if freqs is not None:
@@ -126,7 +126,7 @@ class GGUFWriter(Writer):
         heads = permuted_heads(self._architecture, name, self._config)
         if heads:
             tensor = reorder(tensor, rows_to_gguf(tensor.shape[0], heads))
-        with disk_errors(self.path, self._need):
+        with disk_errors(self.path, self.nbytes):
             self._put(self._names[name], next(iter(tensor.fields.values())))
         self._missing.discard(name)
 
@@ -160,7 +160,7 @@ class GGUFWriter(Writer):
         if self._missing:
             first = next(name for name in self._plan if name in self._missing)
             raise ContainerError(f"{self.path}: {len(self._missing)} announced tensors were not written, first {first}")
-        with disk_errors(self.path, self._need):
+        with disk_errors(self.path, self.nbytes):
             for file in self._files:
                 file.close()
             for file in reversed(self._files):

@@ -81,7 +81,8 @@ class OnnxCheckpoint(Checkpoint):
 class _DataFile(ShardWriter):
     """model.onnx.data: the bytes of the tensors and nothing else."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path, self.nbytes = path, nbytes
         self._file = path.open("wb")
         self._data = 0
 
@@ -119,7 +120,7 @@ class OnnxWriter(DirectoryWriter):
             begin = -(-end // _alignment(part)) * _alignment(part)
             end = begin + part.nbytes
             entries.append(Entry(part.name, part.dtype, part.shape, begin, end))
-        data = _DataFile(self._temporary / DATA)
+        data = _DataFile(self._temporary / DATA, end)
         self._shards.append(data)
         self._home = {entry.name: (data, entry) for entry in entries}
         formats = {name: info.format for name, info in self._plan.items()}

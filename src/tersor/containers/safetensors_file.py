@@ -207,14 +207,16 @@ def header_bytes(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes
 
 
 class ShardWriter:
-    """Writes the tensors of one announced file, in any order."""
+    """Writes the tensors of one announced file, in any order. nbytes: of the whole file."""
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         """Creates the file at its full size's header. entries: tiling the data from 0."""
+        self.path = path
         self._file: BinaryIO = path.open("wb")
         header = header_bytes(entries, {"format": "pt"})
         self._file.write(header)
         self._data = len(header)
+        self.nbytes = len(header) + max((entry.end for entry in entries), default=0)
 
     def write(self, entry: Entry, array: Array) -> None:
         """Writes one tensor at its place."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import TypeVar
 
 import numpy as np
 
 from tersor.errors import RecipeError
 
+Key = TypeVar("Key", str, tuple[str, ...])  # of one tensor, or of several that get one format together
 UNITS = 1 << 16  # of the budget, at most: a table of as many losses, and a byte per unit and tensor
 
 
@@ -28,7 +30,7 @@ class Candidate:
     loss: float
 
 
-def choose(candidates: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
+def choose(candidates: Mapping[Key, Sequence[Candidate]], budget: int) -> dict[Key, Candidate]:
     """Returns one candidate per name, with the least sum of losses among all mixes of at most `budget` bytes.
 
     Raises RecipeError when even the smallest candidates are more than the budget.

@@ -1,0 +1,109 @@
+"""A budget in bytes -> the recipe whose output fits it, before anything is written: the pipeline's side of planning/budget.py."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tersor.containers.container import Checkpoint, Container
+from tersor.errors import RecipeError
+from tersor.models import spec_of
+from tersor.planning.budget import MIXES, SAMPLES, Fitted, options_of, recipe_within
+from tersor.planning.sensitivity import measure
+from tersor.planning.sizes import machine_ram
+from tersor.recipe import Recipe, is_edge
+from tersor.targets import FUSED, TARGETS
+from tersor.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from tersor.calibration.samples import Samples
+
+Progress = Callable[[int, int, str], None]  # as pipeline.Progress
+
+
+def frame_of(steps: str | None, container: str) -> Recipe:
+    """Returns the steps around a choice that is still open, `clip` when there are none, with all formats of the container to choose from.
+
+    Raises RecipeError for a text that names formats, and for a container whose matrices are all of one format.
+    """
+    if container not in MIXES:
+        raise RecipeError(
+            f"--budget mixes formats, and {container} files hold one kind of numbers; use --to {', '.join(MIXES)}, or --recipe"
+        )
+    return Recipe.frame(steps or "clip", MIXES[container])
+
+
+def fit(
+    checkpoint: Checkpoint,
+    container: Container,
+    to: str | None,
+    target: Path,
+    frame: Recipe,
+    budget: int,
+    samples: Samples,
+    max_ram: int | None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Returns the recipe of least predicted divergence whose output, all of it, takes at most `budget` bytes.
+
+    Sensitivities come from the first SAMPLES of the samples; in a directory embedding and head stay as they are without a budget, and
+    matrices that engines join get one format. to: an engine whose demands narrow the choice. max_ram: in bytes, or None.
+    Raises RecipeError for a budget or a memory that is too small, ModelError for a model that is not one of tersor's own.
+    """
+    spec = spec_of(checkpoint.description.config)
+    parameters = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    if (need := 4 * parameters + (1 << 30)) > (max_ram or machine_ram() or need):
+        raise RecipeError(f"--budget measures the model in float32, which takes {need} bytes; allow them (--max-ram), or use --recipe")
+    matrices = {n: info for n, info in checkpoint.tensors.items() if len(info.shape) == 2 and (container.name == "gguf" or not is_edge(n))}
+    found = {name: uses for name, uses in measure(spec, checkpoint.read, samples.tokens[:SAMPLES]).items() if name in matrices}
+    done, total = 0, sum(prod(info.shape) for info in matrices.values())
+
+    def chosen(weights: int, name: str) -> None:
+        nonlocal done
+        done += weights
+        if progress is not None:
+            progress(done, total, f"formats for {name}")
+
+    joined = () if container.name == "gguf" else tuple(_joined(list(found)))
+    formats = _served(frame.default.formats, to, next(iter(matrices.values())))
+    options = options_of(checkpoint.read, found, formats, joined, chosen)
+    checkpoint.release()
+    return recipe_within(budget, options, frame, lambda recipe: output_bytes(checkpoint, container, target, recipe, samples))
+
+
+def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, recipe: Recipe, samples: Samples | None) -> int:
+    """Returns the bytes of everything that the recipe's output will hold; an output of that size is begun beside it, and removed."""
+    from tersor.pipeline import assigned, described
+
+    _, plan = assigned(checkpoint, container, recipe)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        writer = container.create(Path(folder) / target.name, described(checkpoint.description, plan, recipe, samples), plan)
+        try:
+            return writer.nbytes
+        finally:
+            writer.abort()
+
+
+def _joined(names: list[str]) -> list[tuple[str, ...]]:
+    """Returns the matrices that engines join into one product."""
+    groups = []
+    for name in names:
+        stem, _, part = name.removesuffix(".weight").rpartition(".")
+        groups += [tuple(f"{stem}.{other}.weight" for other in group) for group in FUSED if part == group[0]]
+    return groups
+
+
+def _served(formats: tuple[str, ...], to: str | None, like: TensorInfo) -> tuple[str, ...]:
+    """Returns the formats that the engine's demands leave. Raises RecipeError when they leave none."""
+    if to not in TARGETS:
+        return formats
+    demands = TARGETS[to].demands
+    left = tuple(f for f in formats if not any(demand({"w": replace(like, name="w", format=f)}) for demand in demands))
+    if not left:
+        raise RecipeError(f"--to {to} takes none of {', '.join(formats)}; use --recipe")
+    return left
