@@ -4,6 +4,7 @@
     python -m benchmarks quality peer MODEL OUT TOOL FORMAT... [--samples 128]     llmcompressor, gptqmodel, auto-round, bitsandbytes
     python -m benchmarks quality recipe MODEL OUT RECIPE... [--samples 128]        ours
     python -m benchmarks quality imatrix MODEL OUT ORIGINAL.gguf                   llama.cpp's files with importance, from ORIGINAL
+    python -m benchmarks quality budget MODEL OUT FILE.gguf... --recipe STEPS      ours in the bytes of each FILE
     python -m benchmarks quality gguf ORIGINAL.gguf OUT FILE.gguf...               GGUF files, judged by llama.cpp itself
     python -m benchmarks quality speed MODEL OUT [--rounds 3]                      GPTQ, int4_g64s, 32 samples: ours and the peers' in turns
     python -m benchmarks quality report                                            the tables, into benchmarks/README.md
@@ -155,6 +156,24 @@ def results_of(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def run_budget(a: argparse.Namespace) -> int:
+    """Makes a GGUF file in the bytes of each of these by `tersor quantize --budget`, and appends what it cost."""
+    tokens = a.out / f"calib-{a.samples}.npy"
+    np.save(tokens, np.load(a.out / "calib.npy")[: a.samples])
+    for file in map(Path, a.what):
+        budget, out = file.stat().st_size, a.out / file.name.replace("-imatrix", "").replace("-", f"-ours-{a.recipe}-", 1)
+        command = [sys.executable, "-m", "tersor", "quantize", str(a.model), "-o", str(out), "--budget", str(budget), "-r", a.recipe]
+        command += ["--calib", str(tokens), "--samples", str(a.samples), "--seqlen", str(LENGTH), "--threads", str(a.threads)]
+        command += ["--no-verify", "--force", "--json"]
+        answer, cost = measure(command)
+        if not answer:
+            raise NotHere(f"{out}: tersor quantize failed")
+        recipe = json.loads(answer)["recipe"]
+        append("gguf", out.stem, recipe=recipe, of=file.stem, samples=a.samples, threads=a.threads, file_bytes=out.stat().st_size, **cost)
+        print(f"{out}: {out.stat().st_size} of {budget} bytes, {cost['process_cpu_seconds']:.0f} CPU s: {recipe[:200]}", flush=True)
+    return 0
+
+
 def run_gguf(a: argparse.Namespace) -> int:
     """Judges GGUF files by llama.cpp and appends their figures."""
     judged = LlamaJudge(a.model, a.judge, a.windows, a.out, a.threads)
@@ -189,7 +208,7 @@ def run_speed(a: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
-    for mode in ("calib", "imatrix", "peer", "recipe", "gguf"):
+    for mode in ("calib", "imatrix", "budget", "peer", "recipe", "gguf"):
         one = modes.add_parser(mode)
         one.add_argument("model", type=Path)
         one.add_argument("out", type=Path)
@@ -199,6 +218,12 @@ def main() -> int:
         if mode == "imatrix":
             one.add_argument("original", type=Path)
             one.add_argument("--types", default=",".join(LLAMA_TYPES))
+            one.add_argument("--samples", type=int, default=128)
+            one.add_argument("--threads", type=int, default=2)
+            continue
+        if mode == "budget":
+            one.add_argument("what", nargs="+")
+            one.add_argument("--recipe", default="clip", help="the steps")
             one.add_argument("--samples", type=int, default=128)
             one.add_argument("--threads", type=int, default=2)
             continue
@@ -232,8 +257,8 @@ def main() -> int:
         for kind in a.types.split(","):
             print(llama_quantize(a.original, a.out / f"{name}-{kind}-imatrix.gguf", kind, matrix, a.threads), flush=True)
         return 0
-    if a.mode == "speed":
-        return run_speed(a)
+    if a.mode in ("speed", "budget"):
+        return run_speed(a) if a.mode == "speed" else run_budget(a)
     return run_gguf(a) if a.mode == "gguf" else run(a)
 
 
