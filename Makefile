@@ -41,7 +41,7 @@ check-tools:
 	@touch $@
 
 # Peers whose dependencies clash with ours, each in an environment of its own: `peers` run models (3 GB; the last two compile llama.cpp, for
-# AVX2 only and with BLAS), `quantizers` make them (`benchmarks quality`; 5 GB).
+# AVX2 only and with BLAS; no cache, which would give each the other's wheel), `quantizers` make them (`benchmarks quality`; 5 GB).
 PEER_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1
 QUANTIZERS := gptqmodel==7.6.0 auto-round==0.16.0 llmcompressor==0.14.0 bitsandbytes==0.50.0
 peers: .peers/.openvino .peers/.onnxruntime .peers/.llama-avx2 .peers/.llama-blas
@@ -73,14 +73,14 @@ $(foreach package,$(QUANTIZERS),$(eval $(call QUANTIZER,$(package))))
 .peers/.llama-avx2: | check-tools
 	$(PYTHON) -m venv .peers/llama-avx2
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=OFF" \
-	  $(PEER_PIP) .peers/llama-avx2/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	  $(PEER_PIP) .peers/llama-avx2/bin/python -m pip install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	@touch $@
 
 # llama.cpp whose prompts are multiplied in float32 (`benchmarks containers`): needs libopenblas-dev and pkg-config.
 .peers/.llama-blas: | check-tools
 	$(PYTHON) -m venv .peers/llama-blas
 	CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" \
-	  $(PEER_PIP) .peers/llama-blas/bin/python -m pip install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
+	  $(PEER_PIP) .peers/llama-blas/bin/python -m pip install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	@touch $@
 
 demo: .venv/.base
