@@ -83,13 +83,37 @@ void set_order(Weight& weight, const Array<const int32_t, 1>& order) {
   }
 }
 
-Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, float value, nb::object order) {
+std::vector<Stored> read_list(nb::list tensors) {
   std::vector<Stored> stored;
   for (nb::handle h : tensors) {
     auto t = nb::cast<nb::tuple>(h);
     stored.push_back(read_stored(nb::cast<std::string>(t[0]), nb::cast<int64_t>(t[1]), nb::cast<int64_t>(t[2]),
                                  nb::cast<nb::dict>(t[3])));
   }
+  return stored;
+}
+
+// Checks that the tensors are columns of the weight's rows in one float format, and adds them.
+void set_apart(Weight& weight, const std::vector<Stored>& apart, bool has_order) {
+  const int64_t columns = apart[0].columns;
+  require(has_order && columns > 0, "pack: ", columns, " columns apart; they need an order, and to be at least one");
+  std::vector<linear::Source> sources;
+  int64_t rows = 0;
+  for (const Stored& t : apart) {
+    require(t.floating >= 0 && t.format == apart[0].format, "pack: columns apart are ", t.format, " and ",
+            apart[0].format, ", need one float format");
+    require_size("pack", "columns apart", t.columns, columns);
+    sources.push_back({t.fields, t.rows});
+    rows += t.rows;
+  }
+  require_size("pack", "rows of columns apart", rows, weight.rows);
+  weight.columns += columns;
+  weight.apart.push_back(linear::pack_floats(Float(apart[0].floating), sources, columns));
+}
+
+Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, float value, nb::object order,
+             nb::list apart_tensors) {
+  const std::vector<Stored> stored = read_list(tensors), apart = read_list(apart_tensors);
   require(!stored.empty(), "pack: no tensors");
   auto weight = std::make_unique<Weight>();
   weight->rounding = rounding_of(rounding, value);
@@ -99,6 +123,7 @@ Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, flo
     require(t.columns > 0, "pack: a tensor without columns");
     weight->rows += t.rows;
   }
+  if (!apart.empty()) set_apart(*weight, apart, !order.is_none());
   if (!order.is_none()) set_order(*weight, nb::cast<Array<const int32_t, 1>>(order));
   std::vector<float> all_bias;
   if (!bias.is_none()) {
@@ -113,8 +138,8 @@ Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, flo
     const Stored& first = stored[i];
     for (; i < stored.size() && stored[i].format == first.format; ++i)
       sources.push_back({stored[i].fields, stored[i].rows});
-    weight->parts.push_back(first.scheme ? linear::pack_integers(*first.scheme, sources, weight->columns)
-                                         : linear::pack_floats(Float(first.floating), sources, weight->columns));
+    weight->parts.push_back(first.scheme ? linear::pack_integers(*first.scheme, sources, first.columns)
+                                         : linear::pack_floats(Float(first.floating), sources, first.columns));
     linear::Part& part = weight->parts.back();
     if (!all_bias.empty()) {
       part.bias.assign(part.panel_count() * linear::kPanelRows, 0.0f);
@@ -198,8 +223,10 @@ namespace {
 uint64_t read_words_of(const Weight& weight) {
   nb::gil_scoped_release release;
   uint64_t sum = 0;
-  for (const linear::Part& part : weight.parts)
-    sum += read_words(reinterpret_cast<const uint64_t*>(part.panels.data()), part.panels.size() / 8);
+  for (const auto* parts : {&weight.parts, &weight.apart}) {
+    for (const linear::Part& part : *parts)
+      sum += read_words(reinterpret_cast<const uint64_t*>(part.panels.data()), part.panels.size() / 8);
+  }
   return sum;
 }
 
@@ -221,10 +248,12 @@ void bind_linear(nb::module_& m) {
       },
       nb::arg("format"), nb::arg("columns"), "Whether pack and embed read this format for rows of this many columns.");
   m.def("pack", &pack, nb::arg("tensors"), nb::arg("bias").none(), nb::arg("rounding") = "groups",
-        nb::arg("value") = 0.0f, nb::arg("order") = nb::none(), nb::rv_policy::take_ownership,
+        nb::arg("value") = 0.0f, nb::arg("order") = nb::none(), nb::arg("apart") = nb::list(),
+        nb::rv_policy::take_ownership,
         "tensors: list of (format, rows, columns, {field: uint8 (rows, bytes of a row)}) -> Weight\n\n"
         "rounding of the input: groups, token, tensor (value: its scale) or outlier (value: the threshold); see "
-        "tersor.ops.pack.\norder: int32 (columns,), the input that each column multiplies, None = its own.");
+        "tersor.ops.pack.\norder: int32 (columns,), the input that each column multiplies, None = its own."
+        "\napart: like tensors, all rows in one float format: the columns after theirs, multiplied by x as it is.");
   m.def("linear", &multiply, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none(),
         "y = x W^T + bias + residual");
   m.def("embed", &embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"), nb::arg("tokens"),

@@ -193,7 +193,7 @@ class Calibrator:
         """Returns what is to be done after the blocks, in order."""
         head = self._choices[self._head_name]
         extras: list[Callable[[], dict[str, Made]]] = []
-        if not head.is_cast and head.step.method.needs != "nothing":
+        if not head.is_cast and head.step.method.calibrates(self._plan[self._head_name].format):
             extras.append(lambda: {self._head_name: self._head()})
         extras += [partial(self._distill, step) for step in self._recipe.after if step.method.stage == "distill"]
         return extras
@@ -218,7 +218,7 @@ class Calibrator:
             # A tied head that asks for the statistics of its input is rounded last; until then errors of about its size stand in.
             rounded = (
                 clip(table / scale, stored)
-                if chosen.method.needs != "nothing"
+                if chosen.method.calibrates(stored.name)
                 else chosen.method.run(table / scale, stored, None, chosen.options)
             )
             table = stored.dequantize(rounded) * scale

@@ -284,6 +284,7 @@ def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | 
     if static and activations not in OBSERVERS:
         raise RecipeError(unknown("activations", str(activations), ("token", *OBSERVERS)))
     needing = [step for step in recipe.steps if step.method.needs != "nothing"]
+    needing += [step for step, format in _pairs(recipe) if step.method.needs_for(format)]
     if calib is None:
         if needing:
             raise RecipeError(f"{needing[0]} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
@@ -319,7 +320,9 @@ def uses_calibration(recipe: Recipe) -> bool:
 
 def weighs(step: Step, format: str) -> bool:
     """Returns whether a rounding step makes use of importance in this format."""
-    return step.method.name == "clip" or (step.method.needs == "nothing" and get_format(format).uses_importance)
+    if step.method.name == "clip" or step.method.needs_for(format):
+        return True
+    return step.method.needs == "nothing" and get_format(format).uses_importance
 
 
 def _pairs(recipe: Recipe) -> Iterator[tuple[Step, str]]:

@@ -135,7 +135,7 @@ def test_encode_takes_the_nearest_code(name):
 
 
 def every_code(f: Format) -> Iterable[int]:
-    if f.name == "int8_row":
+    if f.name.startswith("int8_row"):
         return range(-127, 128)
     if f.name.startswith("fp8"):
         return [code for code in range(256) if code & 127 != 127]  # NaN
@@ -274,6 +274,7 @@ def test_bits_per_weight_include_everything(name):
     [
         *(("int4_g128", 4 + 16 / 128 + 4 / 128), ("int4_g64s", 4.25), ("int4_g64m", 4.5), ("int3_g32", 3 + 16 / 32 + 3 / 32)),
         *(("int8_c", 8 + (16 + 8) / 4096), ("int8_cs", 8 + 16 / 4096), ("int4_t", 4 + (16 + 8) / 4096**2), ("int8_row", 8 + 32 / 4096)),
+        ("int8_row_x16", 8 + 8 * 16 / 4096 + 32 / 4096 + 8 * 4 * 16 / 4096**2),
         *(("binary_g64", 1.25), ("ternary_g128", 2.125), ("nf4", 4.5), ("fp4", 4.5), ("f16", 16.0), ("bf16", 16.0), ("f32", 32.0)),
         *(("q4_0", 4.5), ("q4_1", 5.0), ("q5_0", 5.5), ("q5_1", 6.0), ("q8_0", 8.5), ("q2_k", 2.625), ("q3_k", 3.4375)),
         *(("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625), ("iq4_nl", 4.5), ("iq4_xs", 4.25), ("tq1_0", 1.6875), ("tq2_0", 2.0625)),

@@ -96,7 +96,7 @@ def test_clip_minds_importance(name):
         assert error(name, weighted, w) == error(name, plain, w)
         return
     assert error(name, weighted, w, h) < error(name, plain, w, h) * 1.001
-    if name not in ("int8_row", "int8_g64z", "int8_cz"):  # with 255 levels the whole range is best either way
+    if not name.startswith("int8_row") and name not in ("int8_g64z", "int8_cz"):  # with 255 levels the whole range is best either way
         assert any(weighted.fields[k].tobytes() != plain.fields[k].tobytes() for k in plain.fields)
 
 

@@ -7,14 +7,15 @@ import transformers
 
 from tersor.containers import open_checkpoint
 from tersor.errors import ModelError
-from tersor.formats import FORMATS, get_format, ordered
+from tersor.formats import FORMATS, get_format, ordered, outliers
 from tersor.models import spec_of
 from tersor.training.decode import TrainableTensor, product
 from tersor.training.decoder import final_norm, logits_of, run_block
 from tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
-TRAINABLE = [name for name in ENCODERS if name not in ("f32", "f16", "bf16", "mxfp4", "nvfp4_gs", "fp8_b128", *ordered.EXAMPLES)]
+FIXED = ("f32", "f16", "bf16", "mxfp4", "nvfp4_gs", "fp8_b128", *ordered.EXAMPLES, *outliers.EXAMPLES)
+TRAINABLE = [name for name in ENCODERS if name not in FIXED]
 
 
 def quantized(name: str, rows: int = 6, columns: int = 768):

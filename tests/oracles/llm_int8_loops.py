@@ -35,3 +35,24 @@ def decomposed_product(
             sums.append(sixteen + integer * largest * constant / (127 * 127))
         out.append(sums)
     return out, outliers
+
+
+def stored_product(x: list[list[float]], w: list[list[float]], outliers: list[int], threshold: float | None = None) -> list[list[float]]:
+    """Section 3.2, equation 8, with O fixed beforehand: W[O, :] in 16 bits never enters the rows' absmax, X[:, O] none of the tokens'.
+
+    w: weights, those of the columns in O already numbers of float16. threshold: None, or from where on other inputs of a token are
+    not rounded either (multiplied by the 8-bit weights). All sums are exact.
+    """
+    rest = [h for h in range(len(x[0])) if h not in outliers]
+    codes, constants = quantize_rows([[row[h] for h in rest] for row in w])
+    out = []
+    for row in x:
+        inside = [h for h in rest if threshold is None or abs(row[h]) < threshold]
+        largest = max((abs(row[h]) for h in inside), default=0.0)
+        rounded = {h: round(127 * row[h] / largest) * largest / 127 if h in inside and largest > 0 else row[h] for h in rest}
+        sums = []
+        for w_row, code_row, constant in zip(w, codes, constants):
+            eight = sum(rounded[h] * code_row[i] * constant / 127 for i, h in enumerate(rest))
+            sums.append(sum(row[h] * w_row[h] for h in outliers) + eight)
+        out.append(sums)
+    return out

@@ -8,7 +8,7 @@ import pytest
 from oracles import gptq_loops
 from tersor import _native
 from tersor.errors import FormatError, ModelError, RecipeError
-from tersor.formats import FORMATS, get_format, ordered
+from tersor.formats import FORMATS, get_format, ordered, outliers
 from tersor.formats.grid import basis, free_parameters, grid_of
 from tersor.methods import feedback
 from tersor.methods.gptq import GptqOptions, asymmetric_target, gptq
@@ -97,7 +97,7 @@ def test_act_order_is_the_papers_algorithm_on_columns_by_falling_diagonal(name):
     assert all(np.array_equal(kept[p], params[p]) for p in params)
 
 
-@pytest.mark.parametrize("name", [name for name in CODED if name not in ordered.EXAMPLES])
+@pytest.mark.parametrize("name", [name for name in CODED if name not in (*ordered.EXAMPLES, *outliers.EXAMPLES)])
 def test_the_grid_is_what_decode_says(name):
     f = FORMATS[name]
     w = weights(3, 768)

@@ -267,9 +267,11 @@ void Bytes::Free::operator()(uint8_t* p) const { std::free(p); }
 
 int64_t Weight::nbytes() const {
   int64_t total = 0;
-  for (const Part& p : parts)
-    total += p.panels.size() + 4 * int64_t(p.scale.size() + p.bias.size() + p.low_scale.size());
-  return total;
+  for (const auto* each : {&parts, &apart}) {
+    for (const Part& p : *each)
+      total += p.panels.size() + 4 * int64_t(p.scale.size() + p.bias.size() + p.low_scale.size());
+  }
+  return total + 4 * int64_t(order.size());
 }
 
 std::string Weight::kernel() const {
@@ -292,6 +294,8 @@ std::string Weight::kernel() const {
     else
       text.append(kFloatNames[p.floating]);
   }
+  for (const Part& p : apart)
+    text.append("&").append(kFloatNames[p.floating]).append("x").append(std::to_string(p.columns));
   static const char* const kRoundingNames[] = {"", " by token", " by tensor", " outliers apart"};
   if (std::any_of(parts.begin(), parts.end(), [](const Part& p) { return p.integer; }))
     text.append(kRoundingNames[rounding.kind]);
@@ -300,25 +304,22 @@ std::string Weight::kernel() const {
 
 namespace {
 
-// x (n, columns) with the columns in this order.
-void gather(const float* x, int64_t n, const std::vector<int32_t>& order, float* out) {
+// The columns [first, first + count) of x in this order, (n, count). x: (n, all columns of the order).
+const float* gather(const float* x, int64_t n, const std::vector<int32_t>& order, int64_t first, int64_t count,
+                    std::vector<float>& out) {
   const auto columns = int64_t(order.size());
-  parallel_for(n, std::max<int64_t>(1, kGatherValues / columns), [&](int64_t begin, int64_t end) {
+  float* to = grown(out, n * count);
+  parallel_for(n, std::max<int64_t>(1, kGatherValues / count), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t k = 0; k < columns; ++k) out[i * columns + k] = x[i * columns + order[k]];
+      for (int64_t k = 0; k < count; ++k) to[i * count + k] = x[i * columns + order[first + k]];
     }
   });
+  return to;
 }
 
-}  // namespace
-
-void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
-  static thread_local std::vector<float> gathered;
-  if (!weight.order.empty()) {
-    gathered.resize(n * weight.columns);
-    gather(x, n, weight.order, gathered.data());
-    x = gathered.data();
-  }
+// y = the parts' product, of x (n, columns of the parts).
+void multiply_parts(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
+  const int64_t columns = weight.inner();
   static thread_local FineScratch fine_scratch;
   static thread_local TileScratch tile_scratch;
   const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
@@ -338,7 +339,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
         continue;
       }
       const int fine_bits = code_bits(part.layout.code) > kCoarseBits;
-      if (fine_bits != quantized) fine_scratch.quantize(kernels, weight.rounding, x, n, weight.columns, fine_bits);
+      if (fine_bits != quantized) fine_scratch.quantize(kernels, weight.rounding, x, n, columns, fine_bits);
       quantized = fine_bits;
       const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
       const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));
@@ -351,12 +352,11 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
     }
     return;
   }
-  const int64_t most =
-      std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * weight.columns) / kMaxRows) * kMaxRows;
+  const int64_t most = std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * columns) / kMaxRows) * kMaxRows;
   for (int64_t first = 0; first < n; first += most) {
     const int64_t rows = std::min(most, n - first);
-    const float* x_chunk = x + first * weight.columns;
-    if (integer) tile_scratch.quantize(kernels, weight.rounding, x_chunk, rows, weight.columns);
+    const float* x_chunk = x + first * columns;
+    if (integer) tile_scratch.quantize(kernels, weight.rounding, x_chunk, rows, columns);
     int64_t row = 0;
     for (const Part& part : weight.parts) {
       const Output out = part_output(first, row);
@@ -364,6 +364,19 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
       part.integer ? multiply_tiles(kernels, part, tile_scratch, rows, out)
                    : multiply_floats(kernels, part, x_chunk, rows, out);
     }
+  }
+}
+
+}  // namespace
+
+void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
+  static thread_local std::vector<float> gathered, beside;
+  if (weight.order.empty()) return multiply_parts(x, n, weight, residual, y);
+  const int64_t columns = weight.inner();
+  multiply_parts(gather(x, n, weight.order, 0, columns, gathered), n, weight, residual, y);
+  for (const Part& part : weight.apart) {
+    const float* values = gather(x, n, weight.order, columns, part.columns, beside);
+    multiply_floats(TERSOR_ACTIVE_KERNELS(), part, values, n, Output{y, y, weight.rows});
   }
 }
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from tersor.errors import FormatError, unknown
-from tersor.formats import affine, float_zero, floats, fp8, ggml, int8, lookup, nvfp4, ordered, signs
+from tersor.formats import affine, float_zero, floats, fp8, ggml, int8, lookup, nvfp4, ordered, outliers, signs
 from tersor.formats.format import Format, as_rows
 
 # Each family has `parse(name) -> Format | None` and `EXAMPLES`, the names that docs and conformance tests go through.
-_FAMILIES = (floats, ggml, affine, float_zero, ordered, signs, int8, lookup, fp8, nvfp4)
+_FAMILIES = (floats, ggml, affine, float_zero, ordered, signs, int8, outliers, lookup, fp8, nvfp4)
 
 FORMATS: dict[str, Format] = {}
 for _family in _FAMILIES:
@@ -29,7 +29,7 @@ def get_format(name: str) -> Format:
         found: Format | None = family.parse(name.lower())
         if found is not None:
             return found
-    families = "intB_gN[s|m|z|o|so], intB_c[s|m|z], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256"
+    families = "intB_gN[s|m|z|o|so], intB_c[s|m|z], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256, int8_row_xN"
     raise FormatError(f"{unknown('format', name, FORMATS)}; and {families}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tersor.containers import CONTAINERS
-from tersor.formats import FORMATS, Format, affine, float_zero, floats, fp8, ggml, int8, lookup, nvfp4, ordered, signs
+from tersor.formats import FORMATS, Format, affine, float_zero, floats, fp8, ggml, int8, lookup, nvfp4, ordered, outliers, signs
 
 _HEAD = """# Number formats
 
@@ -72,6 +72,12 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
         "`binary_gN`, `ternary_gN`: N = 16..256, a multiple of 16. Sources: XNOR-Net (arXiv 1603.05279), TWN (arXiv 1605.04711).",
     ),
     ("int8 rows", int8, "The weights of LLM.int8(). Source: arXiv 2208.07339 section 3.1; bitsandbytes `nn/modules.py` (`SCB`)."),
+    (
+        "int8 rows with columns apart",
+        outliers,
+        "`int8_row_xN`, N = 1..1024: LLM.int8() with its outlier columns stored in 16 bits. Source: arXiv 2208.07339\n"
+        "section 3.2; a fixed number of columns, those of the largest inputs, as arXiv 2310.09259 (QUIK).",
+    ),
     (
         "Lookup tables",
         lookup,

@@ -8,7 +8,7 @@ from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
 from tersor.methods.gptq import GptqOptions, gptq
 from tersor.methods.hqq import HqqOptions, hqq
-from tersor.methods.llm_int8 import llm_int8
+from tersor.methods.llm_int8 import chooses_columns, llm_int8
 from tersor.methods.method import Method, Step, parse_step
 from tersor.methods.rotate import RotateOptions, rotated
 from tersor.methods.rtn import rtn
@@ -31,7 +31,7 @@ _ALL = (
     Method("rtn", "round", rtn),
     Method("clip", "round", clip),
     Method("hqq", "round", hqq, options=HqqOptions),
-    Method("llm_int8", "round", llm_int8),
+    Method("llm_int8", "round", llm_int8, needs_for=chooses_columns),
     Method(
         "gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=lambda options: options is not None and options.asymmetric > 0
     ),

@@ -25,6 +25,7 @@ from tersor.formats.lookup import DoubleLookupFormat
 from tersor.methods.feedback import feed_back, fit
 from tersor.methods.hessian import Factor, checked_gram, factorize
 from tersor.methods.ordered import in_order
+from tersor.methods.outliers import beside_outliers
 from tersor.methods.refine import refine
 from tersor.methods.rtn import require_encoder
 from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
@@ -58,6 +59,7 @@ class GptqOptions:
 
 
 @in_order
+@beside_outliers
 def gptq(w: Array, format: Format, statistics: InputStatistics | None, options: GptqOptions | None = None) -> QuantizedTensor:
     """Returns w, (..., in) float32 and finite, rounded with error feedback under statistics.gram. Casts round to nearest.
 

@@ -49,6 +49,7 @@ class Method:
     """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None.
 
     workspace: (rows, columns) of a matrix -> bytes that the method needs at most besides the matrix and its statistics.
+    needs_for: format name -> whether it needs `importance` to serve this format, though `needs` is nothing.
     compares: options -> whether the unquantized model walks along, so that statistics have `cross` or blocks have targets.
     """
 
@@ -59,6 +60,11 @@ class Method:
     options: type | None = None
     workspace: Callable[[int, int], int] = rounding_workspace
     compares: Callable[[Any], bool] = lambda options: False
+    needs_for: Callable[[str], bool] = lambda format: False
+
+    def calibrates(self, format: str) -> bool:
+        """Returns whether it cannot serve this format without calibration."""
+        return self.needs != "nothing" or self.needs_for(format)
 
 
 @dataclass(frozen=True)

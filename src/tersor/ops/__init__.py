@@ -16,6 +16,7 @@ from tersor.errors import FormatError, unknown
 from tersor.formats import get_format
 from tersor.formats.lookup import DoubleLookupFormat
 from tersor.formats.ordered import OrderedFormat
+from tersor.formats.outliers import OutlierFormat
 from tersor.tensor import Array, QuantizedTensor
 
 KVCache = _native.KVCache
@@ -45,6 +46,9 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
                  above 1/16 of the largest.
     float        not at all: everything is decoded once to float32, exactly.
 
+    Columns that a format keeps apart in float16 (int8_row_xN) are multiplied by their inputs as these are; what is said above holds
+    for the other columns, whose scales never see them. Tensors that keep different columns apart are multiplied as float16.
+
     scale: of int8_static only. Raises FormatError for another word, and for a scale that is missing, superfluous or not positive.
     """
     if activations not in (*_ROUNDINGS, "float"):
@@ -55,8 +59,9 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
         raise FormatError(f"activations int8_static: scale {scale}; need a positive number")
     value = OUTLIER_THRESHOLD if activations == "llm_int8" else scale or 0.0
     plain, order = _in_one_order(tensors)
+    plain, apart, order = _without_outliers(plain, order)
     packable = [_stored(_packable(t, activations)) for t in plain]
-    return _native.pack(packable, bias, _ROUNDINGS.get(activations, "groups"), value, order)
+    return _native.pack(packable, bias, _ROUNDINGS.get(activations, "groups"), value, order, [_stored(t) for t in apart])
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
@@ -181,6 +186,17 @@ def _in_one_order(tensors: Sequence[QuantizedTensor]) -> tuple[Sequence[Quantize
     if not split or len(split) < len(tensors) or any(not np.array_equal(order, split[0][1]) for _, order in split):
         return tensors, None
     return [plain for plain, _ in split], np.ascontiguousarray(split[0][1], dtype=np.int32)
+
+
+def _without_outliers(
+    tensors: Sequence[QuantizedTensor], order: Array | None
+) -> tuple[Sequence[QuantizedTensor], Sequence[QuantizedTensor], Array | None]:
+    """Returns (the tensors without their columns apart, these, all columns in this order) when they are the same columns of all
+    tensors; else (tensors, nothing, order)."""
+    split = [fmt.split(t) for t in tensors if isinstance(fmt := get_format(t.format), OutlierFormat)]
+    if not split or len(split) < len(tensors) or any(not np.array_equal(places, split[0][2]) for _, _, places in split):
+        return tensors, [], order
+    return [plain for plain, _, _ in split], [apart for _, apart, _ in split], split[0][2]
 
 
 def _packable(tensor: QuantizedTensor, activations: str) -> QuantizedTensor:

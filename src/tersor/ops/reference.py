@@ -13,6 +13,7 @@ from math import pi, sqrt
 import numpy as np
 
 from tersor.formats import get_format
+from tersor.formats.outliers import OutlierFormat
 from tersor.tensor import Array, QuantizedTensor
 
 ACTIVATION_GROUP = 32  # values that share one scale when activations are emulated in integers
@@ -26,12 +27,14 @@ ANCHOR_KEYS = 64  # keys of an int4 cache that are rounded as differences from t
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix ready to be multiplied by. values: (rows, columns) float64; bias: (rows,) float32 or None."""
+    """A matrix ready to be multiplied by. values: (rows, columns) float64; bias: (rows,) float32 or None; apart: columns whose inputs
+    are not rounded, nor seen by the others' scales, or None."""
 
     values: Array
     bias: Array | None
     activations: str
     scale: float | None = None
+    apart: Array | None = None
 
     @property
     def rows(self) -> int:
@@ -57,7 +60,9 @@ class Weight:
 def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activations: str = "int8", scale: float | None = None) -> Weight:
     """Returns the tensors, dequantized and joined along rows. bias: (rows of all,) or None; activations, scale: as of ops.pack."""
     values = np.concatenate([dequantize(t) for t in tensors]).astype(np.float64)
-    return Weight(values, bias, activations, scale)
+    same = {tuple(t.fields["outliers"].tolist()) if isinstance(get_format(t.format), OutlierFormat) else () for t in tensors}
+    apart = np.array(same.pop(), np.int64) if len(same) == 1 else np.empty(0, np.int64)
+    return Weight(values, bias, activations, scale, apart if len(apart) else None)
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
@@ -68,7 +73,12 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
     x ~ q * scale. int8_token, int8_static and llm_int8: as ops.pack says. Here that holds for every format; native kernels round
     no input of float formats, and treat few rows like many where codes have 1 or 2 bits.
     """
-    inputs = _rounded_inputs(x, weight)
+    if weight.apart is None:
+        inputs = _rounded_inputs(x, weight)
+    else:
+        rest = np.setdiff1d(np.arange(x.shape[1]), weight.apart)
+        inputs = np.array(x)
+        inputs[:, rest] = _rounded_inputs(x[:, rest], weight)
     out = inputs.astype(np.float64) @ weight.values.T
     if weight.bias is not None:
         out += weight.bias

@@ -24,6 +24,7 @@ from tersor.formats import Format, get_format
 from tersor.formats.float_zero import FloatZeroFormat
 from tersor.formats.lookup import BLOCK, NESTED_BLOCK
 from tersor.formats.ordered import OrderedFormat
+from tersor.formats.outliers import OutlierFormat
 from tersor.tensor import Array, QuantizedTensor
 
 # What decodes linearly in no float parameter, or shares it among weights that are no run of neighbours.
@@ -57,7 +58,7 @@ class TrainableTensor:
     def of(cls, tensor: QuantizedTensor) -> TrainableTensor:
         """Returns the stored tensor, ready to be trained. Any format, decode-only ones too (nothing of them is trained)."""
         format = get_format(tensor.format)
-        codes, params = format.unpack(tensor) if format.can_encode and not isinstance(format, OrderedFormat) else (None, {})
+        codes, params = format.unpack(tensor) if format.can_encode and not isinstance(format, OrderedFormat | OutlierFormat) else (None, {})
         names = tuple(
             name
             for name, a in params.items()
