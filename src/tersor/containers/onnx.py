@@ -4,7 +4,8 @@
     model.onnx.data    the weights (onnx_parts.py), each at a multiple of 64 bytes, large ones of 4096 so that they can be mapped
     config.json, tokenizer files, genai_config.json
 
-Quantized linear layers are com.microsoft.MatMulNBits with float32 inputs, so that a session computes with exactly our weights.
+Quantized linear layers are com.microsoft.MatMulNBits, those of int8_row_xN a sum of two products (onnx_graph.py), with float32 inputs,
+so that a session computes with exactly our weights.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tersor.containers.directory_writer import DirectoryWriter, Part
 from tersor.containers.onnx_file import MODEL, OnnxFile, has_graph, import_onnx
 from tersor.containers.onnx_genai import genai_config
 from tersor.containers.onnx_graph import DATA, PRODUCER, build_model, rope_names, rotation
-from tersor.containers.onnx_parts import arrays_of, is_blocks, parts_of
+from tersor.containers.onnx_parts import arrays_of, has_outliers, is_blocks, parts_of
 from tersor.containers.onnx_tensors import find_sources, read_source
 from tersor.containers.safetensors_file import DTYPES, Entry, ShardWriter
 from tersor.errors import ContainerError, ModelError
@@ -31,6 +32,7 @@ from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
 ACCURACY_LEVELS = (0, 1, 4)  # of MatMulNBits on a CPU: 0, 1 = float32 inputs, 4 = inputs rounded to 8 bits, which is faster
 MAX_ROTATION_BYTES = 1 << 30
+EMBEDDING = "model.embed_tokens.weight"
 _ROTATION_STEP = 4096  # positions whose cosines are computed at once
 _PAGE, _LARGE, _LINE = 4096, 1 << 16, 64
 
@@ -159,15 +161,17 @@ class Onnx(Container):
         return OnnxCheckpoint(path)
 
     def holds(self, format: str) -> bool:
-        """Returns whether the format is a float, or an affine integer that MatMulNBits multiplies by."""
-        return format in DTYPE_OF or is_blocks(format)
+        """Returns whether the format is a float, an affine integer that MatMulNBits multiplies by, or int8_row_xN."""
+        return format in DTYPE_OF or is_blocks(format) or has_outliers(format)
 
     def create(self, path: Path, description: ModelDescription, plan: Sequence[TensorInfo], *, force: bool = False) -> OnnxWriter:
         """Starts writing. Refuses, with the reason, decoders that the operators cannot express."""
         refuse_unheld(self, path, plan)
         for info in plan:
-            if is_blocks(info.format) and len(info.shape) != 2:
+            if info.format not in DTYPE_OF and len(info.shape) != 2:
                 raise ContainerError(f"{path}: {info.name} has {len(info.shape)} axes; onnx holds quantized matrices only")
+            if has_outliers(info.format) and info.name == EMBEDDING:
+                raise ContainerError(f"{path}: {info.name} is {info.format}, of which onnx looks no rows up; keep it in float")
         import_onnx(f"{path}: writing it")
         try:
             spec = spec_of(description.config)

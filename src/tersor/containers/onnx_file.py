@@ -28,10 +28,12 @@ MODEL = "model.onnx"
 MAX_GRAPH_BYTES = 256 << 20  # the weights lie outside
 MAX_SIZE = 2**63 - 1
 
-FLOAT, UINT8, FLOAT16, BFLOAT16 = 1, 2, 10, 16  # of TensorProto.DataType
+FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16 = 1, 2, 3, 6, 10, 16  # of TensorProto.DataType
 _DTYPES: dict[int, np.dtype[Any]] = {
     FLOAT: np.dtype("<f4"),
     UINT8: np.dtype("u1"),
+    INT8: np.dtype("i1"),
+    INT32: np.dtype("<i4"),
     FLOAT16: np.dtype("<f2"),
     BFLOAT16: np.dtype("<u2"),  # numpy has none: raw bits
 }

@@ -6,7 +6,8 @@
 
     embedding      Gather, or GatherBlockQuantized; Mul by embedding_scale
     norms          RMSNormalization; with the residual's sum before it SkipSimplifiedLayerNormalization
-    products       MatMulNBits of integers; FusedMatMul (transposed) of floats, which keeps (rows, in) and shares a tied embedding
+    products       MatMulNBits of integers; FusedMatMul (transposed) of floats, which keeps (rows, in) and shares a tied embedding;
+                   of int8_row_xN the sum of two: gathered inputs by DequantizeLinear's rows, and by the float16 columns
     attention      GroupQueryAttention, which rotates (cos_cache, sin_cache), appends to the cache, caps and windows
     MLP            Sigmoid or Gelu, Mul
 
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tersor.containers.onnx_parts import is_blocks, width_and_group
+from tersor.containers.onnx_parts import has_outliers, is_blocks, width_and_group
 from tersor.containers.safetensors_file import Entry
 from tersor.models.rope import Rope
 from tersor.models.spec import DecoderSpec, expected_tensors
@@ -81,7 +82,7 @@ def _external(entry: Entry, name: str, shape: Sequence[int]) -> onnx.TensorProto
     import onnx
 
     kind = onnx.TensorProto
-    types = {"F32": kind.FLOAT, "F16": kind.FLOAT16, "BF16": kind.BFLOAT16, "U8": kind.UINT8}
+    types = {"F32": kind.FLOAT, "F16": kind.FLOAT16, "BF16": kind.BFLOAT16, "U8": kind.UINT8, "I8": kind.INT8, "I32": kind.INT32}
     tensor = kind(name=name, data_type=types[entry.dtype], dims=shape, data_location=kind.EXTERNAL)
     for key, value in (("location", DATA), ("offset", str(entry.begin)), ("length", str(entry.end - entry.begin))):
         tensor.external_data.add(key=key, value=value)
@@ -218,10 +219,26 @@ class _Decoder:
                 "accuracy_level": self._accuracy_level,
             }
             out = self._add("MatMulNBits", path, inputs, outputs=outputs, domain=MICROSOFT, **attributes)
+        elif has_outliers(self._formats[weight]):
+            out = self._sum_of_products(source, path, x, outputs)
         else:
             out = self._add("FusedMatMul", path, [x, self._widened(weight)], outputs=outputs, domain=MICROSOFT, transB=1)
         bias = f"{module}.bias"
         return self._add("Add", path, [out, self._widened(bias)]) if bias in self._formats else out
+
+    def _sum_of_products(self, source: str, path: str, x: str, outputs: Sequence[str]) -> str:
+        """Returns the product of the columns apart plus that of the rest, whose weights are code * scb * (1/127) in this order."""
+        import onnx
+
+        rest, beside = (self._add("Gather", f"{path}/{part}", [x, f"{source}.{part}"], axis=-1) for part in ("rest", "outliers"))
+        scaled = self._add("DequantizeLinear", path, [f"{source}.qweight", f"{source}.scb"], axis=0)
+        weight = self._add("Mul", f"{path}/rest", [scaled, self._float(1 / 127)])
+        wide = self._add("Cast", f"{path}/outliers", [f"{source}.outlier"], to=onnx.TensorProto.FLOAT)
+        products = [
+            self._add("FusedMatMul", f"{path}/{part}", [inputs, w], domain=MICROSOFT, transB=1)
+            for part, inputs, w in (("rest", rest, weight), ("outliers", beside, wide))
+        ]
+        return self._add("Add", f"{path}/sum", products, outputs=outputs)
 
     def _attention(self, index: int, x: str, suffix: str) -> str:
         """Returns the product of attention's output, normed in a sandwich."""

@@ -1,6 +1,7 @@
 """Which weights a graph holds, by Hugging Face name: tersor's own graphs, and those of onnxruntime-genai's model builder.
 
     node /model/layers.0/attn/q_proj/MatMulNBits | MatMul_Q4     codes, scales and zeros are its inputs 1, 2 and 3
+    node DequantizeLinear                                        int8_row_xN, in our graphs only: its parts as onnx_parts.py has them
     node .../GatherBlockQuantized                                the embedding: inputs 0, 2 and 3; the first may come through Reshape
     initializer model.layers.0.attn.q_proj.MatMul.weight         a float matrix, transposed: (in, rows)
     initializer model.layers.0.self_attn.q_proj.weight           ours: (rows, in); norms, biases and embedding alike in both
@@ -20,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from tersor.containers.onnx_file import BFLOAT16, FLOAT, FLOAT16, UINT8, Initializer, Node, OnnxFile
+from tersor.containers.onnx_file import BFLOAT16, FLOAT, FLOAT16, INT8, INT32, UINT8, Initializer, Node, OnnxFile
 from tersor.containers.onnx_parts import is_blocks
 from tersor.containers.safetensors_file import shorten
-from tersor.errors import ContainerError
+from tersor.errors import ContainerError, FormatError
 from tersor.formats import get_format
 from tersor.formats.floats import f32_from_bf16
+from tersor.formats.outliers import OutlierFormat
 from tersor.formats.packing import packed_bytes, unpack_bits
 from tersor.models import spec_of
 from tersor.tensor import Array, QuantizedTensor, TensorInfo
@@ -57,13 +59,23 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Where the parts of a matrix with outlier columns lie."""
+
+    codes: str
+    scb: str
+    outliers: str
+    outlier: str
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a tensor comes from: rows [first, first + rows) of a stored matrix of `stored_rows`."""
 
     info: TensorInfo
     first: int
     stored_rows: int
-    stored: str | Blocks  # of floats the initializer's name
+    stored: str | Blocks | Apart  # of floats the initializer's name
     transposed: bool = False
 
 
@@ -75,13 +87,16 @@ def find_sources(file: OnnxFile, config: Mapping[str, Any]) -> dict[str, Source]
     producers = {output: node for node in file.nodes for output in node.outputs}
     found: list[Source] = []
     for node in file.nodes:
+        own = _OWN.fullmatch(node.inputs[0]) if node.op == "DequantizeLinear" and node.inputs else None
+        if own is not None:
+            found.append(_outliers(file, own[1]))
         module = _module(node)
         if module is not None:
             found += _split(_quantized(file, node, module, producers), config, file)
     for name, entry in file.initializers.items():
-        own = _float_name(name, entry)
-        if own is not None:
-            found += _split(_float(file, entry, *own), config, file)
+        floating = _float_name(name, entry)
+        if floating is not None:
+            found += _split(_float(file, entry, *floating), config, file)
     order = {name: position for position, name in enumerate(file.initializers)}
     found.sort(key=lambda source: (order[_first_part(source)], source.first))
     return _without_tied_head({source.info.name: source for source in found})
@@ -148,6 +163,29 @@ def _quantized(file: OnnxFile, node: Node, module: str, producers: Mapping[str, 
     return Source(info, 0, rows, Blocks(codes, scales, zeros, bits, group))
 
 
+def _outliers(file: OnnxFile, module: str) -> Source:
+    """Returns the source of a matrix with outlier columns after checking that all its parts fit each other."""
+    where = f"{file.path}: {shorten(module)} (DequantizeLinear)"
+    codes, outlier = file.initializers.get(f"{module}.qweight"), file.initializers.get(f"{module}.outlier")
+    if codes is None or outlier is None or len(codes.shape) != 2 or len(outlier.shape) != 2 or 0 in codes.shape or 0 in outlier.shape:
+        found = [None if part is None else shorten(list(part.shape)) for part in (codes, outlier)]
+        raise ContainerError(f"{where}: qweight and outlier are {found}, need (rows, columns) each; the file is damaged")
+    (rows, rest), count = codes.shape, outlier.shape[1]
+    for part, kind, size in (("qweight", INT8, rows * rest), ("scb", FLOAT, rows), ("rest", INT32, rest), ("outliers", INT32, count)):
+        _check_part(file, where, f"{module}.{part}", (kind,), size)
+    _check_part(file, where, f"{module}.outlier", (FLOAT16,), rows * count)
+    try:
+        format = get_format(f"int8_row_x{count}")
+        assert isinstance(format, OutlierFormat)
+        complement = format.rest_of(file.array(f"{module}.outliers").reshape(-1), rest + count)
+    except FormatError as error:
+        raise ContainerError(f"{where}: {error}; the file is damaged") from None
+    if not np.array_equal(file.array(f"{module}.rest").reshape(-1), complement):
+        raise ContainerError(f"{where}: rest and outliers do not name every column once, by rising number; the file is damaged")
+    info = TensorInfo(f"{module}.weight", format.name, (rows, rest + count), format.nbytes((rows, rest + count)))
+    return Source(info, 0, rows, Apart(*(f"{module}.{part}" for part in ("qweight", "scb", "outliers", "outlier"))))
+
+
 def _check_part(file: OnnxFile, where: str, name: str, types: tuple[int, ...], count: int) -> None:
     part = file.initializers.get(name)
     if part is None or part.data_type not in types or prod(part.shape) != count:
@@ -204,6 +242,8 @@ def read_source(file: OnnxFile, source: Source, rows: slice | None) -> Quantized
             return QuantizedTensor(info.format, info.shape, {"values": values}) if rows is None else _sliced(info.format, values[rows])
         matrix = (values.T if source.transposed else values)[first : first + info.shape[0]]
         return _sliced(info.format, matrix if rows is None else matrix[rows])
+    if isinstance(source.stored, Apart):
+        return _read_outliers(file, source.info, source.stored, rows)
     parts = source.stored
     names = [("codes", parts.codes), ("scale", parts.scales)] + ([("zero", parts.zeros)] if parts.zeros else [])
     fields = {}
@@ -217,6 +257,21 @@ def read_source(file: OnnxFile, source: Source, rows: slice | None) -> Quantized
         raise ContainerError(f"{file.path}: {shorten(parts.scales)} holds scales that are no float16 numbers; they cannot be kept exactly")
     fields["scale"] = fields["scale"].astype(np.float16)
     return QuantizedTensor(info.format, (len(fields["codes"]), info.shape[1]), fields)
+
+
+def _read_outliers(file: OnnxFile, info: TensorInfo, parts: Apart, rows: slice | None) -> QuantizedTensor:
+    """Returns a matrix with outlier columns. Raises ContainerError for a code of -128."""
+    mine = slice(None) if rows is None else rows
+    codes = file.array(parts.codes)[mine]
+    if codes.size and codes.min() == -128:
+        raise ContainerError(f"{file.path}: {shorten(parts.codes)} holds the code -128, int8_row has -127..127; the file is damaged")
+    fields = {
+        "codes": codes,
+        "scb": file.array(parts.scb).reshape(-1, 1)[mine],
+        "outliers": file.array(parts.outliers).reshape(-1),
+        "outlier": file.array(parts.outlier)[mine],
+    }
+    return QuantizedTensor(info.format, (len(codes), info.shape[1]), fields)
 
 
 def _sliced(format: str, values: Array) -> QuantizedTensor:

@@ -1,7 +1,8 @@
 """onnxruntime's view of an ONNX directory: what its operators make of the stored codes.
 
 Every MatMulNBits is run alone, with float32 inputs, on an identity matrix, and every GatherBlockQuantized on all row numbers, so that
-packing, zero points and block order are the operator's reading. With float16 scales the products are exact in float32.
+packing, zero points and block order are the operator's reading. With float16 scales the products are exact in float32. Of int8_row_xN
+all nodes of a product are run so, as the graph joins them.
 Floats are read by onnx.numpy_helper.
 """
 
@@ -52,6 +53,11 @@ class OnnxReader(Reader):
                 if name == "lm_head.weight" and tied and node.input[2] == "model.embed_tokens.scales":
                     continue
                 yield name, _multiplied(node, parts)
+            if node.op_type == "DequantizeLinear":
+                module = node.name.removesuffix("DequantizeLinear")
+                nodes = [other for other in graph.node if other.name.startswith(module) and other.name != f"{module}Add"]  # its bias
+                held = {name: array(name) for other in nodes for name in other.input if name in stored}
+                yield _name(f"{module}MatMulNBits"), _summed(nodes, held)
         for name in stored:
             if name not in used and re.fullmatch(r"(model|lm_head)(\.\w+)*\.(weight|bias)", name):
                 yield name, array(name).astype(np.float32)
@@ -95,10 +101,42 @@ def _multiplied(node: Any, parts: list[Array]) -> Array:
     return out
 
 
+def _summed(nodes: list[Any], parts: Mapping[str, Array]) -> Array:
+    """Returns W of a product that several nodes make, (rows, in) float32. parts: their initializers by name."""
+    import onnx
+
+    made = {name for node in nodes for name in node.output}
+    free = next(name for node in nodes for name in node.input if name not in made and name not in parts)
+    end = nodes[-1].output[0]
+    columns = sum(array.size for name, array in parts.items() if name.endswith((".rest", ".outliers")))
+    take = onnx.helper.make_tensor_value_info(free, onnx.TensorProto.FLOAT, [None, columns])
+    give = onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None)
+    initializers = [onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in parts.items()]
+    session = _session(onnx.helper.make_graph(nodes, "one", [take], [give], initializers))
+    step = max(1, SLAB_VALUES // columns)
+    slabs = []
+    for first in range(0, columns, step):
+        unit = np.zeros((min(step, columns - first), columns), np.float32)
+        unit[np.arange(len(unit)), np.arange(first, first + len(unit))] = 1
+        slabs.append(session.run([end], {free: unit})[0])
+    return np.ascontiguousarray(np.concatenate(slabs).T)
+
+
+def _session(graph: Any) -> Any:
+    """Returns a session of a graph."""
+    import onnx
+    import onnxruntime
+
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def _run(op: str, inputs: Mapping[str, Array | None], zeros: list[Array], given: Array, attributes: Mapping[str, Any]) -> Array:
     """Returns what one operator makes of `given`, its input that is not stored (None in inputs)."""
     import onnx
-    import onnxruntime
 
     helper = onnx.helper
     stored = {**inputs, **({"zeros": zeros[0]} if zeros else {})}
@@ -108,12 +146,7 @@ def _run(op: str, inputs: Mapping[str, Array | None], zeros: list[Array], given:
     take = helper.make_tensor_value_info(free, helper.np_dtype_to_tensor_dtype(given.dtype), given.shape)
     give = helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
     graph = helper.make_graph([node], "one", [take], [give], initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["out"], {free: given})[0])
+    return np.asarray(_session(graph).run(["out"], {free: given})[0])
 
 
 def _integer(node: Any, name: str) -> int:
