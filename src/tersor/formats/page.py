@@ -94,7 +94,8 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
 
 
 # Of the families with free bits and group sizes: the forms that are drawn.
-_DRAWN = {"int4_g64", "int4_g64s", "int4_g64m", "int8_cs", "int4_t", "binary_g64", "ternary_g64", "int4_g64z", "int4_g128o", "int4_g64so"}
+_DRAWN = {"int4_g64", "int4_g64s", "int4_g64m", "int8_cs", "int4_t", "int4_g64sf", "binary_g64", "ternary_g64"}
+_DRAWN |= {"int4_g64z", "int4_g128o", "int4_g64so"}
 
 
 def page() -> str:
