@@ -8,7 +8,9 @@ from tersor.formats import FORMATS, get_format
 from tersor.methods.hqq import HqqOptions, hqq
 
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
-SERVED = [n for n in ENCODERS if n in ("q4_1", "q5_1") or (n.startswith("int") and n != "int8_row" and not n.endswith(("s", "so")))]
+SERVED = [
+    n for n in ENCODERS if n in ("q4_1", "q5_1") or (n.startswith("int") and n != "int8_row" and not n.endswith(("s", "so", "sf", "sfo")))
+]
 
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:

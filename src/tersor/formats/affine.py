@@ -45,7 +45,7 @@ EXAMPLES = (
     ),
     *("int5_g64", "int5_g64s", "int5_g32m", "int6_g64", "int6_g128s", "int6_g64m"),
     *("int8_g64", "int8_g128s", "int8_g32m", "int8_c", "int8_cs", "int8_cm", "int8_t", "int8_ts", "int8_tm"),
-    *("int4_g64f", "int4_g64sf", "int4_g64mf", "int3_g32f", "int8_csf", "int8_cmf", "int4_tf"),
+    *("int4_g64f", "int4_g64sf", "int4_g64mf", "int3_g32f", "int8_csf", "int8_cmf"),
 )
 
 _NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|([ct]))([sm]?)(f?)")
