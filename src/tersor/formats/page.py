@@ -53,7 +53,8 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
         affine,
         "`intB_gN`: B = 1, 2, 3, 4, 5, 6, 8; N = 16..256, a multiple of 16. `_c`: one scale per row. `_t`: one per tensor.\n"
         "No suffix: integer zero; `s`: symmetric; `m`: float16 minimum. With `f` after it: scales and minima are float32, as in files\n"
-        "made of a float32 model; products keep them. The table lists examples; every combination exists but `int1_..s`, which is `binary`. Source: arXiv 1712.05877 equation 1; packing as compressed-tensors `pack_quantized`.",
+        "made of a float32 model; products keep them. The table lists examples; every combination exists but `int1_..s`, which is\n"
+        "`binary`. Source: arXiv 1712.05877 equation 1; packing as compressed-tensors `pack_quantized`.",
     ),
     (
         "Affine integers with a float zero",
