@@ -268,8 +268,10 @@ def with_outliers(n: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("activations", ROUNDINGS)
-@pytest.mark.parametrize(("name", "columns"), [("int8_row", 300), ("int8_cs", 33), ("int4_g32", 96), ("q2_k", 256), ("nf4", 64), ("int8_csf", 33),
-                                               ("int4_g32sf", 96)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [("int8_row", 300), ("int8_cs", 33), ("int4_g32", 96), ("q2_k", 256), ("nf4", 64), ("int8_csf", 33), ("int4_g32sf", 96)],
+)
 def test_one_scale_for_a_row(name: str, columns: int, activations: str, isa: str) -> None:
     tensor, scale = make(name, ROWS, columns), ROUNDINGS[activations]
     weight = ops.pack([tensor], activations=activations, scale=scale)
