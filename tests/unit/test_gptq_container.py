@@ -251,6 +251,8 @@ def test_float32_scales_are_not_written(container: str, tmp_path: Path) -> None:
     text = rf"is int4_g32sf, whose numbers {container} cannot hold: its scales are float32, there they are float16; add --requantize"
     with pytest.raises(ContainerError, match=text):
         convert(tmp_path / "wide", tmp_path / "out", container)
+    with pytest.raises(ContainerError, match="gguf cannot hold: its scales are float32, there they are float16; add --requantize"):
+        convert(tmp_path / "wide", tmp_path / "out.gguf")
     convert(tmp_path / "wide", tmp_path / "again", container, requantize="rtn:int4_g32s")
     assert open_checkpoint(tmp_path / "again").tensors[f"{Q}.weight"].format == "int4_g32s"
 
