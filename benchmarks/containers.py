@@ -7,8 +7,9 @@
 MODEL: a Hugging Face directory in float32. ours: `tersor quantize --to NAME`, then `verify`: every weight through the package that
 reads such files, then the logits of 96 tokens in onnxruntime, or in transformers on the weights as that package decodes them; GGUF in
 llama.cpp besides (built with BLAS, whose products are float32: `make peers`). KL is of our engine, float activations, from that.
-foreign: 8 samples of 512 tokens (and 2 iterations of auto-round) are enough, since quality is not judged here; our reading of the tool's
-own directory is compared with the weights that the tool's own code decodes, and the logits with transformers on those.
+foreign: 8 samples of 512 tokens (2 iterations of auto-round, none for llmcompressor) are enough, since quality is not judged here; our
+reading of the tool's own directory is compared with the weights that the tool's own code decodes, and the logits with transformers on
+those.
 """
 
 from __future__ import annotations
@@ -53,10 +54,13 @@ FOREIGN = (
     ("gptqmodel", "int3_g64"),
     ("auto-round", "int4_g64s"),
     ("llmcompressor", "int4_g64"),
+    ("llmcompressor", "int4_g64s"),
+    ("llmcompressor", "w8a8"),
     ("bitsandbytes", "nf4_dq"),
     ("bitsandbytes", "int8"),
 )
 SAMPLES = 8
+QUICK = {"auto-round": ["--iters", "2"], "llmcompressor": ["--method", "rtn"]}  # options of workers
 
 
 def keep(kind: str, key: str, row: dict[str, Any]) -> None:
@@ -122,8 +126,7 @@ def foreign(model: Path, out: Path, text: Path, tools: list[str]) -> None:
         key = f"{tool} {format}"
         target = out / key.replace(" ", "-")
         try:
-            extra = ["--iters", "2"] if tool == "auto-round" else []
-            answer = run_peer(tool, format, model, target, SAMPLES, os.cpu_count() or 1, extra)
+            answer = run_peer(tool, format, model, target, SAMPLES, os.cpu_count() or 1, QUICK.get(tool, []))
         except NotHere as absent:
             print(f"{key}: {absent}", file=sys.stderr)
             continue

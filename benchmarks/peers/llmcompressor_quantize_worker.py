@@ -1,4 +1,8 @@
-"""llmcompressor's GPTQ with its defaults (block 128, damping 0.01, static activation order), float32: see quantizing.py."""
+"""llmcompressor's GPTQ with its defaults (block 128, damping 0.01, static activation order), float32: see quantizing.py.
+
+--scheme w8a8: int8 per channel, symmetric, inputs rounded to int8 token by token; else weights alone, in groups. --method rtn: rounded to
+nearest instead, without calibration.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,27 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from datasets import Dataset
 from llmcompressor import __version__, oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from transformers import AutoModelForCausalLM
 
 from benchmarks.peers.quantizing import Run, arguments, quiet_exit
 
-a = arguments()
+a = arguments("scheme", "method")
 run = Run(a)
 model = AutoModelForCausalLM.from_pretrained(str(a.source), dtype=torch.float32)
 tokens = run.windows.tolist()
 data = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(t) for t in tokens]})
 weights = QuantizationArgs(num_bits=a.bits, type="int", symmetric=a.sym, strategy="group", group_size=a.group)
-recipe = GPTQModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
+inputs = None
+if a.scheme == "w8a8":
+    weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    inputs = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+plain = a.method == "rtn"
+recipe = (QuantizationModifier if plain else GPTQModifier)(config_groups={"group_0": scheme}, ignore=["lm_head"])
 oneshot(
     model=model,
-    dataset=data,
+    dataset=None if plain else data,
     recipe=recipe,
     max_seq_length=len(tokens[0]),
     num_calibration_samples=len(tokens),

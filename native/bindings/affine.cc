@@ -67,7 +67,8 @@ AffineKind kind_of(const std::string& name) {
 // group: columns that share a grid; 0: the whole tensor does.
 std::tuple<NewMatrix<float>, NewMatrix<float>> affine_fit(const Matrix<float>& w, int64_t group,
                                                           const std::string& kind_name, int max_code,
-                                                          const std::optional<Vector<float>>& importance, bool search) {
+                                                          const std::optional<Vector<float>>& importance, bool search,
+                                                          bool single) {
   const int64_t rows = w.shape(0), columns = w.shape(1);
   const AffineKind kind = kind_of(kind_name);
   require(rows > 0 && columns > 0 && group >= 0 && (group == 0 || columns % group == 0),
@@ -84,7 +85,8 @@ std::tuple<NewMatrix<float>, NewMatrix<float>> affine_fit(const Matrix<float>& w
     parallel_for(out_rows * groups_in_row, rows_per_part(n), [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; g++) {
         const float* h = importance ? importance->data() + g % groups_in_row * n : nullptr;
-        const AffineGrid grid = affine_fit(AffineGroup{w.data() + g * n, h, segments, n}, kind, max_code, search);
+        const AffineGroup members{w.data() + g * n, h, segments, n, single};
+        const AffineGrid grid = affine_fit(members, kind, max_code, search);
         scale.get()[g] = grid.scale;
         offset.get()[g] = grid.offset;
       }
@@ -178,7 +180,7 @@ void bind_affine(nb::module_& m) {
   m.def("unpack_bits", &b::unpack_bits, nb::arg("packed"), nb::arg("bits"), nb::arg("n"),
         "The codes (rows, n) uint8 of pack_bits.");
   m.def("affine_fit", &b::affine_fit, nb::arg("w"), nb::arg("group"), nb::arg("kind"), nb::arg("max_code"),
-        nb::arg("importance").none(), nb::arg("search"),
+        nb::arg("importance").none(), nb::arg("search"), nb::arg("single"),
         "(scale, offset), float32 (rows, groups), of the min-max grids, or with search of the clipped grids of least "
         "error.");
   m.def("affine_encode", &b::encode, nb::arg("w"), nb::arg("scale"), nb::arg("offset"), nb::arg("groups"),

@@ -58,26 +58,29 @@ void encode_minimum(const float* w, int64_t n, float scale, float minimum, float
 
 }  // namespace
 
-float affine_stored_scale(float x) {
+float affine_stored_scale(float x, bool single) {
+  if (single) return x + 0.0f;  // -0 becomes 0
   if (!(x < kHalfNormal)) return round_half(x);
   const float rounded = round_subnormal(x);
   return rounded < x ? rounded + kHalfStep : rounded;
 }
 
-float affine_stored_minimum(float x) { return round_half(x) + 0.0f; }  // + 0: -0 becomes 0
+float affine_stored_minimum(float x, bool single) {
+  return (single ? x : round_half(x)) + 0.0f;  // + 0: -0 becomes 0
+}
 
-AffineGrid affine_range_grid(float lo, float hi, AffineKind kind, int max_code) {
+AffineGrid affine_range_grid(float lo, float hi, AffineKind kind, int max_code, bool single) {
   const float steps = static_cast<float>(max_code);
   if (kind == AffineKind::kSymmetric) {
     const float highest = hi > -lo ? hi : -lo;
-    return {affine_stored_scale(highest * 2.0f / steps), static_cast<float>((max_code + 1) / 2)};
+    return {affine_stored_scale(highest * 2.0f / steps, single), static_cast<float>((max_code + 1) / 2)};
   }
   if (kind == AffineKind::kMinimum) {
-    const float minimum = affine_stored_minimum(lo);
+    const float minimum = affine_stored_minimum(lo, single);
     const float range = hi - minimum;
-    return {affine_stored_scale((range > 0.0f ? range : 0.0f) / steps), minimum};
+    return {affine_stored_scale((range > 0.0f ? range : 0.0f) / steps, single), minimum};
   }
-  const float scale = affine_stored_scale((hi - lo) / steps);
+  const float scale = affine_stored_scale((hi - lo) / steps, single);
   return {scale, static_cast<float>(to_code(round_even(-lo / (scale == 0.0f ? 1.0f : scale)), steps))};
 }
 

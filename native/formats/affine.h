@@ -3,7 +3,7 @@
 //
 //   zero     w = (q - offset) * scale    offset: the integer zero, as a float
 //   minimum  w = q * scale + offset      offset: the group's minimum
-// q in 0..max_code. Scales (and minima) are values that float16 holds; here they travel as float32.
+// q in 0..max_code. Scales (and minima) are values that float16 holds, or with `single` any; they travel as float32.
 #pragma once
 
 #include <cstdint>
@@ -18,22 +18,24 @@ struct AffineGrid {
 };
 
 // The weights that share a grid: `segments` runs of n consecutive values, contiguous. importance: n values for every
-// run alike, or null.
+// run alike, or null. single: the grid's floats are stored as float32, not as float16.
 struct AffineGroup {
   const float* w;
   const float* importance;
   int64_t segments;
   int64_t n;
+  bool single = false;
 };
 
 // Nearest float16, ties to even, as a float32; a subnormal result is rounded up; beyond 65504 gives infinity. x >= 0.
-float affine_stored_scale(float x);
+// single: x itself, 0 for -0.
+float affine_stored_scale(float x, bool single);
 
-// Nearest float16, ties to even, as a float32.
-float affine_stored_minimum(float x);
+// Nearest float16, ties to even, as a float32. single: x itself, 0 for -0.
+float affine_stored_minimum(float x, bool single);
 
 // The grid from lo to hi (lo <= 0 <= hi when asymmetric). A scale of 0 means: all values are the same level.
-AffineGrid affine_range_grid(float lo, float hi, AffineKind kind, int max_code);
+AffineGrid affine_range_grid(float lo, float hi, AffineKind kind, int max_code, bool single);
 
 // The min-max grid. search: the grid of the least (importance-weighted) squared error over clipped ranges, see
 // affine_search.inc.

@@ -33,7 +33,7 @@ void test_bits(int bits) {
 }
 
 // The searched grid of a group, then its codes; a decoded matrix encodes to the codes that it came from.
-void test_affine(AffineKind kind, int bits, bool search, bool weighted) {
+void test_affine(AffineKind kind, int bits, bool search, bool weighted, bool single) {
   Random random{uint32_t(bits)};
   const int64_t rows = 40, groups = 3, n = 37 + bits, columns = groups * n;
   const int max_code = (1 << bits) - 1;
@@ -47,7 +47,7 @@ void test_affine(AffineKind kind, int bits, bool search, bool weighted) {
   const std::vector<uint8_t> bytes = expect_same_bytes("affine encode", [&] {
     for (int64_t i = 0; i < rows * groups; ++i) {
       const AffineGrid grid =
-          affine_fit({&w[i * n], weighted ? importance.data() : nullptr, 1, n}, kind, max_code, search);
+          affine_fit({&w[i * n], weighted ? importance.data() : nullptr, 1, n, single}, kind, max_code, search);
       scale[i] = grid.scale;
       offset[i] = grid.offset;
     }
@@ -141,9 +141,11 @@ void test_formats() {
   for (int bits = 1; bits <= 8; ++bits) {
     test_bits(bits);
     for (auto kind : {AffineKind::kAsymmetric, AffineKind::kSymmetric, AffineKind::kMinimum}) {
-      test_affine(kind, bits, false, false);
-      test_affine(kind, bits, true, false);
-      test_affine(kind, bits, true, true);
+      for (const bool single : {false, true}) {
+        test_affine(kind, bits, false, false, single);
+        test_affine(kind, bits, true, false, single);
+        test_affine(kind, bits, true, true, single);
+      }
     }
   }
   for (const char* name : {"q4_0",   "q4_1",  "q5_0",    "q5_1",  "q8_0",   "tq1_0",  "tq2_0", "mxfp4", "q2_k",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tersor.containers import CONTAINERS, get_container, open_checkpoint
-from tersor.containers.container import Checkpoint, Container, Writer
+from tersor.containers.container import Checkpoint, Container, Writer, what_is_lost
 from tersor.containers.directory import DTYPE_OF
 from tersor.containers.gguf import GGUF
 from tersor.errors import ContainerError, FormatError, OutputError, RecipeError, unknown
@@ -183,7 +183,8 @@ def _planned(checkpoint: Checkpoint, info: TensorInfo, target: Container, dequan
             raise ContainerError(f"{target.name} cannot hold {format} of {info.name}; choose another --requantize")
         return stored_as(format)
     raise ContainerError(
-        f"{checkpoint.path}: {info.name} is {info.format}, whose numbers {target.name} cannot hold; add --requantize RECIPE to round them"
+        f"{checkpoint.path}: {info.name} is {info.format}, whose numbers {target.name} cannot hold"
+        f"{what_is_lost(target, info.format)}; add --requantize RECIPE to round them"
         " again (the added error is printed), --dequantize f16 to store floats, or choose another --to"
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tersor.containers import CONTAINERS, open_checkpoint
-from tersor.containers.container import Checkpoint, Container, Writer
+from tersor.containers.container import Checkpoint, Container, Writer, what_is_lost
 from tersor.containers.gguf_split import stored_files
 from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
@@ -410,7 +410,8 @@ def plan_tensors(tensors: Mapping[str, TensorInfo], choices: Mapping[str, Choice
         chosen = choices[name].format_for(info)
         format = info.format if chosen == KEEP else chosen
         if not container.holds(format):
-            raise ContainerError(f"{container.name} cannot hold {format} of {name}; {_advice(container, chosen, format)}")
+            lost = what_is_lost(container, format)
+            raise ContainerError(f"{container.name} cannot hold {format} of {name}{lost}; {_advice(container, chosen, format)}")
         nbytes = info.nbytes if chosen == KEEP else get_format(format).nbytes(info.shape)
         plan.append(TensorInfo(name, format, info.shape, nbytes))
     return plan

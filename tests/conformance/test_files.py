@@ -33,7 +33,8 @@ AFFINE = [
     for order in ("", "o")
     if not (bits == 1 and kind == "s") and not (order and (kind in ("m", "z") or axis == "c"))
 ]
-NAMES = list(dict.fromkeys([*FORMATS, *AFFINE]))
+WIDE = [f"int{bits}_g32{kind}f" for bits in (3, 8) for kind in ("", "s", "m", "z")]
+NAMES = list(dict.fromkeys([*FORMATS, *AFFINE, *WIDE]))
 EXAMPLES = {
     "gguf": "q4_k",
     "huggingface": "bf16",
@@ -145,5 +146,6 @@ def test_the_matrix_holds_all() -> None:
     assert {"nf4", "fp4", "nf4_dq", "fp4_dq", "int8_row"} <= held["bnb"]
     assert {f"int{bits}_g32{kind}" for bits in (1, 2, 3, 4, 8) for kind in ("z", "")} <= held["hqq"]
     assert {f"int{bits}_g32m" for bits in (2, 3, 4, 5, 6, 8)} <= held["mlx"]
+    assert {"int8_g32mf"} <= held["mlx"] and {"int8_g32f", "int8_g32sf"} <= held["onnx"] & held["compressed-tensors"] & held["hqq"]
     assert {f"int{bits}_g32{kind}" for bits in (2, 4, 8) for kind in ("", "s")} <= held["onnx"]
     assert {"q4_0", "q5_1", "q8_0", "q2_k", "q6_k", "iq4_xs", "tq2_0", "mxfp4"} <= held["gguf"]

@@ -43,6 +43,11 @@ KERNELS = {
     "u4x16min": ("int4_g16m", (16, 48)),
     "u4x16zero": ("int4_g48", (48, 144)),
     "u4x32supermin": ("q4_k", (256, 512)),
+    "u4x64single": ("int4_g64sf", (64, 320)),
+    "u4x64singlezero": ("int4_g64f", (64, 320)),
+    "u4x64singlemin": ("int4_g64mf", (64, 320)),
+    "u4x16single": ("int4_g48sf", (48, 144)),
+    "u3x16singlemin": ("int3_g16mf", (16, 48)),
     "u5x32": ("q5_0", (32, 96)),
     "u5x32min": ("q5_1", (32, 96)),
     "u5x16min": ("int5_g16m", (16, 48)),
@@ -54,6 +59,8 @@ KERNELS = {
     "s8x256": ("int8_row", (1, 7, 33, 100, 300)),
     "s8x256min": ("int8_cm", (1, 7, 33, 100)),
     "s8x256zero": ("int8_c", (1, 7, 33, 100)),
+    "s8x256singlemin": ("int8_cmf", (1, 7, 33, 100)),
+    "s8x16singlezero": ("int8_g16f", (16, 48)),
     "s8x32": ("q8_0", (32, 96)),
     "s8x16": ("int8_g16s", (16, 48)),
     "s8x16min": ("int8_g16m", (16, 48)),
@@ -261,7 +268,10 @@ def with_outliers(n: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("activations", ROUNDINGS)
-@pytest.mark.parametrize(("name", "columns"), [("int8_row", 300), ("int8_cs", 33), ("int4_g32", 96), ("q2_k", 256), ("nf4", 64)])
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [("int8_row", 300), ("int8_cs", 33), ("int4_g32", 96), ("q2_k", 256), ("nf4", 64), ("int8_csf", 33), ("int4_g32sf", 96)],
+)
 def test_one_scale_for_a_row(name: str, columns: int, activations: str, isa: str) -> None:
     tensor, scale = make(name, ROWS, columns), ROUNDINGS[activations]
     weight = ops.pack([tensor], activations=activations, scale=scale)
@@ -329,6 +339,16 @@ def test_scales_beyond_float16(isa: str) -> None:
         for tensor in (QuantizedTensor("mxfp4", (16, 64), {"blocks": blocks}), QuantizedTensor("int8_row", (16, 64), scaled)):
             want = get_format(tensor.format).dequantize(tensor).astype(np.float64)
             np.testing.assert_allclose(weights_inside(ops.pack([tensor]), 16), want, rtol=1e-6, atol=1e-8 * 2.0**power)
+
+
+def test_float32_scales_of_any_size_are_kept(isa: str) -> None:
+    """Neighbouring groups of 1e-30 and 1e20, which no factor of the row brings into float16."""
+    tensor = make("int4_g32sf", 16, 64)
+    scale = tensor.fields["scale"] * np.array([[1e-30, 1e20]], np.float32)
+    wide = QuantizedTensor("int4_g32sf", (16, 64), {**tensor.fields, "scale": scale})
+    want = get_format("int4_g32sf").dequantize(wide).astype(np.float64)
+    for rows in (16, 40):
+        np.testing.assert_allclose(weights_inside(ops.pack([wide]), rows), want, rtol=1e-6, atol=0)
 
 
 def test_absmax_beyond_float16(isa: str) -> None:

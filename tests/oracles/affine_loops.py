@@ -35,17 +35,18 @@ def half_up_if_subnormal(x: float) -> np.float16:
     return h
 
 
-def minmax_grid(group: list[float], bits: int, kind: str) -> tuple[float, float]:
-    """(scale, offset): offset is the zero for '' and 's', the minimum for 'm'."""
+def minmax_grid(group: list[float], bits: int, kind: str, single: bool = False) -> tuple[float, float]:
+    """(scale, offset): offset is the zero for '' and 's', the minimum for 'm'. single: floats are float32, else float16."""
     top = 2**bits - 1
+    stored_scale, stored_minimum = (F, F) if single else (half_up_if_subnormal, np.float16)
     lo, hi = F(min(group)), F(max(group))
     if kind == "s":
-        return float(half_up_if_subnormal(float(F(F(2) * max(-lo, hi)) / F(top)))), float(2 ** (bits - 1))
+        return float(stored_scale(float(F(F(2) * max(-lo, hi)) / F(top)))), float(2 ** (bits - 1))
     if kind == "m":
-        minimum = np.float16(lo)
-        return float(half_up_if_subnormal(float(max(F(0), F(hi - F(minimum))) / F(top)))), float(minimum)
+        minimum = stored_minimum(lo)
+        return float(stored_scale(float(max(F(0), F(hi - F(minimum))) / F(top)))), float(minimum)
     lo, hi = min(lo, F(0)), max(hi, F(0))
-    scale = half_up_if_subnormal(float(F(hi - lo) / F(top)))
+    scale = stored_scale(float(F(hi - lo) / F(top)))
     if scale == 0:
         return 0.0, 0.0
     return float(scale), float(min(top, max(0, round_half_even(float(-lo / F(scale))))))

@@ -53,7 +53,7 @@ def weights(codes: list, zeros: list, scales: list, g_idx: list) -> np.ndarray:
     out = np.empty((len(codes), len(codes[0])), np.float32)
     for r, row in enumerate(codes):
         for i, code in enumerate(row):
-            out[r, i] = np.float32(code - zeros[r][g_idx[i]]) * np.float32(np.float16(scales[r][g_idx[i]]))
+            out[r, i] = np.float32(code - zeros[r][g_idx[i]]) * np.float32(scales[r][g_idx[i]])
     return out
 
 

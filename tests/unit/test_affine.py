@@ -1,5 +1,7 @@
 """Affine integers: the worked example, the grids of special groups, the search, and native against numpy and a slow loop."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -111,7 +113,7 @@ def test_numpy_reference_is_the_slow_loop(name):
         for g in range(groups):
             at = (0, 0) if f.group_size == -1 else (row, g)
             members = w if f.group_size == -1 else w[row, g * n : (g + 1) * n]
-            scale, offset = affine_loops.minmax_grid(members.ravel().tolist(), f.width, f.kind)
+            scale, offset = affine_loops.minmax_grid(members.ravel().tolist(), f.width, f.kind, f.wide)
             assert float(params["scale"][at]) == scale
             if f.kind != "s":
                 assert float(params["zero" if f.kind == "" else "min"][at]) == offset
@@ -199,7 +201,9 @@ def test_all_zero_group_decodes_to_plus_zero(name, isa):
             assert not stored.fields["scale"].any()
 
 
-@pytest.mark.parametrize("name", ["int2_g16", "int4_g16", "int4_g16s", "int4_g16m", "int6_g16", "int8_g16", "int8_g16m"])
+@pytest.mark.parametrize(
+    "name", ["int2_g16", "int4_g16", "int4_g16s", "int4_g16m", "int6_g16", "int8_g16", "int8_g16m", "int4_g16f", "int4_g16mf"]
+)
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.1, -0.1, 3e-5, 1234.5])
 def test_constant_group(name, value, isa):
     f = fmt(name)
@@ -225,7 +229,7 @@ def test_one_outlier_takes_the_range_and_clip_gives_it_up(isa):
     assert np.square(f.dequantize(weighted) - w)[0, others].sum() < 0.6 * np.square(f.dequantize(clipped) - w)[0, others].sum()
 
 
-@pytest.mark.parametrize("name", ["int4_g16", "int4_g16s", "int4_g16m", "int8_c", "int8_t"])
+@pytest.mark.parametrize("name", ["int4_g16", "int4_g16s", "int4_g16m", "int8_c", "int8_t", "int4_g16f", "int4_g16sf", "int4_g16mf"])
 @pytest.mark.parametrize("size", [1e-8, 1e-12, 1e-20, 1e-38, 1e-45])
 def test_tiny_weights_never_give_nan(name, size, isa):
     f = fmt(name)
@@ -243,14 +247,27 @@ def test_scale_beyond_float16_names_the_alternative(name, value, isa):
     w = np.zeros((1, 16), dtype=np.float32)
     w[0, 0], w[0, 1] = value, -1
     for call in (f.fit, f.quantize, f.quantize_clipped):
-        with pytest.raises(FormatError, match=r"beyond float16's 65504; use nf4 \(float32 scales\), bf16 or f32"):
+        with pytest.raises(FormatError, match=rf"scale is beyond 65504, the largest float16; use {name}f \(float32 scales\), bf16 or f32"):
+            call(w)
+
+
+@pytest.mark.parametrize("name", ["int4_g16f", "int4_g16sf", "int4_g16mf", "int4_cf", "int4_tf"])
+def test_float32_scales_reach_further_until_they_do_not(name, isa):
+    f = fmt(name)
+    w = np.zeros((1, 16), dtype=np.float32)
+    w[0, 0], w[0, 1] = 2e6, -1
+    for stored in (f.quantize(w), f.quantize_clipped(w)):
+        assert np.abs(f.dequantize(stored) - w).max() <= 2e6 / 15 * 1.01
+    w[0, 0], w[0, 1] = 3e38, -3e38
+    for call in (f.fit, f.quantize, f.quantize_clipped):
+        with pytest.raises(FormatError, match=r"scale is beyond 3\.40282e\+38, the largest float32; use f32"):
             call(w)
 
 
 def test_minimum_beyond_float16_is_refused():
     w = np.linspace(-70000, -69000, 16, dtype=np.float32)[None]
     for call in (fmt("int4_g16m").fit, fmt("int4_g16m").quantize):
-        with pytest.raises(FormatError, match="minimum is beyond float16's -65504"):
+        with pytest.raises(FormatError, match="minimum is beyond -65504, the largest float16; use int4_g16mf"):
             call(w)
 
 
@@ -260,12 +277,12 @@ def test_native_survives_non_finite_weights(name, bad, isa):
     w = heavy_tailed(4, 32)
     w[1, 3] = bad
     w[2] = bad
-    for search in (False, True):
+    for search, single in itertools.product((False, True), (False, True)):
         kind = {"": "asymmetric", "s": "symmetric", "m": "minimum"}[fmt(name).kind]
-        scale, offset = _native.affine_fit(w, 16, kind, 15, None, search)
+        scale, offset = _native.affine_fit(w, 16, kind, 15, None, search, single)
         packed = _native.affine_encode(w, scale, offset, 2, kind == "minimum", 4, 15)
         assert packed.shape == (4, 16)
-        clean = _native.affine_fit(w[[0, 3]], 16, kind, 15, None, search)[0]
+        clean = _native.affine_fit(w[[0, 3]], 16, kind, 15, None, search, single)[0]
         assert np.array_equal(scale[[0, 3]], clean)
 
 
@@ -287,7 +304,7 @@ def test_clip_is_never_worse_than_min_max_and_mostly_better(name, isa):
     assert squared_error(f, weighted, w, h) <= squared_error(f, after, w, h) * 1.01  # both are local minima
 
 
-@pytest.mark.parametrize("name", ["int2_g32", "int3_g32", "int4_g32", "int2_g32s", "int3_g32s", "int4_g32s"])
+@pytest.mark.parametrize("name", ["int2_g32", "int3_g32", "int4_g32", "int2_g32s", "int3_g32s", "int4_g32s", "int3_g32f"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_clip_is_as_good_as_trying_every_range(name, weighted, isa):
     f = fmt(name)
@@ -316,7 +333,7 @@ def test_importance_of_zero_changes_nothing_but_is_no_error(isa):
     assert f.quantize_clipped(w, h).fields["codes"].tobytes() == f.quantize(w).fields["codes"].tobytes()
 
 
-@pytest.mark.parametrize("name", ["int4_g64", "int3_g64s", "int2_g64m", "int4_t", "int5_c"])
+@pytest.mark.parametrize("name", ["int4_g64", "int3_g64s", "int2_g64m", "int4_t", "int5_c", "int4_g64sf", "int2_g64mf"])
 def test_every_isa_and_thread_count_finds_the_same_grid(name):
     f = fmt(name)
     w = heavy_tailed(33, 640)

@@ -211,10 +211,12 @@ def test_parts_refused(part: str, array: Array | None, says: str, tmp_path: Path
 
 
 def test_scales_that_are_no_float16(tmp_path: Path) -> None:
-    parts, _ = parts_of()
-    path = foreign(tmp_path / "m", {Q: parts | {"scales": parts["scales"].astype(np.float32) + 1e-6}}, CONFIG)
-    with pytest.raises(ContainerError, match=r"q_proj\.scales holds scales that are no float16 numbers"):
-        open_checkpoint(path).read(WEIGHT)
+    codes, zeros, scales = numbers(4)
+    wide = np.array(scales, np.float32) + np.float32(1e-6)
+    path = foreign(tmp_path / "m", {Q: awq_parts(codes, zeros, scales) | {"scales": np.ascontiguousarray(wide.T)}}, CONFIG)
+    with open_checkpoint(path) as found:
+        assert found.tensors[WEIGHT].format == "int4_g32f"
+        np.testing.assert_array_equal(decoded(found), weights(codes, zeros, wide.tolist(), PLAIN))
 
 
 BAD_PLANS: dict[str, tuple[list[TensorInfo], str]] = {

@@ -18,6 +18,7 @@ from tersor.engine import load
 from tersor.errors import ContainerError, ModelError
 from tersor.formats import get_format
 from tersor.tensor import ActivationScheme, TensorInfo
+from tersor.verification.readers import READERS
 from tiny import tiny_model
 
 FORMATS = [
@@ -320,12 +321,34 @@ def test_converting_keeps_the_scheme(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "other").description.activations == open_checkpoint(tmp_path / "m").description.activations
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e6, 1 / 3])
-def test_scales_that_float16_cannot_hold_are_refused(scale: float, tmp_path: Path) -> None:
-    quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: "int4_g32" if "q_proj" in n else None)
-    tensor_edit(lambda t: t.update({f"{Q}.weight_scale": ("F32", np.full((64, 2), scale, np.float32))}))(tmp_path / "m")
-    with pytest.raises(ContainerError, match=r"q_proj\.weight_scale holds scales that are no float16 numbers"):
-        open_checkpoint(tmp_path / "m").read(f"{Q}.weight")
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("scale", [1e-9, 1e6, 1 / 3, 0.25])
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g32s", "int4_g32so", "int4_cs", "int4_t", "int8_cs"])
+def test_scales_become_float32_where_float16_does_not_hold_them(name: str, scale: float, dtype: str, tmp_path: Path) -> None:
+    """The package's decoding, from scales of any type, is ours."""
+    quantized(tmp_path / "m", tiny_model(tmp_path / "hf", layers=1), lambda n: name if "q_proj" in n else None)
+    stored = np.linspace(scale, 1.5 * scale, 128, dtype=np.float32)
+    bits = (stored.view(np.uint32) >> 16).astype(np.uint16)
+    tensor_edit(lambda t: t.update({f"{Q}.weight_scale": (dtype, _like(t[f"{Q}.weight_scale"][1], bits if dtype == "BF16" else stored))}))(
+        tmp_path / "m"
+    )
+    with open_checkpoint(tmp_path / "m") as found:
+        tensor = found.read(f"{Q}.weight")
+        held = (scale in (1 / 3, 0.25) and dtype == "BF16") or (scale == 0.25 and name in ("int4_t",))
+        assert found.tensors[f"{Q}.weight"].format == tensor.format == wider(name, not held)
+        assert found.tensors[f"{Q}.weight"].nbytes == tensor.nbytes
+        want = dict(READERS["compressed-tensors"].weights(tmp_path / "m"))[f"{Q}.weight"]
+        np.testing.assert_array_equal(get_format(tensor.format).dequantize(tensor), want)
+        if get_format(name).row_independent:
+            np.testing.assert_array_equal(found.read(f"{Q}.weight", slice(3, 9)).fields["scale"], tensor.fields["scale"][3:9])
+
+
+def _like(stored: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values[: stored.size].reshape(stored.shape))
+
+
+def wider(name: str, wide: bool) -> str:
+    return f"{name.removesuffix('o')}{'f' * wide}{'o' * name.endswith('o')}"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ PAIRS = [
     *(("q8_0", "int8_g32s"), ("int8_g128s", "q8_0"), ("int4_g64s", "int4_g64"), ("int4_g64", "int4_g64z"), ("int3_g64s", "int3_g64z")),
     *(("int4_g64so", "int4_g64o"), ("ternary_g64", "int2_g64s"), ("ternary_g32", "int2_g32"), ("binary_g64", "int1_g64m")),
     *(("int4_g64s", "int4_g64so"), ("q4_0", "int4_g32"), ("int4_ts", "int4_g64s")),
+    *(("int4_g64", "int4_g64mf"), ("int4_g64sf", "int4_g32f"), ("int8_csf", "int8_g32zf"), ("int4_g64sfo", "int4_g64fo")),
 ]
 
 
@@ -50,12 +51,24 @@ def test_zeros_in_the_middle_make_a_symmetric_tensor() -> None:
         ("nf4", "int4_g64"),
         ("q4_k", "int4_g32m"),
         ("q4_0", "nf4"),
+        ("int4_g64sf", "int4_g64s"),
+        ("int4_g64mf", "int4_g64m"),
+        ("int4_cf", "q4_0"),
     ],
 )
 def test_what_does_not_agree_is_none(source: str, target: str) -> None:
     w = weights()
     w[:, ::3] *= 4  # columns of unlike range, so that an order means something
     assert exactly(get_format(source).quantize(w), target) is None
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "int3_g32s", "int4_g64m", "int4_g64z", "int4_g64so", "int8_cs", "int4_t"])
+def test_float32_scales_that_are_float16_numbers_change_back(name: str) -> None:
+    half = get_format(name).quantize(weights())
+    wide = exactly(half, f"{name.removesuffix('o')}f{'o' * name.endswith('o')}")
+    assert wide is not None and wide.fields["scale"].dtype == np.float32 and name in alternatives(wide.format)
+    back = exactly(wide, name)
+    assert back is not None and {k: v.tobytes() for k, v in back.fields.items()} == {k: v.tobytes() for k, v in half.fields.items()}
 
 
 def test_minima_that_float16_rounds_are_none() -> None:

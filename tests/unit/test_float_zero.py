@@ -9,11 +9,12 @@ from tersor.formats.packing import pack_bits
 from tersor.tensor import QuantizedTensor
 
 
-def test_decode_is_the_formula() -> None:
-    f = get_format("int3_g16z")
+@pytest.mark.parametrize(("name", "dtype"), [("int3_g16z", np.float16), ("int3_g16zf", np.float32)])
+def test_decode_is_the_formula(name: str, dtype: type) -> None:
+    f = get_format(name)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 8, (4, 48), dtype=np.uint8)
-    scale, zero = (rng.uniform(0.1, 4, (4, 3)).astype(np.float16) for _ in range(2))
+    scale, zero = (rng.uniform(0.1, 4, (4, 3)).astype(dtype) for _ in range(2))
     tensor = QuantizedTensor(f.name, (4, 48), {"codes": pack_bits(codes, 3), "scale": scale, "zero": zero})
     w = f.dequantize(tensor)
     for i in range(4):
@@ -38,5 +39,5 @@ def test_refusals() -> None:
         get_format("int7_g64z")
     with pytest.raises(FormatError, match="multiple of 16"):
         get_format("int4_g24z")
-    with pytest.raises(FormatError, match="beyond float16"):
+    with pytest.raises(FormatError, match=r"int1_g16z: .* beyond 65504, the largest float16; use int1_g16zf"):
         get_format("int1_g16z").quantize(np.full((1, 16), 1e9, np.float32))

@@ -109,6 +109,9 @@ def test_the_grid_is_what_decode_says(name):
     spanned = np.repeat(grid.step, size, axis=1) * values + np.repeat(grid.offset, size, axis=1)
     if name == "int8_row":  # decoded in bitsandbytes' order, (q * scb) * (1 / 127)
         np.testing.assert_allclose(spanned, f.decode(codes, params), rtol=3 * 2.0**-24)
+    elif (getattr(f, "wide", False) and "zero" in f.layout()) or name.endswith("sf"):  # both products are rounded, of up to 2^B steps
+        most = 2.0**-23 * f.max_code * np.repeat(grid.step, size, axis=1)
+        assert (np.abs(spanned - f.decode(codes, params)) <= most).all()
     else:
         assert np.array_equal(spanned, f.decode(codes, params))
     assert (np.diff(grid.levels) > 0).all()

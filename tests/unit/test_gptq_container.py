@@ -26,6 +26,7 @@ from tersor.conversion import convert
 from tersor.engine import load
 from tersor.errors import ContainerError, TersorError
 from tersor.formats import get_format
+from tersor.formats.exact import exactly
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.verification.independent import independent_reader
 from tiny import tiny_model
@@ -227,8 +228,50 @@ def test_wider_scales_are_kept_when_exact(dtype: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.read(f"{Q}.weight").fields["scale"].T, exact.numpy())
     tensors[f"{Q}.scales"] = exact.float() + 1e-6
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(ContainerError, match=r"q_proj\.scales holds scales that are no float16 numbers"):
-        open_checkpoint(path).read(f"{Q}.weight")
+    with open_checkpoint(path) as found:
+        tensor = found.read(f"{Q}.weight")
+        assert found.tensors[f"{Q}.weight"].format == tensor.format == "int4_g32f"
+        np.testing.assert_array_equal(tensor.fields["scale"].T, tensors[f"{Q}.scales"].numpy())
+        scales = tensors[f"{Q}.scales"].numpy().T.tolist()
+        codes, zeros, _ = numbers(4)
+        np.testing.assert_array_equal(decoded(found), weights(codes, zeros, scales, PLAIN))
+
+
+@pytest.mark.parametrize("container", ["gptq", "awq"])
+def test_float32_scales_are_not_written(container: str, tmp_path: Path) -> None:
+    """Loaders round them; where they are float16 numbers, nothing is lost and they go."""
+    model = foreign_floats(tmp_path / "hf")
+    refusal = rf"{container} cannot hold int4_g32sf .*q_proj\.weight\)?: its scales are float32, there they are float16;"
+    with pytest.raises(ContainerError, match=refusal):
+        quantize(model, tmp_path / "out", "rtn:int4_g32sf", to=container)
+    with pytest.raises(ContainerError, match=refusal):
+        plan = [TensorInfo(f"{Q}.weight", "int4_g32sf", (64, 64), 1)]
+        CONTAINERS[container].create(tmp_path / "out", open_checkpoint(model).description, plan)
+    quantize(model, tmp_path / "wide", "rtn:int4_g32sf", to="compressed-tensors")
+    text = rf"is int4_g32sf, whose numbers {container} cannot hold: its scales are float32, there they are float16; add --requantize"
+    with pytest.raises(ContainerError, match=text):
+        convert(tmp_path / "wide", tmp_path / "out", container)
+    with pytest.raises(ContainerError, match="gguf cannot hold: its scales are float32, there they are float16; add --requantize"):
+        convert(tmp_path / "wide", tmp_path / "out.gguf")
+    convert(tmp_path / "wide", tmp_path / "again", container, requantize="rtn:int4_g32s")
+    assert open_checkpoint(tmp_path / "again").tensors[f"{Q}.weight"].format == "int4_g32s"
+
+
+def test_float32_scales_that_float16_has_are_converted(tmp_path: Path) -> None:
+    with open_checkpoint(foreign_floats(tmp_path / "hf")) as source:
+        ours = {name: source.read(name) for name in source.tensors}
+        halves = get_format("int4_g32s").quantize(ours[f"{Q}.weight"].fields["values"])
+        fields = {**halves.fields, "scale": halves.fields["scale"].astype(np.float32)}
+        ours[f"{Q}.weight"] = QuantizedTensor("int4_g32sf", halves.shape, fields)
+        plan = [TensorInfo(name, t.format, t.shape, t.nbytes) for name, t in ours.items()]
+        with CONTAINERS["hqq"].create(tmp_path / "hqq", source.description, plan) as writer:
+            for name, tensor in ours.items():
+                writer.write(name, tensor)
+        made = exactly(ours[f"{Q}.weight"], "int4_g32s")
+    assert made is not None and made.fields["scale"].tobytes() == halves.fields["scale"].tobytes()
+    changed = convert(tmp_path / "hqq", tmp_path / "out", "gptq")
+    assert open_checkpoint(tmp_path / "out").read(f"{Q}.weight").fields["codes"].tobytes() == halves.fields["codes"].tobytes()
+    assert all(change.error == 0 for change in changed.changes)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------

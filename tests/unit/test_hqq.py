@@ -9,7 +9,9 @@ from tersor.methods.hqq import HqqOptions, hqq
 
 ENCODERS = [name for name, f in FORMATS.items() if f.can_encode]
 SERVED = [
-    n for n in ENCODERS if n in ("q4_1", "q5_1") or (n.startswith("int") and not n.startswith("int8_row") and not n.endswith(("s", "so")))
+    n
+    for n in ENCODERS
+    if n in ("q4_1", "q5_1") or (n.startswith("int") and not n.startswith("int8_row") and not n.endswith(("s", "so", "sf", "sfo")))
 ]
 
 

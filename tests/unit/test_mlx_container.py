@@ -143,7 +143,7 @@ def test_without_a_recipe(model: Path, tmp_path: Path) -> None:
 
 
 def test_symmetric_integers_are_converted_exactly(model: Path, tmp_path: Path) -> None:
-    """-2^(B-1) * scale is a float16 number; the minimum of an integer zero seldom is."""
+    """-2^(B-1) * scale is a float16 number; the minimum of an integer zero seldom is, but a float32 one."""
     quantize(model, tmp_path / "s", "rtn:int4_g32s", to="compressed-tensors")
     convert(tmp_path / "s", tmp_path / "m", "mlx")
     found, source = open_checkpoint(tmp_path / "m").read(Q), open_checkpoint(tmp_path / "s").read(Q)
@@ -151,8 +151,11 @@ def test_symmetric_integers_are_converted_exactly(model: Path, tmp_path: Path) -
     np.testing.assert_array_equal(values(found), values(source))
     np.testing.assert_array_equal(dict(READERS["mlx"].weights(tmp_path / "m"))[Q], values(source))
     quantize(model, tmp_path / "a", "rtn:int4_g32", to="compressed-tensors")
-    with pytest.raises(ContainerError, match="int4_g32"):
-        convert(tmp_path / "a", tmp_path / "n", "mlx")
+    convert(tmp_path / "a", tmp_path / "n", "mlx")
+    found, source = open_checkpoint(tmp_path / "n").read(Q), open_checkpoint(tmp_path / "a").read(Q)
+    assert found.format == "int4_g32mf"
+    np.testing.assert_array_equal(values(found), values(source))
+    np.testing.assert_array_equal(dict(READERS["mlx"].weights(tmp_path / "n"))[Q], values(source))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------
@@ -198,11 +201,13 @@ def test_no_quantization_at_all(tmp_path: Path) -> None:
         CONTAINERS["mlx"].open(path)
 
 
-def test_scales_that_are_no_float16_are_refused_when_read(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["scales", "biases"])
+def test_scales_and_biases_that_are_no_float16_are_float32(part: str, model: Path, tmp_path: Path) -> None:
     quantized("mlx", tmp_path / "m", model, lambda n: "int4_g64m" if n == Q else None)
-    tensor_edit(lambda t: t.update({f"{M}.biases": t[f"{M}.biases"].float() / 3}))(tmp_path / "m")
-    with pytest.raises(ContainerError, match=r"q_proj\.biases holds F32 values that are no float16 numbers; they cannot be kept exactly"):
-        open_checkpoint(tmp_path / "m").read(Q)
+    tensor_edit(lambda t: t.update({f"{M}.{part}": t[f"{M}.{part}"].float() / 3}))(tmp_path / "m")
+    found = open_checkpoint(tmp_path / "m").read(Q)
+    assert found.format == "int4_g64mf" and {a.dtype for n, a in found.fields.items() if n != "codes"} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(values(found), dict(READERS["mlx"].weights(tmp_path / "m"))[Q])
 
 
 @pytest.mark.parametrize(("name", "shape"), [("a.weight", (2, 64, 64)), ("a.experts", (64, 64))])

@@ -276,7 +276,7 @@ int64_t Weight::nbytes() const {
 
 std::string Weight::kernel() const {
   static const char* const kCodeNames[] = {"u1", "u2", "u3", "u4", "u5", "u6", "s8", "t4"};
-  static const char* const kScaleNames[] = {"", "super", "nibble"};
+  static const char* const kScaleNames[] = {"", "single", "super", "nibble"};
   static const char* const kSecondNames[] = {"", "min", "zero"};
   static const char* const kFloatNames[] = {"f32", "f16", "bf16"};
   std::string text = isa_name(active_isa());

@@ -34,20 +34,32 @@ inline Signed signed_step(const uint8_t* p, const Table& table) {
     return lookup(table, unsigned_step<kU4, I>(p));
 }
 
+// 16 scales or minima as a layout of kHalves or kSingles has them, group g of those at p.
+template <Scales kScales>
+inline F load_floats(const uint8_t* p, int64_t g) {
+  if constexpr (kScales == kSingles)
+    return load((const float*)(p + 64 * g));
+  else
+    return load_f16((const uint16_t*)(p + 32 * g));
+}
+
+template <Scales kScales>
+inline void expand_groups(const Layout& l, const uint8_t* p, int groups, float* scale, float* second) {
+  const uint8_t* seconds = p + (kScales == kSingles ? 64 : 32) * groups;
+  for (int g = 0; g < groups; ++g) {
+    const F s = load_floats<kScales>(p, g);
+    store(scale + 16 * g, s);
+    if (l.second == kMin) store(second + 16 * g, load_floats<kScales>(seconds, g));
+    if (l.second == kZero)
+      store(second + 16 * g, mul(s, sub(set(float(l.offset)), to_float(widen_u8(seconds + 16 * g)))));
+  }
+}
+
 // The scale and the second number of every group of a block's columns, 16 rows each: scale[16 * group + row].
 inline void expand_scales(const Layout& l, const uint8_t* p, int64_t columns, float* scale, float* second) {
   const int groups = group_count(l, columns);
-  if (l.scales == kHalves) {
-    const uint8_t* seconds = p + 32 * groups;
-    for (int g = 0; g < groups; ++g) {
-      const F s = load_f16((const uint16_t*)(p + 32 * g));
-      store(scale + 16 * g, s);
-      if (l.second == kMin) store(second + 16 * g, load_f16((const uint16_t*)(seconds + 32 * g)));
-      if (l.second == kZero)
-        store(second + 16 * g, mul(s, sub(set(float(l.offset)), to_float(widen_u8(seconds + 16 * g)))));
-    }
-    return;
-  }
+  if (l.scales == kHalves) return expand_groups<kHalves>(l, p, groups, scale, second);
+  if (l.scales == kSingles) return expand_groups<kSingles>(l, p, groups, scale, second);
   const F d = load_f16((const uint16_t*)p);
   if (l.scales == kSuper && l.second == kNone) {
     for (int g = 0; g < groups; ++g)

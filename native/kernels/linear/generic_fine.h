@@ -124,11 +124,12 @@ template <Scales kScales, Second kSecond, int kParts, int M>
 inline void scale_block(const Layout& l, const uint8_t* p, int64_t chunks, const int32_t* dots, const FineRows& x,
                         F (&sums)[M]) {
   const int64_t groups = group_count(l, 32 * chunks);
-  const uint8_t* seconds = p + (kScales == kHalves ? 32 : 16) * groups;  // of kHalves; below of the others
-  F total[M], minima[M];                                                 // of kSuper and kNibbles, without d and dmin
-  const F d = kScales == kHalves ? zero() : load_f16((const uint16_t*)p);
-  const F dmin = kScales != kHalves && kSecond == kMin ? load_f16((const uint16_t*)(p + 32)) : zero();
-  if constexpr (kScales != kHalves) {
+  constexpr bool kPerGroup = per_group(kScales);
+  const uint8_t* seconds = p + (kScales == kSingles ? 64 : 32) * groups;  // if kPerGroup; below of the others
+  F total[M], minima[M];                                                  // of kSuper and kNibbles, without d and dmin
+  const F d = kPerGroup ? zero() : load_f16((const uint16_t*)p);
+  const F dmin = !kPerGroup && kSecond == kMin ? load_f16((const uint16_t*)(p + 32)) : zero();
+  if constexpr (!kPerGroup) {
     p += kSecond == kMin ? 64 : 32;
     seconds = p + 16 * groups;
     for (int m = 0; m < M; ++m) total[m] = minima[m] = zero();
@@ -144,10 +145,10 @@ inline void scale_block(const Layout& l, const uint8_t* p, int64_t chunks, const
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       const int64_t g = kParts == 2 ? 2 * c + part : c * 32 / l.group;
-      if constexpr (kScales == kHalves) {
-        const F s = load_f16((const uint16_t*)(p + 32 * g));
+      if constexpr (kPerGroup) {
+        const F s = load_floats<kScales>(p, g);
         F second = zero();
-        if constexpr (kSecond == kMin) second = load_f16((const uint16_t*)(seconds + 32 * g));
+        if constexpr (kSecond == kMin) second = load_floats<kScales>(seconds, g);
         if constexpr (kSecond == kZero) second = mul(s, sub(offset, to_float(widen_u8(seconds + 16 * g))));
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m, dots += 16) {
@@ -173,13 +174,13 @@ inline void scale_block(const Layout& l, const uint8_t* p, int64_t chunks, const
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
       const F factor = set(x.scale[m * x.chunks + c]);
-      if constexpr (kScales == kHalves)
+      if constexpr (kPerGroup)
         sums[m] = fma(factor, t[m], sums[m]);
       else
         total[m] = fma(factor, to_float(products[m]), total[m]);
     }
   }
-  if constexpr (kScales != kHalves) {
+  if constexpr (!kPerGroup) {
     for (int m = 0; m < M; ++m) {
       sums[m] = fma(d, total[m], sums[m]);
       if constexpr (kSecond == kMin) sums[m] = sub(sums[m], mul(dmin, minima[m]));
@@ -225,6 +226,7 @@ void fine_of(const IntegerPanel& panel, const FineActivations& x, int n, const F
 void fine(const IntegerPanel& panel, const FineActivations& x, int n, const Finish& finish) {
   static constexpr FineKernel kOf[kScaleKinds][kSeconds] = {
       {fine_of<kHalves, kNone>, fine_of<kHalves, kMin>, fine_of<kHalves, kZero>},
+      {fine_of<kSingles, kNone>, fine_of<kSingles, kMin>, fine_of<kSingles, kZero>},
       {fine_of<kSuper, kNone>, fine_of<kSuper, kMin>, nullptr},
       {nullptr, fine_of<kNibbles, kMin>, nullptr}};
   kOf[panel.layout.scales][panel.layout.second](panel, x, n, finish);

@@ -39,10 +39,12 @@ static constexpr int code_bits(Code code) { return code == kS8 ? 8 : code == kT4
 
 // How the scales of a block lie, each for 16 rows, group after group.
 //   kHalves:  float16 scale of every group; then as `second` says float16 minimum, or uint8 zero point, of every group
+//   kSingles: the same with float32 in float16's place
 //   kSuper:   float16 d [and float16 dmin]; int8 sub of every group [then uint8 of its minimum]: scale = d * sub,
 //             minimum = -dmin * submin
 //   kNibbles: float16 d, float16 dmin; a byte of every group: low nibble of the scale, high of the minimum
-enum Scales { kHalves, kSuper, kNibbles, kScaleKinds };
+enum Scales { kHalves, kSingles, kSuper, kNibbles, kScaleKinds };
+static constexpr bool per_group(Scales scales) { return scales == kHalves || scales == kSingles; }
 
 // What there is beside the scale. kNone: w = scale * (code + offset)   kMin: w = scale * (code + offset) + minimum
 //                                 kZero: w = scale * (code + offset - zero)
@@ -64,12 +66,13 @@ struct Layout {
 static constexpr int group_count(const Layout& l, int64_t columns) { return int((columns + l.group - 1) / l.group); }
 static constexpr int64_t code_bytes(const Layout& l, int64_t columns) { return columns * 2 * code_bits(l.code); }
 static constexpr int64_t scale_bytes(const Layout& l, int64_t columns) {
-  const int of_group = l.scales == kHalves  ? (l.second == kNone  ? 32
-                                               : l.second == kMin ? 64
-                                                                  : 48)
+  const int floats = l.scales == kSingles ? 64 : 32;  // bytes of 16
+  const int of_group = per_group(l.scales)  ? floats + (l.second == kNone  ? 0
+                                                        : l.second == kMin ? floats
+                                                                           : 16)
                        : l.scales == kSuper ? (l.second == kNone ? 16 : 32)
                                             : 16;
-  const int of_block = l.scales == kHalves ? 0 : l.scales == kSuper && l.second == kNone ? 32 : 64;
+  const int of_block = per_group(l.scales) ? 0 : l.scales == kSuper && l.second == kNone ? 32 : 64;
   return of_block + int64_t(group_count(l, columns)) * of_group;
 }
 static constexpr int64_t block_bytes(const Layout& l, int64_t columns) {

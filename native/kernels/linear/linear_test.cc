@@ -36,6 +36,13 @@ void put_half(std::vector<uint8_t>& bytes, int64_t at, float x) {
   memcpy(&bytes[at], &h, 2);
 }
 
+// Puts x, rounded to float16 unless it is stored in `size` = 4 bytes, and returns what is stored.
+float put_float(std::vector<uint8_t>& bytes, int64_t i, float x, int64_t size) {
+  if (size == 2) x = f16_to_f32(f32_to_f16(x)), put_half(bytes, 2 * i, x);
+  if (size == 4) memcpy(&bytes[4 * i], &x, 4);
+  return x;
+}
+
 // ---- Matrices of each kind ----
 
 // Random weights encoded; random codes below a sensible scale where there is no encoder.
@@ -63,7 +70,8 @@ Matrix ggml_matrix(const std::string& format, int64_t rows, int64_t columns) {
 
 enum class Kind { kZero, kSymmetric, kMinimum, kBinary, kTernary };
 
-// Codes in a bit stream, a float16 scale per group of a row (or one for all), and a zero point or a minimum.
+// Codes in a bit stream, a scale per group of a row (or one for all), and a zero point or a minimum; floats are
+// float16, or float32 when the format's name ends in f.
 //   zero: (q - z) s   symmetric: (q - 2^(bits - 1)) s   minimum: q s + m   binary: (2q - 1) s   ternary: (q - 1) s
 Matrix stream_matrix(const std::string& format, int64_t rows, int64_t columns, int bits, int64_t group, Kind kind,
                      bool per_tensor = false) {
@@ -71,27 +79,24 @@ Matrix stream_matrix(const std::string& format, int64_t rows, int64_t columns, i
   const int64_t groups = columns / group, stored = per_tensor ? 1 : rows * groups,
                 row_bytes = packed_bytes(columns, bits);
   Matrix m{format, rows, columns, {}, std::vector<float>(rows * columns), {}, true};
-  std::vector<uint8_t> codes(rows * row_bytes), scale(2 * stored), minimum(2 * stored), zeros, row(columns),
+  const int64_t size = format.back() == 'f' ? 4 : 2;
+  std::vector<uint8_t> codes(rows * row_bytes), scale(size * stored), minimum(size * stored), zeros, row(columns),
       zero(stored);
+  std::vector<float> scales(stored), minima(stored);
   for (int64_t i = 0; i < stored; ++i) {
-    put_half(scale, 2 * i, 0.001f * float(1 + random.below(30)));
-    put_half(minimum, 2 * i, -0.01f * float(random.below(20)));
+    scales[i] = put_float(scale, i, 0.001f * float(1 + random.below(30)), size);
+    minima[i] = put_float(minimum, i, -0.01f * float(random.below(20)), size);
     zero[i] = uint8_t(random.below(1 << bits));
   }
-  const auto half = [](const std::vector<uint8_t>& v, int64_t i) {
-    uint16_t h;
-    memcpy(&h, &v[2 * i], 2);
-    return f16_to_f32(h);
-  };
   for (int64_t r = 0; r < rows; ++r) {
     for (uint8_t& c : row) c = uint8_t(random.below(kind == Kind::kTernary ? 3 : 1 << bits));
     pack_row(row.data(), columns, bits, &codes[r * row_bytes]);
     for (int64_t k = 0; k < columns; ++k) {
       const int64_t g = per_tensor ? 0 : r * groups + k / group;
-      const float q = row[k], s = half(scale, g);
+      const float q = row[k], s = scales[g];
       m.w[r * columns + k] = kind == Kind::kZero        ? (q - float(zero[g])) * s
                              : kind == Kind::kSymmetric ? (q - float(1 << (bits - 1))) * s
-                             : kind == Kind::kMinimum   ? q * s + half(minimum, g)
+                             : kind == Kind::kMinimum   ? q * s + minima[g]
                              : kind == Kind::kBinary    ? (2 * q - 1) * s
                                                         : (q - 1) * s;
     }
@@ -159,14 +164,14 @@ void read_scheme(Matrix& m, const linear::Scheme& s) {
     s.extract(s, at.data(), m.columns, row);
     for (int64_t k = 0; k < m.columns; ++k) {
       const int64_t g = k / l.group, block = k / linear::kBlockColumns;
-      const bool halves = l.scales == linear::kHalves;
+      const bool per_group = linear::per_group(l.scales);
       const float code = l.code == linear::kT4   ? float(l.table[row.codes[k]])
                          : l.code == linear::kS8 ? float(int8_t(row.codes[k]))
                                                  : float(row.codes[k]);
-      const float scale = std::fabs(halves ? row.scale[g] : row.scale[block] * float(row.sub[g]));
+      const float scale = std::fabs(per_group ? row.scale[g] : row.scale[block] * float(row.sub[g]));
       const float second = l.second == linear::kNone   ? 0
                            : l.second == linear::kZero ? row.second[g] * scale
-                           : halves                    ? row.second[g]
+                           : per_group                 ? row.second[g]
                                                        : row.second[block] * float(row.submin[g]);
       // kernels may add 128 to signed codes
       const float shift = std::fabs(float(l.offset)) + (l.code == linear::kS8 || l.code == linear::kT4 ? 128 : 0);
@@ -347,12 +352,16 @@ void test_linear() {
     for (int64_t group : {16, 32, 48, 64}) {
       const std::string grouped = name + "_g" + std::to_string(group);
       test_matrix(stream_matrix(grouped, 33, 3 * group, bits, group, Kind::kZero));
+      test_matrix(stream_matrix(grouped + "f", 33, 3 * group, bits, group, Kind::kZero));
       test_matrix(stream_matrix(grouped + "s", 16, 2 * group, bits, group, Kind::kSymmetric));
+      test_matrix(stream_matrix(grouped + "sf", 16, 2 * group, bits, group, Kind::kSymmetric));
       test_matrix(stream_matrix(grouped + "m", 17, 5 * group, bits, group, Kind::kMinimum));
+      test_matrix(stream_matrix(grouped + "mf", 17, 5 * group, bits, group, Kind::kMinimum));
     }
     for (int64_t columns : {1, 31, 32, 33, 70}) {  // no group, any length
       test_matrix(stream_matrix(name + "_c", 33, columns, bits, columns, Kind::kZero));
       test_matrix(stream_matrix(name + "_ts", 7, columns, bits, columns, Kind::kSymmetric, true));
+      test_matrix(stream_matrix(name + "_cmf", 5, columns, bits, columns, Kind::kMinimum));
     }
   }
   test_matrix(stream_matrix("binary_g64", 33, 192, 1, 64, Kind::kBinary));

@@ -45,7 +45,7 @@ struct PanelCodes {
 
 // Takes a factor out of a row's scales so that float16 holds what is left, and returns it. One common scale becomes the
 // factor. Else it is the power of two that brings the largest scale or minimum to [2^14, 2^15): what was float16 stays
-// exact. The d and dmin of kSuper and kNibbles are float16 already.
+// exact. Other scales stay: d and dmin of kSuper and kNibbles are float16 already, and kSingles holds all.
 float normalize(const Layout& l, const RowCodes& row, int64_t scales) {
   if (l.scales != kHalves) return 1;
   if (l.second != kMin && std::all_of(row.scale, row.scale + scales, [&](float x) { return x == row.scale[0]; })) {
@@ -102,12 +102,14 @@ uint8_t* write_chunk(Code code, const uint8_t* codes, int64_t stride, uint8_t* o
   return out;
 }
 
-// f(row) of 16 rows as float16.
+// f(row) of 16 rows as float16, or as float32.
 template <typename F>
-uint8_t* write_halves(F f, uint8_t* out) {
-  for (int row = 0; row < 16; ++row, out += 2) {
-    const uint16_t h = f32_to_f16(f(row));
-    memcpy(out, &h, 2);
+uint8_t* write_floats(bool single, F f, uint8_t* out) {
+  for (int row = 0; row < 16; ++row) {
+    const float x = f(row);
+    const uint16_t h = f32_to_f16(x);
+    memcpy(out, single ? (const void*)&x : &h, single ? 4 : 2);
+    out += single ? 4 : 2;
   }
   return out;
 }
@@ -120,25 +122,25 @@ void interleave(const PanelCodes& p, uint8_t* out) {
     for (int64_t k = first; k < first + columns; k += kChunk)
       out = write_chunk(l.code, p.codes.data() + k, p.columns, out);
     const int64_t group = first / l.group, end = group + group_count(l, columns), super = first / kBlockColumns;
-    const auto halves = [&](const std::vector<float>& values, int64_t at) {
-      out = write_halves([&](int row) { return values[row * p.scales + at]; }, out);
+    const auto floats = [&](const std::vector<float>& values, int64_t at) {
+      out = write_floats(l.scales == kSingles, [&](int row) { return values[row * p.scales + at]; }, out);
     };
     const auto bytes = [&](auto f) {
       for (int64_t g = group; g < end; ++g) {
         for (int row = 0; row < 16; ++row) *out++ = uint8_t(f(row * p.groups + g, row, g));
       }
     };
-    if (l.scales == kHalves) {
-      for (int64_t g = group; g < end; ++g) halves(p.scale, g);
+    if (per_group(l.scales)) {
+      for (int64_t g = group; g < end; ++g) floats(p.scale, g);
       if (l.second == kMin) {
-        for (int64_t g = group; g < end; ++g) halves(p.second, g);
+        for (int64_t g = group; g < end; ++g) floats(p.second, g);
       } else if (l.second == kZero) {
         bytes([&](int64_t, int row, int64_t g) { return p.second[row * p.scales + g]; });
       }
       continue;
     }
-    halves(p.scale, super);
-    if (l.second == kMin) halves(p.second, super);
+    floats(p.scale, super);
+    if (l.second == kMin) floats(p.second, super);
     if (l.scales == kNibbles) {
       bytes([&](int64_t at, int, int64_t) { return p.sub[at] | p.submin[at] << 4; });
     } else {

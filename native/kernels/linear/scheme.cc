@@ -25,9 +25,9 @@ void decode_row(const Scheme& s, const uint8_t* const* fields, int64_t columns, 
   const auto offset = float(l.offset);
   for (int64_t first = 0; first < columns; first += l.group) {
     const int64_t g = first / l.group, super = first / kBlockColumns;
-    const float scale = l.scales == kHalves ? row.scale[g] : row.scale[super] * float(row.sub[g]);
+    const float scale = per_group(l.scales) ? row.scale[g] : row.scale[super] * float(row.sub[g]);
     const float second = l.second == kNone     ? 0.0f
-                         : l.scales == kHalves ? row.second[g]
+                         : per_group(l.scales) ? row.second[g]
                                                : -(row.second[super] * float(row.submin[g]));
     for (int64_t i = first; i < columns && i < first + l.group; ++i) {
       if (s.values) {

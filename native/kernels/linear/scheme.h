@@ -18,8 +18,8 @@ struct Field {
 };
 
 // The integers of one row. `codes`: columns values, as the layout's Code makes integers of them (kS8: two's complement;
-// kT4: indices of the table). Scales of kHalves: `scale` and `second`, one per group. Of kSuper and kNibbles: `scale`
-// (d) and `second` (dmin), one per 256 columns, and `sub` and `submin`, one per group.
+// kT4: indices of the table). Scales of kHalves and kSingles: `scale` and `second`, one per group. Of the others:
+// `scale` (d) and `second` (dmin), one per 256 columns, and `sub` and `submin`, one per group.
 struct RowCodes {
   uint8_t* codes;
   float* scale;
@@ -51,7 +51,7 @@ struct Scheme {
 
   // How many numbers `scale` and `sub` of a row have.
   int64_t scales(int64_t columns) const {
-    const int64_t each = layout.scales == kHalves ? layout.group : kBlockColumns;
+    const int64_t each = per_group(layout.scales) ? layout.group : kBlockColumns;
     return (columns + each - 1) / each;
   }
   int64_t groups(int64_t columns) const { return (columns + layout.group - 1) / layout.group; }

@@ -34,7 +34,14 @@ float half(const uint8_t* p, int64_t i) {
   return f16_to_f32(h);
 }
 
-// fields: codes, scale, then zero (bit stream) or min (float16) as scheme.second says.
+float single(const uint8_t* p, int64_t i) {
+  float x;
+  memcpy(&x, p + 4 * i, 4);
+  return x;
+}
+
+// fields: codes, scale, then zero (bit stream) or min (like scale) as scheme.second says. kLoad: half or single.
+template <float (*kLoad)(const uint8_t*, int64_t)>
 void extract_affine(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   unpack(fields[0], s.bits, columns, row.codes);
   if (s.layout.code == kS8) {
@@ -49,15 +56,15 @@ void extract_affine(const Scheme& s, const uint8_t* const* fields, int64_t colum
   }
   for (int64_t g = 0; g < s.groups(columns); ++g) {
     const int64_t at = g * s.layout.group / stored;
-    row.scale[g] = half(fields[1], at);
+    row.scale[g] = kLoad(fields[1], at);
     if (s.layout.second == kZero) row.second[g] = zeros[at];
-    if (s.layout.second == kMin) row.second[g] = half(fields[2], at);
+    if (s.layout.second == kMin) row.second[g] = kLoad(fields[2], at);
   }
 }
 
 // w = (2q - 1) * scale: the code is 2q, the offset -1.
 void extract_binary(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
-  extract_affine(s, fields, columns, row);
+  extract_affine<half>(s, fields, columns, row);
   for (int64_t i = 0; i < columns; ++i) row.codes[i] *= 2;
 }
 
@@ -100,12 +107,12 @@ Scheme base(int bits, int64_t columns, int64_t source_group) {
   s.layout = {kCodeOfBits[bits], kHalves, kNone, layout_group(source_group), 0, nullptr};
   s.bits = bits;
   s.source_group = source_group;
-  s.extract = extract_affine;
+  s.extract = extract_affine<half>;
   s.fields = {{"codes", (columns * bits + 7) / 8}, {"scale", 2 * (columns / source_group)}};
   return s;
 }
 
-// intB_gN, intB_c and intB_t with "", "s" or "m".
+// intB_gN, intB_c and intB_t with "", "s" or "m", and "f" for float32 scales and minima.
 std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   const int64_t bits = read_number(p);
   if (bits < 1 || bits > 8 || bits == 7 || *p != '_') return {};
@@ -117,10 +124,16 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   } else if ((group = read_group(p, columns)) < 0) {
     return {};
   }
-  const std::string kind = p;
+  std::string kind = p;
+  const bool wide = !kind.empty() && kind.back() == 'f';
+  if (wide) kind.pop_back();
+  const int64_t float_bytes = wide ? 4 : 2;
   Scheme s = base(int(bits), columns, group);
   const int64_t groups = per_row ? 1 : columns / group;
-  s.fields[1].row_bytes = 2 * groups;
+  s.fields[1].row_bytes = float_bytes * groups;
+  if (wide) s.extract = extract_affine<single>;
+  // One scale for a row becomes the row's factor (normalize), whatever its type.
+  if (wide && (!per_row || kind == "m")) s.layout.scales = kSingles;
   const int half_range = 1 << (bits - 1);
   const bool is_signed = s.layout.code == kS8;
   if (kind == "") {
@@ -133,7 +146,7 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   } else if (kind == "m") {
     s.layout.second = kMin;
     s.layout.offset = is_signed ? 128 : 0;
-    s.fields.push_back({"min", 2 * groups});
+    s.fields.push_back({"min", float_bytes * groups});
   } else {
     return {};
   }

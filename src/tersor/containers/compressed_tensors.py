@@ -10,10 +10,10 @@ stored how. Beside the weights of a module M there may be
 and w = (code - zero) * scale, zero = 2^(B-1) when symmetric. Source: vllm-project/compressed-tensors
 src/compressed_tensors/compressors, quantization/quant_config.py.
 
-The package computes in the scale's type: from our float16 scales it gives float16(w), the correctly rounded float16 of the
+The package computes in the scale's type: from float16 scales it gives float16(w), the correctly rounded float16 of the
 float32 value that our formats decode to, since code - zero has at most 9 bits and one product is rounded once. With the scales
-widened to float32 first (as loading in float32 does) it gives our values exactly. FP8's scales are float32, so w is exact; of NVFP4
-and MXFP4 the package gives bfloat16(w), which for MXFP4 is w.
+widened to float32 first (as loading in float32 does) it gives our values exactly, as it does from float32 scales. FP8's scales are
+float32, so w is exact; of NVFP4 and MXFP4 the package gives bfloat16(w), which for MXFP4 is w.
 """
 
 from __future__ import annotations
@@ -142,10 +142,19 @@ class CompressedTensorsCheckpoint(DirectoryCheckpoint):
         if layout is None:
             raise ContainerError(f"{where} is stored {' or '.join(stored)}, which cannot hold {format.name}; config and weights disagree")
         self._check_parts(where, module, format, layout, rows, columns)
+        format = self._of_floats(module, format)
         name = f"{module}.weight"
         self._stored[name] = format, layout
         self._inputs[module] = scheme.inputs
         return TensorInfo(name, format.name, (rows, columns), format.nbytes((rows, columns)))
+
+    def _of_floats(self, module: str, format: Format) -> Format:
+        """Returns an integer format with float32 scales when the stored ones are no float16 numbers."""
+        plain = format.plain if isinstance(format, OrderedFormat) else format
+        if not isinstance(plain, AffineFormat) or self._shards.are_half(f"{module}.weight_scale"):
+            return format
+        plain = plain.of_floats(wide=True)
+        return OrderedFormat(plain) if isinstance(format, OrderedFormat) else plain
 
     def _shape(self, where: str, module: str, entry: Entry) -> tuple[int, int]:
         shape = list(entry.shape)
@@ -189,10 +198,10 @@ class CompressedTensorsCheckpoint(DirectoryCheckpoint):
         return OrderedFormat(format)
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
-        """Returns the tensor, or those rows of it. Codes are views where they lie as ours; integers' scales become float16.
+        """Returns the tensor, or those rows of it. Codes are views where they lie as ours.
 
-        Raises ContainerError when such a scale is no float16 number (bfloat16 and float32 scales are usually exact), for a scale
-        that is NaN or not positive where there is one of the tensor, and for rows of fp8_b128 that do not start with a block.
+        Raises ContainerError for a scale that is NaN or not positive where there is one of the tensor, and for rows of fp8_b128 that do
+        not start with a block.
         """
         info = find(self.path, self.tensors, name)
         if name not in self._stored:

@@ -31,7 +31,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tersor.containers.directory import Shards, exact_half
+from tersor.containers.directory import Shards
 from tersor.containers.directory_writer import Part
 from tersor.errors import ContainerError
 from tersor.formats import Format, get_format
@@ -91,7 +91,7 @@ class Stored:
 
 
 class Integers(Layout):
-    """What both integer layouts share: float16 scales, and which zeros there are."""
+    """What both integer layouts share: scales, float16 or float32, and which zeros there are."""
 
     accepts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight_scale": FLOAT_DTYPES,
@@ -100,9 +100,8 @@ class Integers(Layout):
     }
 
     def scale(self, stored: Stored, format: AffineFormat, rows: slice | None) -> Array:
-        """Returns the scales as float16. Raises ContainerError when one is no float16 number."""
-        wide = stored.wide("weight_scale", None if format.group_size < 0 else rows)
-        return exact_half(wide, False, f"{stored.where}.weight_scale", "scales")
+        """Returns the scales as the format has them."""
+        return stored.wide("weight_scale", None if format.group_size < 0 else rows).astype(format.float_type, copy=False)
 
     def packed_zeros(self, zeros: Array, format: AffineFormat, rows: slice | None) -> Array:
         """Returns zeros, (rows, groups) uint8, as our field."""
@@ -125,7 +124,7 @@ class PackQuantized(Integers):
         scale = _scale_shape(format, rows, columns)
         parts = [
             Part(f"{module}.weight_packed", "I32", (rows, ceil(columns * format.width / 32))),
-            Part(f"{module}.weight_scale", "F16", scale),
+            Part(f"{module}.weight_scale", _float_dtype(format), scale),
             Part(f"{module}.weight_shape", "I64", (2,)),
         ]
         if format.kind == "" and format.group_size < 0:
@@ -189,7 +188,7 @@ class IntQuantized(Integers):
     def parts(self, module: str, format: Format, rows: int, columns: int) -> list[Part]:
         assert isinstance(format, AffineFormat)
         scale = _scale_shape(format, rows, columns)
-        parts = [Part(f"{module}.weight", "I8", (rows, columns)), Part(f"{module}.weight_scale", "F16", scale)]
+        parts = [Part(f"{module}.weight", "I8", (rows, columns)), Part(f"{module}.weight_scale", _float_dtype(format), scale)]
         return [*parts, Part(f"{module}.weight_zero_point", "I8", scale)] if format.kind == "" else parts
 
     def arrays(self, tensor: QuantizedTensor, format: Format) -> list[Array]:
@@ -320,6 +319,10 @@ def fits_part(layout: Layout, part: Part, dtype: str, shape: tuple[int, ...]) ->
 
 def _scale_shape(format: AffineFormat, rows: int, columns: int) -> tuple[int, ...]:
     return (1,) if format.group_size < 0 else (rows, format.groups(columns))
+
+
+def _float_dtype(format: AffineFormat) -> str:
+    return "F32" if format.wide else "F16"
 
 
 def _as_words(stream: Array) -> Array:

@@ -8,6 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 from tersor.errors import ContainerError
+from tersor.formats import get_format
+from tersor.formats.affine import AffineFormat
+from tersor.formats.exact import alternatives
+from tersor.formats.float_zero import FloatZeroFormat
+from tersor.formats.ordered import OrderedFormat
 from tersor.tensor import ModelDescription, QuantizedTensor, TensorInfo
 
 
@@ -112,5 +117,20 @@ def refuse_unheld(container: Container, path: Path, plan: Sequence[TensorInfo]) 
     for info in plan:
         if not container.holds(info.format):
             raise ContainerError(
-                f"{path}: {container.name} cannot hold {info.format} ({info.name}); choose another recipe or another container (--to)"
+                f"{path}: {container.name} cannot hold {info.format} ({info.name}){what_is_lost(container, info.format)};"
+                " choose another recipe or another container (--to)"
             )
+
+
+def what_is_lost(container: Container, format: str) -> str:
+    """Returns, for an error's text, what of a format that the container cannot hold it would have to round; "" when it is all."""
+    held = [name for name in alternatives(format) if container.holds(name)]
+    if _is_wide(format) and held and not any(map(_is_wide, held)):
+        return ": its scales are float32, there they are float16"
+    return ""
+
+
+def _is_wide(format: str) -> bool:
+    found = get_format(format)
+    plain = found.plain if isinstance(found, OrderedFormat) else found
+    return isinstance(plain, AffineFormat | FloatZeroFormat) and plain.wide

@@ -17,7 +17,7 @@ import numpy as np
 from tersor.containers.container import Checkpoint, Container
 from tersor.containers.safetensors_file import Entry, SafetensorsFile, parse_json, shorten
 from tersor.errors import ContainerError
-from tersor.formats.floats import f32_from_bf16
+from tersor.formats.floats import f32_from_bf16, is_half
 from tersor.tensor import Array, ModelDescription, QuantizedTensor, TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -134,6 +134,15 @@ class Shards:
         """Returns the tensor or those rows of it, as a view."""
         return self._home[name].array(name, rows)
 
+    def are_half(self, *names: str) -> bool:
+        """Returns whether all values of these float tensors are float16 numbers: bfloat16 scales usually are."""
+        return all(is_half(self.array(name), self.entries[name].dtype == "BF16") for name in names)
+
+    def floats(self, name: str, dtype: np.dtype[Any], rows: slice | None = None) -> Array:
+        """Returns a float tensor or those rows of it as float32, or as float16 when `are_half` says that it can be."""
+        stored = self.array(name, rows)
+        return (f32_from_bf16(stored) if self.entries[name].dtype == "BF16" else stored).astype(dtype, copy=False)
+
     def release(self) -> None:
         """Gives pages back to the system."""
         for file in self._files:
@@ -157,18 +166,6 @@ class DirectoryCheckpoint(Checkpoint):
     def close(self) -> None:
         """Closes the files."""
         self._shards.close()
-
-
-def exact_half(stored: Array, is_bf16: bool, where: str, what: str) -> Array:
-    """Returns stored float16, float32 or bfloat16 (as uint16) values as float16. Raises ContainerError when one is no float16 number."""
-    if stored.dtype == np.float16:
-        return stored
-    wide = f32_from_bf16(stored) if is_bf16 else stored
-    with np.errstate(over="ignore"):
-        half: Array = wide.astype(np.float16)
-    if not np.array_equal(half.astype(np.float32), wide):
-        raise ContainerError(f"{where} holds {what} that are no float16 numbers; they cannot be kept exactly")
-    return half
 
 
 def _shard_names(path: Path) -> dict[str, set[str] | None]:

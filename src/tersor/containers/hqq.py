@@ -3,7 +3,7 @@
 A quantized linear layer `M` (rows, in), G = rows*in/N groups of N values along the row, is stored as
 
     M.W_q            uint8 or int32 (S, N)  codes, packed across groups: containers/hqq_layer.py
-    M.scale, M.zero  float (G, 1)           w = (q - zero) * scale, our intB_gNz; zero is in steps, and any float
+    M.scale, M.zero  float (G, 1)           w = (q - zero) * scale, our intB_gNz (or zf); zero is in steps, and any float
     M.shape, nbits, group_size, axis, ...   small tensors that say the rest; loaders demand each of them
 
 and config.json has a `quantization_config` {quant_method: hqq, quant_config, skip_modules}. Source: mobiusml/hqq (dropbox/hqq)
@@ -30,7 +30,6 @@ from tersor.containers.directory import (
     DirectoryCheckpoint,
     DirectoryContainer,
     Shards,
-    exact_half,
     find,
     float_info,
     is_tied,
@@ -52,7 +51,7 @@ METHOD = "hqq"
 EMBEDDING = "model.embed_tokens.weight"
 
 _BITS = (1, 2, 3, 4, 8)  # those that hqq packs; it stores 5 and 6 bits in bytes, which can be read
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name in ("U8", "I32", "I64", "F16")}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items() if name in ("U8", "I32", "I64", "F16", "F32")}
 
 
 def integers(format: str) -> AffineFormat | FloatZeroFormat | None:
@@ -96,36 +95,40 @@ class HQQCheckpoint(DirectoryCheckpoint):
         if name in self._shards.entries:
             raise ContainerError(f"{self.path}: {shorten(module)} has both a weight and W_q; the file is damaged")
         self._layers[name] = layer
-        format = get_format(f"int{layer.bits}_{layer.axis}{self._kind(module, layer)}")
+        wide = not self._shards.are_half(f"{module}.scale", f"{module}.zero")
+        format = get_format(f"int{layer.bits}_{layer.axis}{self._kind(module, layer)}{'f' * wide}")
         return TensorInfo(name, format.name, (layer.rows, layer.columns), format.nbytes((layer.rows, layer.columns)))
 
     def _kind(self, module: str, layer: Layer) -> str:
         """Returns "z", or for zeros that are said to be rounded "" when all are codes, "s" when all are the middle one."""
         if not layer.rounded:
             return "z"
-        zero = self._half(f"{module}.zero")
+        zero = self._shards.floats(f"{module}.zero", np.dtype(np.float32))
         if layer.bits > 1 and (zero == 2 ** (layer.bits - 1)).all():
             return "s"
         return "" if ((zero == np.rint(zero)) & (zero >= 0) & (zero < 2**layer.bits)).all() else "z"
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
-        """Returns the tensor, or those rows of it. Codes are packed anew; scales and zeros become float16.
+        """Returns the tensor, or those rows of it. Codes are packed anew; scales and zeros become float16 or float32.
 
-        Raises ContainerError when a scale or zero is no float16 number, and for codes of 5 or 6 bits that are larger.
+        Raises ContainerError for codes of 5 or 6 bits that are larger.
         """
         info = find(self.path, self.tensors, name)
         layer = self._layers.get(name)
         if layer is None:
             return read_float(self._shards, info, rows)
-        module = name.removesuffix(".weight")
+        module, format = name.removesuffix(".weight"), get_format(info.format)
+        assert isinstance(format, AffineFormat | FloatZeroFormat)
         start, stop, _ = (rows or slice(None)).indices(layer.rows)
         stop = max(start, stop)
         codes = self._codes(module, layer, start, stop)
-        scale = self._half(f"{module}.scale").reshape(layer.rows, layer.groups)[start:stop]
+        both = (self._shards.floats(f"{module}.{part}", format.float_type) for part in ("scale", "zero"))
+        scale, zero = (stored.reshape(layer.rows, layer.groups)[start:stop] for stored in both)
         fields = {"codes": pack_bits(codes, layer.bits), "scale": scale}
-        if not info.format.endswith("s"):
-            zero = self._half(f"{module}.zero").reshape(layer.rows, layer.groups)[start:stop]
-            fields["zero"] = zero if info.format.endswith("z") else pack_bits(zero.astype(np.uint8), layer.bits)
+        if isinstance(format, FloatZeroFormat):
+            fields["zero"] = zero
+        elif format.kind == "":
+            fields["zero"] = pack_bits(zero.astype(np.uint8), layer.bits)
         return QuantizedTensor(info.format, (stop - start, layer.columns), fields)
 
     def _codes(self, module: str, layer: Layer, start: int, stop: int) -> Array:
@@ -135,10 +138,6 @@ class HQQCheckpoint(DirectoryCheckpoint):
         if layer.bits in (5, 6) and codes.size and codes.max() >= 2**layer.bits:
             raise ContainerError(f"{self.path}: {module} holds the code {codes.max()} in {layer.bits} bits; the file is damaged")
         return codes.reshape(stop - start, layer.columns)
-
-    def _half(self, name: str) -> Array:
-        stored, dtype = self._shards.array(name), self._shards.entries[name].dtype
-        return exact_half(stored, dtype == "BF16", f"{self.path}: {name}", f"{dtype} values")
 
 
 def layer_of(info: TensorInfo) -> Layer:
@@ -191,16 +190,16 @@ class HQQWriter(DirectoryWriter):
 
     def parts(self, info: TensorInfo) -> list[Part]:
         """Returns the safetensors tensors that hold one tensor of the plan."""
-        if integers(info.format) is None:
+        format = integers(info.format)
+        if format is None:
             return super().parts(info)
         layer, module = layer_of(info), info.name.removesuffix(".weight")
         count = layer.rows * layer.groups
         big = [
             Part(f"{module}.W_q", "I32" if layer.bits == 3 else "U8", (words(count, layer.bits), layer.group)),
-            Part(f"{module}.scale", "F16", (count, 1)),
-            Part(f"{module}.zero", "F16", (count, 1)),
+            *(Part(f"{module}.{part}", "F32" if format.wide else "F16", (count, 1)) for part in ("scale", "zero")),
         ]
-        small = small_arrays(layer, "float16")
+        small = small_arrays(layer, str(format.float_type))
         return big + [Part(f"{module}.{part}", _DTYPE_NAMES[array.dtype], array.shape) for part, array in small.items()]
 
     def arrays(self, tensor: QuantizedTensor, info: TensorInfo) -> list[Array]:
@@ -214,10 +213,10 @@ class HQQWriter(DirectoryWriter):
         if isinstance(format, FloatZeroFormat):
             zero = tensor.fields["zero"]
         elif format.kind == "s":
-            zero = np.full(scale.shape, format.middle, np.float16)
+            zero = np.full(scale.shape, format.middle, format.float_type)
         else:
-            zero = unpack_bits(tensor.fields["zero"], layer.bits, layer.groups).astype(np.float16)
-        return [pack_groups(codes.reshape(-1, layer.group), layer.bits), scale, zero, *small_arrays(layer, "float16").values()]
+            zero = unpack_bits(tensor.fields["zero"], layer.bits, layer.groups).astype(format.float_type)
+        return [pack_groups(codes.reshape(-1, layer.group), layer.bits), scale, zero, *small_arrays(layer, str(format.float_type)).values()]
 
     def config(self, description: ModelDescription) -> dict[str, Any]:
         """Returns config.json with a quantization_config, when anything is quantized."""

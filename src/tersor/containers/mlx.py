@@ -4,15 +4,16 @@ A quantized matrix `M.weight` (rows, in), of a linear layer or an embedding, is 
 
     M.weight   uint32 (rows, in*B/32)  a dense bit stream along the row, LSB first: our codes
     M.scales   float (rows, in/N)
-    M.biases   float (rows, in/N)      w = q * scale + bias: our intB_gNm, whose min is the bias
+    M.biases   float (rows, in/N)      w = q * scale + bias: our intB_gNm (or mf), whose min is the bias
 
 for B = 1, 2, 3, 4, 5, 6, 8 and N = 32, 64, 128 (one bit: mlx 0.32 has it). config.json says in `quantization` {group_size, bits,
 mode} and, under a module's name, what differs there; `quantization_config` repeats it for the model's page on the hub. All other
 names and orders are Hugging Face's. Source: ml-explore/mlx-lm mlx_lm/utils.py (quantize_model, load_model), ml-explore/mlx
 python/src/ops.cpp (quantize, dequantize), mlx/backend/cpu/quantized.cpp.
 
-MLX computes in the type of the scales, ours are float16: with the scales widened to float32 first it gives our values exactly, since
-q * scale has at most 19 bits and only the sum is rounded. Beside bfloat16 floats it falls back to float32, so f16 is the type to keep.
+MLX computes in the type of the scales. Those of float16, widened to float32 first, give our values exactly, since q * scale has at most
+19 bits and only the sum is rounded; of those that are float32 both are rounded, there as here. Beside bfloat16 floats it falls back to
+float32, so f16 is the type to keep.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from tersor.containers.directory import (
     DirectoryCheckpoint,
     DirectoryContainer,
     Shards,
-    exact_half,
     find,
     float_info,
     is_tied,
@@ -112,25 +112,19 @@ class MLXCheckpoint(DirectoryCheckpoint):
                     f"{where}: {part} is {got}, {format.name} of {rows} x {columns} needs F16 {(rows, columns // format.group_size)};"
                     " config and weights disagree"
                 )
+        format = format.of_floats(wide=not self._shards.are_half(f"{module}.scales", f"{module}.biases"))
         self._affine[entry.name] = format
         return TensorInfo(entry.name, format.name, (rows, columns), format.nbytes((rows, columns)))
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
-        """Returns the tensor, or those rows of it. Codes are views; scales become float16.
-
-        Raises ContainerError when a scale or bias is no float16 number (bfloat16 ones usually are).
-        """
+        """Returns the tensor, or those rows of it. Codes are views; scales become float16 or float32."""
         info = find(self.path, self.tensors, name)
         if name not in self._affine:
             return read_float(self._shards, info, rows)
         module = name.removesuffix(".weight")
         codes = self._shards.array(name, rows).view(np.uint8)
-        fields = {"codes": codes, "scale": self._half(f"{module}.scales", rows), "min": self._half(f"{module}.biases", rows)}
-        return QuantizedTensor(info.format, (len(codes), info.shape[1]), fields)
-
-    def _half(self, name: str, rows: slice | None) -> Array:
-        stored, dtype = self._shards.array(name, rows), self._shards.entries[name].dtype
-        return exact_half(stored, dtype == "BF16", f"{self.path}: {name}", f"{dtype} values")
+        scale, minimum = (self._shards.floats(f"{module}.{part}", self._affine[name].float_type, rows) for part in ("scales", "biases"))
+        return QuantizedTensor(info.format, (len(codes), info.shape[1]), {"codes": codes, "scale": scale, "min": minimum})
 
 
 def read_format(where: str, quantization: Mapping[str, Any], module: str) -> AffineFormat:
@@ -178,7 +172,8 @@ class MLXWriter(DirectoryWriter):
         rows, columns = info.shape
         module, groups = info.name.removesuffix(".weight"), (rows, columns // format.group_size)
         words = (rows, columns * format.width // 32)
-        return [Part(info.name, "U32", words), Part(f"{module}.scales", "F16", groups), Part(f"{module}.biases", "F16", groups)]
+        floats = "F32" if format.wide else "F16"
+        return [Part(info.name, "U32", words), Part(f"{module}.scales", floats, groups), Part(f"{module}.biases", floats, groups)]
 
     def arrays(self, tensor: QuantizedTensor, info: TensorInfo) -> list[Array]:
         """Returns the arrays of `parts`, in the same order."""
@@ -201,7 +196,7 @@ class MLX(DirectoryContainer):
     checkpoint = MLXCheckpoint
 
     def holds(self, format: str) -> bool:
-        """Returns whether the format is a float, or intB_gNm with N = 32, 64, 128."""
+        """Returns whether the format is a float, or intB_gNm or intB_gNmf with N = 32, 64, 128."""
         return format in DTYPE_OF or affine(format) is not None
 
     def create(self, path: Path, description: ModelDescription, plan: Sequence[TensorInfo], *, force: bool = False) -> MLXWriter:

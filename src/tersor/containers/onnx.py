@@ -67,7 +67,7 @@ class OnnxCheckpoint(Checkpoint):
         self.description = with_tied(description, self.tensors)
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
-        """Returns the tensor, or those rows of it. Raises ContainerError when a scale is no float16 number."""
+        """Returns the tensor, or those rows of it."""
         find(self.path, self.tensors, name)
         return read_source(self._file, self._sources[name], rows)
 

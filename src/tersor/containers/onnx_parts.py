@@ -1,7 +1,7 @@
 """How one tensor lies in an ONNX model: its initializers, named after the Hugging Face tensor.
 
     M.qweight   uint8   (rows, groups, N*B/8)        our codes: a dense bit stream along the row, LSB first, cut at the groups
-    M.scales    float32 (rows, groups)               our float16 scales, widened: the operator wants the type of its input
+    M.scales    float32 (rows, groups)               our scales, widened: the operator wants the type of its input
     M.qzeros    uint8   (rows, ceil(groups*B/8))     our zeros, as they are; absent in the symmetric form, whose zero is 2^(B-1)
     M.weight    float32 | float16 | bfloat16 (rows, in)      a float matrix, not transposed; vectors and biases likewise
 
@@ -30,7 +30,7 @@ from tersor.formats.outliers import OutlierFormat
 from tersor.formats.packing import packed_bytes
 from tersor.tensor import Array, QuantizedTensor, TensorInfo
 
-HELD = re.compile(r"int([248])_g(16|32|64|128|256)(s?)")
+HELD = re.compile(r"int([248])_g(16|32|64|128|256)(s?)f?")
 
 
 def is_blocks(format: str) -> bool:

@@ -7,8 +7,8 @@
     initializer model.layers.0.self_attn.q_proj.weight           ours: (rows, in); norms, biases and embedding alike in both
     attn.qkv_proj                                                q, k and v, their rows one after the other
 
-Source of the foreign names: microsoft/onnxruntime-genai src/python/py/models/builders/base.py. Scales that are no float16 numbers
-(onnxruntime's own quantizer makes float32 ones) have no format here: such a matrix is offered as the float32 values that are multiplied.
+Source of the foreign names: microsoft/onnxruntime-genai src/python/py/models/builders/base.py. Scales are read as float16 where all
+are such numbers, else as float32, which is what onnxruntime's own quantizer makes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tersor.containers.onnx_parts import is_blocks
 from tersor.containers.safetensors_file import shorten
 from tersor.errors import ContainerError, FormatError
 from tersor.formats import get_format
-from tersor.formats.floats import f32_from_bf16
+from tersor.formats.affine import AffineFormat
+from tersor.formats.floats import f32_from_bf16, is_half
 from tersor.formats.outliers import OutlierFormat
-from tersor.formats.packing import packed_bytes, unpack_bits
+from tersor.formats.packing import packed_bytes
 from tersor.models import spec_of
 from tersor.tensor import Array, QuantizedTensor, TensorInfo
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-SAMPLE = 4096  # scales that are looked at when a file is opened; all of them when they are read
 
 _FLOATS = {FLOAT: "f32", FLOAT16: "f16", BFLOAT16: "bf16"}
 _PATH = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)/(\w+_proj)|lm_head)/MatMul\w*")
@@ -157,9 +157,9 @@ def _quantized(file: OnnxFile, node: Node, module: str, producers: Mapping[str, 
     _check_part(file, where, scales, (FLOAT, FLOAT16, BFLOAT16), rows * groups)
     if zeros:
         _check_part(file, where, zeros, (UINT8,), rows * packed_bytes(groups, bits))
-    sample = _wide(file, scales).reshape(-1)[:SAMPLE]
-    name = format if _is_float16(sample) else "f32"
-    info = TensorInfo(f"{module}.weight", name, (rows, columns), get_format(name).nbytes((rows, columns)))
+    if not is_half(file.array(scales), file.initializers[scales].data_type == BFLOAT16):
+        format += "f"
+    info = TensorInfo(f"{module}.weight", format, (rows, columns), get_format(format).nbytes((rows, columns)))
     return Source(info, 0, rows, Blocks(codes, scales, zeros, bits, group))
 
 
@@ -230,10 +230,8 @@ def _split(source: Source, config: Mapping[str, Any], file: OnnxFile) -> list[So
 
 
 def read_source(file: OnnxFile, source: Source, rows: slice | None) -> QuantizedTensor:
-    """Returns a tensor or those rows of it. Codes, zeros and floats are views where they lie row by row; scales become float16.
-
-    Raises ContainerError when a scale is no float16 number though the first ones were.
-    """
+    """Returns a tensor or those rows of it. Codes, zeros and floats are views where they lie row by row; scales become float16
+    or float32."""
     info, first = source.info, source.first
     if isinstance(source.stored, str):
         values = file.array(source.stored)
@@ -248,14 +246,9 @@ def read_source(file: OnnxFile, source: Source, rows: slice | None) -> Quantized
     names = [("codes", parts.codes), ("scale", parts.scales)] + ([("zero", parts.zeros)] if parts.zeros else [])
     fields = {}
     for field, name in names:
-        whole = _wide(file, name) if field == "scale" else file.array(name)
+        whole = _scales(file, name, info.format) if field == "scale" else file.array(name)
         mine = whole.reshape(source.stored_rows, -1)[first : first + info.shape[0]]
         fields[field] = mine if rows is None else mine[rows]
-    if info.format == "f32":
-        return _sliced("f32", _values(parts, fields))
-    if not _is_float16(fields["scale"]):
-        raise ContainerError(f"{file.path}: {shorten(parts.scales)} holds scales that are no float16 numbers; they cannot be kept exactly")
-    fields["scale"] = fields["scale"].astype(np.float16)
     return QuantizedTensor(info.format, (len(fields["codes"]), info.shape[1]), fields)
 
 
@@ -279,25 +272,8 @@ def _sliced(format: str, values: Array) -> QuantizedTensor:
     return QuantizedTensor(format, values.shape, {"values": values})
 
 
-def _values(parts: Blocks, fields: Mapping[str, Array]) -> Array:
-    """Returns (code - zero) * scale, (rows, in) float32, rounded once."""
-    scale = fields["scale"]
-    rows, groups = scale.shape
-    codes = unpack_bits(fields["codes"], parts.bits, groups * parts.group).astype(np.float32).reshape(rows, groups, parts.group)
-    zero = unpack_bits(fields["zero"], parts.bits, groups).astype(np.float32) if parts.zeros else np.float32(1 << (parts.bits - 1))
-    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged file's scales
-        values: Array = (codes - (zero[..., None] if parts.zeros else zero)) * scale[..., None]
-    return values.reshape(rows, -1)
-
-
-def _wide(file: OnnxFile, name: str) -> Array:
-    """Returns scales as float32, or float16 where they are stored so."""
-    stored = file.array(name)
-    return f32_from_bf16(stored) if file.initializers[name].data_type == BFLOAT16 else stored
-
-
-def _is_float16(scales: Array) -> bool:
-    """Returns whether every scale is a finite float16 number."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        narrow = scales.astype(np.float16)
-        return bool((narrow.astype(np.float32) == scales).all())
+def _scales(file: OnnxFile, name: str, format: str) -> Array:
+    """Returns scales as the format has them."""
+    stored, found = file.array(name), get_format(format)
+    assert isinstance(found, AffineFormat)
+    return (f32_from_bf16(stored) if file.initializers[name].data_type == BFLOAT16 else stored).astype(found.float_type, copy=False)

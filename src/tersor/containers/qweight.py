@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tersor.containers.container import Container, refuse_unheld
-from tersor.containers.directory import DirectoryCheckpoint, Shards, exact_half, find, float_info, is_tied, read_float, with_tied
+from tersor.containers.directory import DirectoryCheckpoint, Shards, find, float_info, is_tied, read_float, with_tied
 from tersor.containers.safetensors_file import Entry, shorten
 from tersor.errors import ContainerError, FormatError
 from tersor.formats import get_format
@@ -57,10 +57,11 @@ class Layer:
 
 
 def stored_format(name: str) -> AffineFormat | None:
-    """Returns the affine format of the columns in stored order, None for any other family or a format with a float minimum or zero."""
+    """Returns the affine format of the columns in stored order, None for what is not written: any other family, float minima or zeros,
+    and float32 scales, which loaders round to float16 or the model's type."""
     found = get_format(name)
     found = found.plain if isinstance(found, OrderedFormat) else found
-    return found if isinstance(found, AffineFormat) and found.kind in ("", "s") else None
+    return found if isinstance(found, AffineFormat) and found.kind in ("", "s") and not found.wide else None
 
 
 class QweightCheckpoint(DirectoryCheckpoint):
@@ -118,6 +119,8 @@ class QweightCheckpoint(DirectoryCheckpoint):
         name = f"{module}.weight"
         try:
             layer = self.layer(where, module, entry)
+            if not self._shards.are_half(f"{module}.scales"):
+                layer = replace(layer, plain=layer.plain.of_floats(wide=True))
             info = layer.info(name)
         except FormatError as error:
             raise ContainerError(f"{where}: {error}") from None
@@ -135,27 +138,19 @@ class QweightCheckpoint(DirectoryCheckpoint):
             )
 
     def read(self, name: str, rows: slice | None = None) -> QuantizedTensor:
-        """Returns the tensor, or those rows of it. A quantized one is transposed and repacked; its scales become float16.
-
-        Raises ContainerError when a scale is no float16 number (bfloat16 and float32 scales are usually exact).
-        """
+        """Returns the tensor, or those rows of it. A quantized one is transposed and repacked; its scales become float16 or float32."""
         info = find(self.path, self.tensors, name)
         layer = self._layers.get(name)
         if layer is None:
             return read_float(self._shards, info, rows)
         module, rows = name.removesuffix(".weight"), slice(*(rows or slice(None)).indices(layer.rows))
-        fields = {"codes": self.codes(module, layer, rows), "scale": np.ascontiguousarray(self._scales(module)[:, rows].T)}
+        scales = self._shards.floats(f"{module}.scales", layer.plain.float_type)  # (groups, rows)
+        fields = {"codes": self.codes(module, layer, rows), "scale": np.ascontiguousarray(scales[:, rows].T)}
         if layer.plain.kind == "":
             fields["zero"] = pack_bits(np.ascontiguousarray(self.zeros(module, layer)[:, rows].T), layer.plain.width)
         if layer.order is not None:
             fields["order"] = layer.order
         return QuantizedTensor(info.format, (len(fields["codes"]), layer.columns), fields)
-
-    def _scales(self, module: str) -> Array:
-        """Returns the scales, (groups, rows) float16."""
-        name = f"{module}.scales"
-        stored, dtype = self._shards.array(name), self._shards.entries[name].dtype
-        return exact_half(stored, dtype == "BF16", f"{self.path}: {name}", "scales")
 
 
 def check_plan(container: Container, path: Path, plan: Sequence[TensorInfo], tied: bool, row_block: int, column_block: int) -> None:

@@ -29,7 +29,8 @@ def get_format(name: str) -> Format:
         found: Format | None = family.parse(name.lower())
         if found is not None:
             return found
-    families = "intB_gN[s|m|z|o|so], intB_c[s|m|z], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256, int8_row_xN"
+    families = "intB_gN[s|m|z|o|so], intB_c[s|m|z], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256, int8_row_xN;"
+    families += " f after s, m, z or nothing: float32 scales"
     raise FormatError(f"{unknown('format', name, FORMATS)}; and {families}")
 
 

@@ -1,9 +1,10 @@
-"""Affine integers: equally spaced levels, one float16 scale per group, with an integer zero, a fixed zero or a float minimum.
+"""Affine integers: equally spaced levels, one float scale per group, with an integer zero, a fixed zero or a float minimum.
 
     int4_g64    asymmetric   w = (q - zero) * scale     zero is a packed integer; the grid holds 0 exactly
     int4_g64s   symmetric    w = (q - 2^(B-1)) * scale  no zero is stored
     int4_g64m   minimum      w = q * scale + min        min is float16; the form of Q4_1 and MLX
     int4_c, int4_t           one scale per row (output channel), one scale per tensor
+    int4_g64f, sf, mf        scales and minima are float32: what tools store that quantize a float32 model
 
 B is 1, 2, 3, 4, 5, 6 or 8; groups of N = 16..256 values along the input dimension. Sources: Jacob et al.,
 "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv 1712.05877,
@@ -44,16 +45,16 @@ EXAMPLES = (
     ),
     *("int5_g64", "int5_g64s", "int5_g32m", "int6_g64", "int6_g128s", "int6_g64m"),
     *("int8_g64", "int8_g128s", "int8_g32m", "int8_c", "int8_cs", "int8_cm", "int8_t", "int8_ts", "int8_tm"),
+    *("int4_g64f", "int4_g64sf", "int4_g64mf", "int3_g32f", "int8_csf", "int8_cmf"),
 )
 
-_NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|([ct]))([sm]?)")
+_NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|([ct]))([sm]?)(f?)")
 
 _PER_ROW = 0  # group_size of `_c`
 _PER_TENSOR = -1  # group_size of `_t`
 
 _KINDS = {"": "asymmetric", "s": "symmetric", "m": "minimum"}  # as the native functions call them
 
-_F16_MAX = 65504.0
 _F16_NORMAL = np.float32(2.0**-14)  # smallest normal float16
 
 
@@ -65,16 +66,16 @@ def parse(name: str) -> Format | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    bits, group, axis, kind = int(match[1]), match[2], match[3], match[4]
+    bits, group, axis, kind, wide = int(match[1]), match[2], match[3], match[4], match[5] == "f"
     if bits not in BITS:
         nearest = min(BITS, key=lambda b: (abs(b - bits), -b))
         raise FormatError(f"{name}: {bits}-bit codes; need one of {BITS}; use {name.replace(f'int{bits}', f'int{nearest}')}")
     if bits == 1 and kind == "s":
         raise FormatError(f"{name}: one symmetric bit is a sign; use binary_g{group or 64}")
     if group is None:
-        return AffineFormat(bits, _PER_ROW if axis == "c" else _PER_TENSOR, kind)
+        return AffineFormat(bits, _PER_ROW if axis == "c" else _PER_TENSOR, kind, wide)
     check_group(name, int(group))
-    return AffineFormat(bits, int(group), kind)
+    return AffineFormat(bits, int(group), kind, wide)
 
 
 def check_group(name: str, group: int) -> None:
@@ -85,20 +86,23 @@ def check_group(name: str, group: int) -> None:
 
 
 class AffineFormat(Format):
-    """B-bit integers with a float16 scale per group. kind: "" (integer zero), "s" (symmetric) or "m" (float16 minimum).
+    """B-bit integers with a float scale per group. kind: "" (integer zero), "s" (symmetric) or "m" (float minimum).
 
-    params: {"scale": float16} and {"zero": uint8} or {"min": float16}, each (rows, groups); (1, 1) for `_t`.
+    params: {"scale": float} and {"zero": uint8} or {"min": float}, each (rows, groups); (1, 1) for `_t`. Floats are of `float_type`:
+    float16, or float32 when wide.
     """
 
     uses_importance = False
 
-    def __init__(self, bits: int, group_size: int, kind: str) -> None:
+    def __init__(self, bits: int, group_size: int, kind: str, wide: bool = False) -> None:
         axis = {_PER_ROW: "c", _PER_TENSOR: "t"}.get(group_size, f"g{group_size}")
-        self.name = f"int{bits}_{axis}{kind}"
+        self.name = f"int{bits}_{axis}{kind}{'f' * wide}"
         self.bits = bits
         self.width = bits
         self.group_size = group_size
         self.kind = kind
+        self.wide = wide
+        self.float_type = np.dtype(np.float32 if wide else np.float16)
         self.row_independent = group_size != _PER_TENSOR
         self.max_code = 2**bits - 1
 
@@ -107,7 +111,7 @@ class AffineFormat(Format):
         rows = "1" if self.group_size == _PER_TENSOR else "rows"
         lines = [
             f"codes: uint8 (rows, ceil(in*{self.width}/8))  q in 0..{self.max_code}, dense, LSB first",
-            f"scale: float16 ({rows}, {groups})",
+            f"scale: {self.float_type} ({rows}, {groups})",
         ]
         if self.kind == "":
             lines.append(f"zero:  uint8 ({rows}, ceil({groups}*{self.width}/8))  z in 0..{self.max_code}, dense, LSB first")
@@ -115,7 +119,7 @@ class AffineFormat(Format):
         elif self.kind == "s":
             lines.append(f"w = (q - {self.middle}) * scale")
         else:
-            lines.append(f"min:   float16 ({rows}, {groups})")
+            lines.append(f"min:   {self.float_type} ({rows}, {groups})")
             lines.append("w = q * scale + min")
         return "\n".join(lines) + "\n"
 
@@ -127,23 +131,28 @@ class AffineFormat(Format):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         rows, columns = prod(shape[:-1]), shape[-1]
         groups = self.groups(columns)
-        per_row = 2 * groups + {"": packed_bytes(groups, self.width), "s": 0, "m": 2 * groups}[self.kind]
+        floats = self.float_type.itemsize * groups
+        per_row = floats + {"": packed_bytes(groups, self.width), "s": 0, "m": floats}[self.kind]
         return rows * packed_bytes(columns, self.width) + (per_row if self.group_size == _PER_TENSOR else rows * per_row)
 
     def alternative(self, columns: int) -> str:
         divisors = [g for g in (256, 128, 64, 32, 16) if g < max(self.group_size, 17) and columns % g == 0]
-        return f"use int{self.width}_{f'g{divisors[0]}' if divisors else 'c'}{self.kind}"
+        return f"use int{self.width}_{f'g{divisors[0]}' if divisors else 'c'}{self.kind}{'f' * self.wide}"
+
+    def of_floats(self, wide: bool) -> AffineFormat:
+        """Returns the format that differs in the type of scales and minima only."""
+        return AffineFormat(self.width, self.group_size, self.kind, wide)
 
     def fit(self, w: Array, importance: Array | None = None) -> Params:
         """Returns the min-max grid of every group, stored precision included; arithmetic in float32.
 
         ""   lo = min(w, 0), hi = max(w, 0); scale = (hi - lo) / (2^B - 1); zero = round(-lo / scale)
         "s"  scale = 2 max|w| / (2^B - 1)
-        "m"  min = float16(min w); scale = (max w - min) / (2^B - 1), at least 0
+        "m"  min = float(min w); scale = (max w - min) / (2^B - 1), at least 0
 
-        A scale is rounded to the nearest float16, a subnormal one upwards so that its group is never clipped; an
-        all-zero group has scale 0 and decodes to 0. zero is computed with the stored scale, half to even.
-        Raises FormatError when a scale or minimum does not fit into float16, or for any importance: min-max weighs nothing.
+        A scale is rounded to the nearest float of the format, a subnormal float16 upwards so that its group is never clipped;
+        an all-zero group has scale 0 and decodes to 0. zero is computed with the stored scale, half to even.
+        Raises FormatError when a scale or minimum is too large to be stored, or for any importance: min-max weighs nothing.
         """
         self.refuse_importance(importance)
         blocks = w.reshape(1, 1, -1) if self.group_size == _PER_TENSOR else w.reshape(w.shape[0], self.groups(w.shape[1]), -1)
@@ -183,11 +192,11 @@ class AffineFormat(Format):
         return w.reshape(rows, columns)
 
     def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
-        fields = {"codes": pack_bits(codes, self.width), "scale": np.ascontiguousarray(params["scale"], dtype=np.float16)}
+        fields = {"codes": pack_bits(codes, self.width), "scale": np.ascontiguousarray(params["scale"], dtype=self.float_type)}
         if self.kind == "":
             fields["zero"] = pack_bits(params["zero"], self.width)
         elif self.kind == "m":
-            fields["min"] = np.ascontiguousarray(params["min"], dtype=np.float16)
+            fields["min"] = np.ascontiguousarray(params["min"], dtype=self.float_type)
         return QuantizedTensor(self.name, codes.shape if shape is None else shape, fields)
 
     def unpack(self, tensor: QuantizedTensor) -> tuple[Array, Params]:
@@ -207,7 +216,7 @@ class AffineFormat(Format):
     def quantize_clipped(self, w: Array, importance: Array | None = None) -> QuantizedTensor:
         """Returns w on the grid of the least squared error per group, over both ends of the range and then by least squares.
 
-        The objective is sum h (w - w_hat)^2 with what is stored: the float16 scale and minimum, the integer zero. The
+        The objective is sum h (w - w_hat)^2 with what is stored: the rounded scale and minimum, the integer zero. The
         search is described in native/formats/affine_search.inc. The min-max grid is its start, so it is never worse.
         The symmetric form's scale may come out negative, since its levels reach one step further on one side.
         """
@@ -225,7 +234,7 @@ class AffineFormat(Format):
         rows = as_rows(w)
         columns = rows.shape[1]
         group = {_PER_ROW: columns, _PER_TENSOR: 0}.get(self.group_size, self.group_size)
-        scale, offset = _native.affine_fit(rows, group, _KINDS[self.kind], self.max_code, importance, search)
+        scale, offset = _native.affine_fit(rows, group, _KINDS[self.kind], self.max_code, importance, search, self.wide)
         second: dict[str, Array] = {}
         if self.kind == "":
             second["zero"] = pack_bits(offset.astype(np.uint8), self.width)
@@ -245,22 +254,30 @@ class AffineFormat(Format):
         return scale, unpack_bits(tensor.fields["zero"], self.width, scale.shape[1]).astype(np.float32)
 
     def stored_scale(self, scale: Array) -> Array:
-        """Returns scale, float32, as float16; a subnormal one away from zero. Raises FormatError for one that float16 cannot hold."""
+        """Returns scale, float32, as stored; a subnormal float16 away from zero. Raises FormatError for one that is too large."""
         with np.errstate(over="ignore"):
-            rounded = scale.astype(np.float16)
+            rounded = scale.astype(self.float_type)
         if not np.isfinite(rounded).all():
-            raise FormatError(f"{self.name}: a group's scale is beyond float16's {_F16_MAX:g}; use nf4 (float32 scales), bf16 or f32")
+            raise FormatError(f"{self.name}: a group's scale is beyond {self._largest()}")
+        if self.wide:
+            positive: Array = rounded + np.float32(0)  # -0 becomes 0
+            return positive
         too_small = (np.abs(scale) < _F16_NORMAL) & (np.abs(rounded.astype(np.float32)) < np.abs(scale))
         rounded.view(np.uint16)[too_small] += 1  # the next float16 away from zero
         return rounded
 
     def stored_minimum(self, minimum: Array) -> Array:
-        """Returns minimum, float32, as the nearest float16. Raises FormatError for one that float16 cannot hold."""
+        """Returns minimum, float32, as the nearest float that can be stored. Raises FormatError for one that is too large."""
         with np.errstate(over="ignore"):
-            rounded: Array = minimum.astype(np.float16) + np.float16(0)  # -0 becomes 0
+            rounded: Array = minimum.astype(self.float_type) + self.float_type.type(0)  # -0 becomes 0
         if not np.isfinite(rounded).all():
-            raise FormatError(f"{self.name}: a group's minimum is beyond float16's -{_F16_MAX:g}; use nf4 (float32 scales), bf16 or f32")
+            raise FormatError(f"{self.name}: a group's minimum is beyond -{self._largest()}")
         return rounded
+
+    def _largest(self) -> str:
+        """Returns the end of an error about numbers that are too large."""
+        most = f"{float(np.finfo(self.float_type).max):g}, the largest {self.float_type}"
+        return f"{most}; use {'f32' if self.wide else f'{self.name}f (float32 scales), bf16 or f32'}"
 
     def _zeros(self, params: Params) -> Array:
         """Returns the code of 0 for every group, float32, broadcastable to (rows, groups, group_size)."""

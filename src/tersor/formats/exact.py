@@ -5,7 +5,8 @@ Formats of evenly spaced levels meet in one form,
     w = (q - zero) * scale    or    w = q * scale + min        q in [0, 2^B); scale, zero, min of a group of N columns
 
 so that int4_g128s becomes Q4_0 (a scale of 128 columns is four equal ones of 32), int4_g64 becomes int4_g64z, ternary becomes int2_g64s,
-and a group whose zeros all lie in the middle becomes symmetric. What comes out is decoded and compared: same bits or nothing.
+a group whose zeros all lie in the middle becomes symmetric, and float32 scales that float16 has too become those. What comes out is
+decoded and compared: same bits or nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tersor.errors import FormatError
 from tersor.formats import get_format
 from tersor.formats.affine import AffineFormat
 from tersor.formats.float_zero import FloatZeroFormat
+from tersor.formats.floats import is_half
 from tersor.formats.format import Format
 from tersor.formats.ggml import GgmlFormat
 from tersor.formats.ordered import OrderedFormat
@@ -31,8 +33,8 @@ _KINDS = {"s": ("s", "", "z", "m"), "": ("", "s", "z", "m"), "z": ("z", "", "s",
 
 @dataclass(frozen=True)
 class _Levels:
-    """A tensor of evenly spaced levels. codes: (rows, in) uint8; scale: float16 (rows, groups); second: zeros, float32, or minima,
-    float16, likewise; order: of the columns that codes hold, or None."""
+    """A tensor of evenly spaced levels. codes: (rows, in) uint8; scale: float32 (rows, groups); second: zeros or minima, likewise;
+    order: of the columns that codes hold, or None."""
 
     bits: int
     kind: str  # as AffineFormat's, or z
@@ -48,16 +50,16 @@ def alternatives(format: str) -> Iterator[str]:
     form = _form(found)
     if form is None:
         return
-    bits, kind, group = form
+    bits, kind, group, wide = form
     sizes = [group, *([0] if group < 0 else []), *(g for g in (128, 64, 32, 16) if g < group or group <= 0)]
-    for other in _KINDS[kind]:
+    for other, f in [(other, f) for f in ("", "f") for other in _KINDS[kind] if wide or not f or other != kind]:
         for size in sizes:
             axis = {0: "c", -1: "t"}.get(size, f"g{size}")
-            name = f"int{bits}_{axis}{other}"
+            name = f"int{bits}_{axis}{other}{f}"
             if not (other == "z" and size < 0) and not (bits == 1 and other == "s"):
                 orders = ("o", "") if isinstance(found, OrderedFormat) and other in ("", "s") else ("",)
                 yield from (f"{name}{o}" for o in orders if f"{name}{o}" != format)
-        if group <= 0 or group % 32 == 0:
+        if not f and (group <= 0 or group % 32 == 0):
             yield from (name for name, (b, k) in _GGML.items() if (b, k) == (bits, other) and name != format)
 
 
@@ -78,19 +80,19 @@ def exactly(tensor: QuantizedTensor, format: str) -> QuantizedTensor | None:
     return made if np.array_equal(target.dequantize(made), source.dequantize(tensor)) else None
 
 
-def _form(format: Format) -> tuple[int, str, int] | None:
-    """Returns (bits, kind, columns of a group) of a format of evenly spaced levels, None of others."""
+def _form(format: Format) -> tuple[int, str, int, bool] | None:
+    """Returns (bits, kind, columns of a group, whether its floats are float32) of a format of evenly spaced levels, None of others."""
     if isinstance(format, OrderedFormat):
         format = format.plain
     if isinstance(format, AffineFormat):
-        return format.width, format.kind, format.group_size
+        return format.width, format.kind, format.group_size, format.wide
     if isinstance(format, FloatZeroFormat):
-        return format.width, "z", format.group_size
+        return format.width, "z", format.group_size, format.wide
     if isinstance(format, GgmlFormat) and format.name in _GGML:
-        return *_GGML[format.name], 32
+        return *_GGML[format.name], 32, False
     if isinstance(format, TernaryFormat):
-        return 2, "s", format.group_size
-    return (1, "m", format.group_size) if isinstance(format, BinaryFormat) else None
+        return 2, "s", format.group_size, False
+    return (1, "m", format.group_size, False) if isinstance(format, BinaryFormat) else None
 
 
 def _levels(format: Format, tensor: QuantizedTensor) -> _Levels:
@@ -102,14 +104,14 @@ def _levels(format: Format, tensor: QuantizedTensor) -> _Levels:
     codes, params = format.unpack(tensor)
     form = _form(format)
     assert form is not None
-    bits, kind, _ = form
-    scale = params["scale"]
+    bits, kind, _, _ = form
+    scale = params["scale"].astype(np.float32)
     if isinstance(format, TernaryFormat):
         codes = codes + np.uint8(1)  # 0, 1, 2 for -1, 0, 1
     if isinstance(format, BinaryFormat):
-        return _Levels(bits, kind, codes, scale * np.float16(2), -scale, order)
+        return _Levels(bits, kind, codes, scale * np.float32(2), -scale, order)
     if kind == "m":
-        return _Levels(bits, kind, codes, scale, params["min"], order)
+        return _Levels(bits, kind, codes, scale, params["min"].astype(np.float32), order)
     zero = params["zero"].astype(np.float32) if "zero" in params else np.full(scale.shape, 2.0 ** (bits - 1), np.float32)
     return _Levels(bits, kind, codes, scale, zero, order)
 
@@ -118,16 +120,15 @@ def _in_kind(levels: _Levels, target: Format) -> _Levels | None:
     """Returns the levels in the target's kind and groups, None when its parameters have no room for them."""
     form = _form(target)
     assert form is not None
-    bits, kind, _ = form
-    if bits != levels.bits or isinstance(target, TernaryFormat | BinaryFormat):
+    bits, kind, _, wide = form
+    if bits != levels.bits or isinstance(target, TernaryFormat | BinaryFormat) or not (wide or is_half(levels.scale)):
         return None
     second = levels.second
     if levels.kind == "m" and kind != "m":
-        scale = levels.scale.astype(np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
-            second = np.where(scale == 0, np.float32(0), -second.astype(np.float32) / scale)
+            second = np.where(levels.scale == 0, np.float32(0), -second / levels.scale)
     elif levels.kind != "m" and kind == "m":
-        second = (-(levels.scale.astype(np.float32) * second)).astype(np.float16)
+        second = -(levels.scale * second)
     if kind == "s" and not ((second == 2 ** (bits - 1)) | (levels.scale == 0)).all():
         return None
     if kind == "" and not ((second == np.rint(second)) & (second >= 0) & (second < 2**bits)).all():
@@ -152,12 +153,13 @@ def _stored(target: Format, levels: _Levels, shape: tuple[int, ...]) -> Quantize
     def spread(values: Array) -> Array:
         return np.repeat(np.broadcast_to(values, (groups[0], values.shape[1])), repeat, axis=1)
 
-    params: dict[str, Array] = {"scale": spread(levels.scale)}
-    if levels.kind == "m":
-        params["min"] = spread(levels.second)
-    elif levels.kind == "z":
-        params["zero"] = spread(levels.second).astype(np.float16)
-    elif levels.kind == "":
+    form = _form(target)
+    floats = np.float32 if form is not None and form[3] else np.float16
+    with np.errstate(over="ignore"):  # what float16 does not hold is not equal in the end
+        params: dict[str, Array] = {"scale": spread(levels.scale).astype(floats)}
+        if levels.kind in ("m", "z"):
+            params["min" if levels.kind == "m" else "zero"] = spread(levels.second).astype(floats)
+    if levels.kind == "":
         params["zero"] = spread(levels.second).astype(np.uint8)
     if isinstance(target, OrderedFormat):
         return _ordered(target, levels, params, shape)

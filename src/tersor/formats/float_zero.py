@@ -1,6 +1,7 @@
 """intB_gNz and intB_cz: equally spaced levels whose zero is a float16 of its own, not one of the levels: the form of HQQ.
 
     int4_g64z   w = (q - zero) * scale     q in 0..15; scale and zero float16 per group of 64
+    int4_g64zf  scale and zero float32
 
 B is 1, 2, 3, 4, 5, 6 or 8. Sources: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023);
 mobiusml/hqq hqq/core/quantize.py (Quantizer.dequantize), which computes the same in its own compute type.
@@ -9,19 +10,18 @@ mobiusml/hqq hqq/core/quantize.py (Quantizer.dequantize), which computes the sam
 from __future__ import annotations
 
 import re
-from math import prod
 
 import numpy as np
 
 from tersor.errors import FormatError
 from tersor.formats.affine import BITS, AffineFormat, check_group
 from tersor.formats.format import Format
-from tersor.formats.packing import pack_bits, packed_bytes, unpack_bits
+from tersor.formats.packing import pack_bits, unpack_bits
 from tersor.tensor import Array, Params, QuantizedTensor
 
-EXAMPLES = ("int1_g32z", "int2_g32z", "int3_g64z", "int4_g64z", "int8_g64z", "int8_cz")
+EXAMPLES = ("int1_g32z", "int2_g32z", "int3_g64z", "int4_g64z", "int8_g64z", "int8_cz", "int4_g64zf")
 
-_NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|c)z")
+_NAME = re.compile(r"int([1-9][0-9]*)_(?:g([1-9][0-9]*)|c)z(f?)")
 
 
 def parse(name: str) -> Format | None:
@@ -34,47 +34,52 @@ def parse(name: str) -> Format | None:
         raise FormatError(f"{name}: {bits}-bit codes; need one of {BITS}")
     if match[2] is not None:
         check_group(name, int(match[2]))
-    return FloatZeroFormat(bits, int(match[2] or 0))
+    return FloatZeroFormat(bits, int(match[2] or 0), match[3] == "f")
 
 
 class FloatZeroFormat(Format):
-    """B-bit integers with a float16 scale and a float16 zero per group. params: {"scale", "zero"}, each float16 (rows, groups)."""
+    """B-bit integers with a scale and a zero per group, float16, or float32 when wide. params: {"scale", "zero"}, each (rows, groups)."""
 
     uses_importance = False
 
-    def __init__(self, bits: int, group_size: int) -> None:
-        self._plain = AffineFormat(bits, group_size, "m")  # the same numbers of the same size, but for what the second one means
-        self.name = f"{self._plain.name.removesuffix('m')}z"
+    def __init__(self, bits: int, group_size: int, wide: bool = False) -> None:
+        self._plain = AffineFormat(bits, group_size, "m", wide)  # the same numbers of the same size, but for what the second one means
+        self.name = self._plain.name = self._plain.name.replace("m", "z")  # its errors name this format
         self.bits = bits
         self.width = bits
         self.group_size = group_size
+        self.wide = wide
+        self.float_type = self._plain.float_type
         self.max_code = 2**bits - 1
 
     def layout(self) -> str:
         groups = f"in/{self.group_size}" if self.group_size > 0 else "1"
         return (
             f"codes: uint8 (rows, ceil(in*{self.width}/8))  q in 0..{self.max_code}, dense, LSB first\n"
-            f"scale: float16 (rows, {groups})\nzero:  float16 (rows, {groups})\nw = (q - zero) * scale\n"
+            f"scale: {self.float_type} (rows, {groups})\nzero:  {self.float_type} (rows, {groups})\nw = (q - zero) * scale\n"
         )
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        rows, columns = prod(shape[:-1]), shape[-1]
-        return rows * (packed_bytes(columns, self.width) + 4 * self.groups(columns))
+        return self._plain.nbytes(shape)
 
     def alternative(self, columns: int) -> str:
-        return self._plain.alternative(columns).removesuffix("m") + "z"
+        return self._plain.alternative(columns).replace("m", "z")
+
+    def of_floats(self, wide: bool) -> FloatZeroFormat:
+        """Returns the format that differs in the type of scales and zeros only."""
+        return FloatZeroFormat(self.width, self.group_size, wide)
 
     def fit(self, w: Array, importance: Array | None = None) -> Params:
-        """Returns scale = (max(w, 0) - min(w, 0)) / (2^B - 1) and zero = -min(w, 0) / scale of every group, both rounded to float16.
+        """Returns scale = (max(w, 0) - min(w, 0)) / (2^B - 1) and zero = -min(w, 0) / scale of every group, both rounded to what is stored.
 
-        zero is computed with the stored scale. Raises FormatError when float16 cannot hold a scale, or for any importance.
+        zero is computed with the stored scale. Raises FormatError for a scale that is too large, or for any importance.
         """
         self.refuse_importance(importance)
         blocks = w.reshape(w.shape[0], self.groups(w.shape[1]), -1)
         low, high = np.minimum(blocks.min(axis=-1), np.float32(0)), np.maximum(blocks.max(axis=-1), np.float32(0))
         with np.errstate(over="ignore"):
             scale = self._plain.stored_scale((high - low) / np.float32(self.max_code))
-        return {"scale": scale, "zero": (-low / _divisor(scale)).astype(np.float16)}
+        return {"scale": scale, "zero": (-low / _divisor(scale)).astype(self.float_type)}
 
     def encode(self, w: Array, params: Params) -> Array:
         """Returns q = clip(round(w / scale + zero), 0, 2^B - 1), half to even."""
@@ -91,7 +96,7 @@ class FloatZeroFormat(Format):
         return decoded
 
     def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
-        fields = {name: np.ascontiguousarray(params[name], dtype=np.float16) for name in ("scale", "zero")}
+        fields = {name: np.ascontiguousarray(params[name], dtype=self.float_type) for name in ("scale", "zero")}
         return QuantizedTensor(self.name, codes.shape if shape is None else shape, {"codes": pack_bits(codes, self.width), **fields})
 
     def unpack(self, tensor: QuantizedTensor) -> tuple[Array, Params]:

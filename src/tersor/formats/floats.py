@@ -26,6 +26,8 @@ _LAYOUTS = {
     "bf16": "values: uint16 (rows, in)    sign 1 | exponent 8, bias 127 | mantissa 7 = the upper 16 bits of float32\n",
 }
 
+_PART_VALUES = 1 << 16  # looked at together by is_half
+
 
 def parse(name: str) -> Format | None:
     """Returns the float format of this name, or None when it is no float format."""
@@ -51,6 +53,18 @@ def f32_from_bf16(bits: Array) -> Array:
     """Returns the float32 values of raw bfloat16 bits (uint16); exact."""
     values: Array = (bits.astype(np.uint32) << 16).view(np.float32)
     return values
+
+
+def is_half(values: Array, is_bf16: bool = False) -> bool:
+    """Returns whether every value is a float16 number; NaN is none. values: float16, float32, or uint16 when is_bf16."""
+    flat = values.reshape(-1)
+    for start in range(0, 0 if values.dtype == np.float16 else flat.size, _PART_VALUES):
+        part = flat[start : start + _PART_VALUES]
+        wide = f32_from_bf16(part) if is_bf16 else part
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not np.array_equal(wide.astype(np.float16).astype(np.float32), wide):
+                return False
+    return True
 
 
 class FloatFormat(Format):

@@ -43,7 +43,8 @@ def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
     """Returns the grid that the params (leading axes (rows, groups of the format)) span, or None for a format without one.
 
     step * level + offset equals `format.decode` bit for bit, in float32 with every operation rounded; with a float zero below 2^-4
-    (code - zero has more than 24 bits), and in int8_row (which is decoded in bitsandbytes' order), it may be a neighbouring float32.
+    (code - zero has more than 24 bits), float32 scales beside zeros, and in int8_row (which is decoded in bitsandbytes' order), it
+    may be a neighbouring float32.
     """
     if isinstance(format, AffineFormat):
         step = _wide(params["scale"], rows)
@@ -51,7 +52,7 @@ def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
             offset = _wide(params["min"], rows)
         else:
             zero = np.float32(format.middle) if format.kind == "s" else _wide(params["zero"], rows)
-            offset = -(step * zero)  # exact: 11 bits times 8
+            offset = -(step * zero)  # exact: 11 bits times 8, but for float32 scales
         return _integers(step, offset, 0, format.max_code, np.uint8, 0)
     if isinstance(format, FloatZeroFormat):
         step = _wide(params["scale"], rows)

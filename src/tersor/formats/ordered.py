@@ -20,9 +20,9 @@ from tersor.formats.affine import AffineFormat
 from tersor.formats.format import Format, as_rows, check_importance
 from tersor.tensor import Array, Params, QuantizedTensor
 
-EXAMPLES = ("int2_g32o", "int3_g64o", "int4_g128o", "int4_g64so", "int8_g128so")
+EXAMPLES = ("int2_g32o", "int3_g64o", "int4_g128o", "int4_g64so", "int8_g128so", "int4_g128sfo")
 
-_NAME = re.compile(r"int[1-9][0-9]*_g[1-9][0-9]*s?o")
+_NAME = re.compile(r"int[1-9][0-9]*_g[1-9][0-9]*s?f?o")
 
 
 def parse(name: str) -> Format | None:

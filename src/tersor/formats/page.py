@@ -52,8 +52,9 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
         "Affine integers",
         affine,
         "`intB_gN`: B = 1, 2, 3, 4, 5, 6, 8; N = 16..256, a multiple of 16. `_c`: one scale per row. `_t`: one per tensor.\n"
-        "No suffix: integer zero; `s`: symmetric; `m`: float16 minimum. The table lists examples; every combination exists but\n"
-        "`int1_..s`, which is `binary`. Source: arXiv 1712.05877 equation 1; packing as compressed-tensors `pack_quantized`.",
+        "No suffix: integer zero; `s`: symmetric; `m`: float16 minimum. With `f` after it: scales and minima are float32, as in files\n"
+        "made of a float32 model; products keep them. The table lists examples; every combination exists but `int1_..s`, which is\n"
+        "`binary`. Source: arXiv 1712.05877 equation 1; packing as compressed-tensors `pack_quantized`.",
     ),
     (
         "Affine integers with a float zero",
@@ -100,7 +101,8 @@ _FAMILIES: tuple[tuple[str, ModuleType, str], ...] = (
 
 
 # Of the families with free bits and group sizes: the forms that are drawn.
-_DRAWN = {"int4_g64", "int4_g64s", "int4_g64m", "int8_cs", "int4_t", "binary_g64", "ternary_g64", "int4_g64z", "int4_g128o", "int4_g64so"}
+_DRAWN = {"int4_g64", "int4_g64s", "int4_g64m", "int8_cs", "int4_t", "int4_g64sf", "binary_g64", "ternary_g64"}
+_DRAWN |= {"int4_g64z", "int4_g128o", "int4_g64so"}
 
 
 def page() -> str:

@@ -41,11 +41,12 @@ class AffineRounding(Rounding):
     """SignRound (arXiv 2309.05516, equations 3 and 4) on affine integers:
 
         w_hat = s (clip(round(w / s + V) + z, 0, 2^B - 1) - z)        V in [-1/2, 1/2] per weight
-        s = f16((alpha max(w, 0) - beta min(w, 0)) / (2^B - 1))       alpha, beta in [0, 1] per group
+        s = f((alpha max(w, 0) - beta min(w, 0)) / (2^B - 1))       alpha, beta in [0, 1] per group
         z = clip(round(-beta min(w, 0) / s), 0, 2^B - 1)
 
     Deviations: V is added before the zero, which is an integer, so nothing changes by it; the symmetric form has one step
-    for both ends, s = f16(2 max(alpha max w, -beta min w) / (2^B - 1)), the form with a float minimum m = f16(beta min w).
+    for both ends, s = f(2 max(alpha max w, -beta min w) / (2^B - 1)), the form with a float minimum m = f(beta min w). f rounds to
+    the floats of the format: float16, or float32 in which nothing is lost.
     """
 
     def __init__(self, w: Array, format: AffineFormat) -> None:
@@ -68,26 +69,30 @@ class AffineRounding(Rounding):
     def store(self) -> QuantizedTensor:
         with torch.no_grad():
             codes, scale, offset = self._grid()
-        params = {"scale": scale[..., 0].numpy().astype(np.float16)}
+        params = {"scale": scale[..., 0].numpy().astype(self._format.float_type)}
         if self._format.kind == "m":
-            params["min"] = offset[..., 0].numpy().astype(np.float16)
+            params["min"] = offset[..., 0].numpy().astype(self._format.float_type)
         elif self._format.kind == "":
             params["zero"] = offset[..., 0].numpy().astype(np.uint8)
         return self._format.pack(codes.numpy().astype(np.uint8).reshape(-1, self._shape[-1]), params, self._shape)
+
+    def _stored(self, x: Tensor) -> Tensor:
+        """Returns x as the format stores it, as float32; float16 straight through."""
+        return x if self._format.wide else x.half().float().detach() + (x - x.detach())
 
     def _grid(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns codes, scale, and the zero (the minimum for "m"), each as stored, in float32."""
         f, top = self._format, float(self._format.max_code)
         low, high = self._beta * self._low, self._alpha * self._high
         if f.kind == "m":
-            offset = _half(low)
-            scale = _half((high - offset).clamp(min=0) / top)
+            offset = self._stored(low)
+            scale = self._stored((high - offset).clamp(min=0) / top)
             return _clip(_round((self._w - offset) / _divisor(scale) + self._offset), top), scale, offset
         if f.kind == "s":
-            scale = _half(2 * torch.maximum(-low, high) / top)
+            scale = self._stored(2 * torch.maximum(-low, high) / top)
             offset = torch.full_like(scale, float(f.middle))
         else:
-            scale = _half((high - low) / top)
+            scale = self._stored((high - low) / top)
             offset = _clip(_round(-low / _divisor(scale)), top)
         return _clip(_round(self._w / _divisor(scale) + self._offset) + offset, top), scale, offset
 
@@ -149,11 +154,6 @@ class LevelRounding(Rounding):
 def _round(x: Tensor) -> Tensor:
     """Returns x rounded half to even; the gradient passes straight through (Bengio et al., arXiv 1308.3432)."""
     return x.round().detach() + (x - x.detach())
-
-
-def _half(x: Tensor) -> Tensor:
-    """Returns the nearest float16 as float32, straight through."""
-    return x.half().float().detach() + (x - x.detach())
 
 
 def _clip(x: Tensor, top: float) -> Tensor:
