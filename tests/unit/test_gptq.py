@@ -210,7 +210,7 @@ def test_stored_floats_are_the_least_squares_solution(name):
     codes, params = f.unpack(f.quantize(w))
     names = free_parameters(f)
     units = params[names[0]].shape[1]
-    solved = _State(w, f, codes, params, x.T @ x / len(x), 0.0).solved()
+    solved, _ = _State(w, f, codes, params, x.T @ x / len(x), 0.0).solved()
     spans = basis(f, codes, params)
     for row in range(2):
         design = [np.where(np.arange(512) // (512 // units) == u, span[row], 0) @ x.T for span in spans for u in range(units)]
