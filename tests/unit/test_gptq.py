@@ -219,6 +219,32 @@ def test_stored_floats_are_the_least_squares_solution(name):
         np.testing.assert_allclose(got, theta, rtol=5e-3, atol=2e-4 * np.abs(theta).max())
 
 
+@pytest.mark.parametrize("name", ["int3_g32", "int4_g64m", "nf4", "q4_k", "q3_k", "int8_row", "ternary_g64", "int8_t"])
+def test_refinement_knows_its_gradient_and_objective_without_making_them_anew(name):
+    f, x, w = get_format(name), inputs(512, 2000), weights(4, 512)
+    gram = x.T @ x / len(x)
+    damped = gram + 0.1 * np.eye(512)
+    codes, params = f.unpack(f.quantize(w))
+    state = _State(w, f, codes, params, gram, 0.1)
+
+    def errors():
+        return f.decode(state.codes, state.params).astype(np.float64) - w
+
+    start = state.objective.sum()
+    state.descend()
+    assert not np.array_equal(state.codes, codes)
+    bound = 512 * 2**-24 * np.abs(errors() @ damped).max()  # float32, 512 additions
+    np.testing.assert_allclose(state.gradient, errors() @ damped, atol=bound)
+    state.solve()
+    expected = np.einsum("ri,ij,rj->r", errors(), damped, errors())
+    if not f.row_independent:  # its rows change together, so only the sum is known
+        np.testing.assert_allclose(state.objective.sum(), expected.sum(), rtol=1e-4)
+    else:
+        np.testing.assert_allclose(state.objective, expected, rtol=1e-4)
+    assert state.objective.sum() < start
+    np.testing.assert_allclose(state.gradient, errors() @ damped, atol=bound)
+
+
 def test_the_asymmetric_target_is_the_least_squares_solution():
     x = inputs(64, 600)
     unquantized = x + 0.1 * np.random.default_rng(5).standard_normal(x.shape)
