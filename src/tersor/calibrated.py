@@ -45,7 +45,8 @@ from tersor.recipe import CASTS, Choice, Recipe
 from tersor.slabs import FLOAT16_MAX, dequantize, quantize_tensor
 from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
 
-EXAMINED = 16  # samples that the doctor runs the layers on
+EXAMINED = 16  # samples that the doctor runs the layers on at most; fewer of a short run, whose price it would double else
+EXAMINED_LEAST, EXAMINED_SHARE = 4, 8  # at least so many, and one of so many
 
 Progress = Callable[[int, int, str], None]  # as pipeline.Progress
 
@@ -116,11 +117,12 @@ class Calibrator:
         self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
 
     def examine(self, samples: Samples, folder: Path) -> Examination:
-        """Returns what the doctor says of the samples, after a look at every layer's inputs on EXAMINED of them.
+        """Returns what the doctor says of the samples, after a look at every layer's inputs on some of them.
 
         The model runs in 8 bits for it, where its shapes allow that. folder: for what lies between the layers.
         """
-        chosen = np.linspace(0, len(self._tokens) - 1, min(EXAMINED, len(self._tokens))).astype(int)
+        n = len(self._tokens)
+        chosen = np.linspace(0, n - 1, min(n, EXAMINED, max(EXAMINED_LEAST, n // EXAMINED_SHARE))).astype(int)
         all_tokens, self._tokens = self._tokens, self._tokens[chosen]
         self._work = Work(folder, {}, resume=False)
         halves: list[tuple[str, InputStatistics, InputStatistics]] = []
@@ -485,13 +487,13 @@ def as_float(w: Array) -> QuantizedTensor:
 def output_error(error: Array, w: Array, statistics: InputStatistics) -> float | None:
     """Returns the relative RMS error of the products x W^T over the calibration inputs: sqrt(tr(E H E^T) / tr(W H W^T)).
 
-    error: E, w: W, (out, in) float32. Without a Gram matrix H is taken as diagonal.
+    error: E, w: W, (out, in) float32. Without a Gram matrix H is taken as diagonal. tr(A H A^T) is the sum over A^T A * H, since numpy
+    makes a symmetric product at half the price of another.
     """
     if statistics.gram is None:
         h = statistics.importance
         return _root(*(float(((a * a) @ h).sum(dtype=np.float64)) for a in (error, w)))
-    gram = statistics.gram.astype(np.float32)
-    return _root(*(float(np.einsum("ij,ij->", a @ gram, a, dtype=np.float64)) for a in (error, w)))
+    return _root(*(float(np.einsum("ij,ij->", a.T @ a, statistics.gram)) for a in (error, w)))
 
 
 def _ratio(error: Array, w: Array) -> float:

@@ -278,11 +278,12 @@ def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, s
 
 def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool, activations: str | None) -> None:
     """Raises RecipeError when the recipe or the inputs' scales need calibration and there is none, or have no use for it."""
-    from tersor.calibration.observers import OBSERVERS
-
     static = activations is not None and activations != "token"
-    if static and activations not in OBSERVERS:
-        raise RecipeError(unknown("activations", str(activations), ("token", *OBSERVERS)))
+    if static:
+        from tersor.calibration.observers import OBSERVERS  # only here: it brings the engine, half a second for a run without
+
+        if activations not in OBSERVERS:
+            raise RecipeError(unknown("activations", str(activations), ("token", *OBSERVERS)))
     needing = [step for step in recipe.steps if step.method.needs != "nothing"]
     needing += [step for step, format in _pairs(recipe) if step.method.needs_for(format)]
     if calib is None:

@@ -213,13 +213,39 @@ def test_stored_floats_are_the_least_squares_solution(name):
     codes, params = f.unpack(f.quantize(w))
     names = free_parameters(f)
     units = params[names[0]].shape[1]
-    solved = _State(w, f, codes, params, x.T @ x / len(x), 0.0).solved()
+    solved, _ = _State(w, f, codes, params, x.T @ x / len(x), 0.0).solved()
     spans = basis(f, codes, params)
     for row in range(2):
         design = [np.where(np.arange(512) // (512 // units) == u, span[row], 0) @ x.T for span in spans for u in range(units)]
         theta, *_ = np.linalg.lstsq(np.array(design).T, x @ w[row], rcond=None)
         got = np.concatenate([solved[p][row].ravel() for p in names])
         np.testing.assert_allclose(got, theta, rtol=5e-3, atol=2e-4 * np.abs(theta).max())
+
+
+@pytest.mark.parametrize("name", ["int3_g32", "int4_g64m", "nf4", "q4_k", "q3_k", "int8_row", "ternary_g64", "int8_t"])
+def test_refinement_knows_its_gradient_and_objective_without_making_them_anew(name):
+    f, x, w = get_format(name), inputs(512, 2000), weights(4, 512)
+    gram = x.T @ x / len(x)
+    damped = gram + 0.1 * np.eye(512)
+    codes, params = f.unpack(f.quantize(w))
+    state = _State(w, f, codes, params, gram, 0.1)
+
+    def errors():
+        return f.decode(state.codes, state.params).astype(np.float64) - w
+
+    start = state.objective.sum()
+    state.descend()
+    assert not np.array_equal(state.codes, codes)
+    bound = 512 * 2**-24 * np.abs(errors() @ damped).max()  # float32, 512 additions
+    np.testing.assert_allclose(state.gradient, errors() @ damped, atol=bound)
+    state.solve()
+    expected = np.einsum("ri,ij,rj->r", errors(), damped, errors())
+    if not f.row_independent:  # its rows change together, so only the sum is known
+        np.testing.assert_allclose(state.objective.sum(), expected.sum(), rtol=1e-4)
+    else:
+        np.testing.assert_allclose(state.objective, expected, rtol=1e-4)
+    assert state.objective.sum() < start
+    np.testing.assert_allclose(state.gradient, errors() @ damped, atol=bound)
 
 
 def test_the_asymmetric_target_is_the_least_squares_solution():

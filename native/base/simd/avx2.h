@@ -111,11 +111,17 @@ inline void store_i16(int16_t* p, I x) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8));
 }
 
+// The compiler has to have x in a register here. In the products of a tile GCC 12 otherwise reads all activations of a
+// step before it uses the first, runs out of registers and keeps sums in memory, whose latency then is the time of a step.
+inline void pin(__m256i& x) { asm("" : "+x"(x)); }
+
 using Four = __m256i;
 inline Four load_four(const int8_t* p) {
   int32_t x;
   memcpy(&x, p, 4);
-  return _mm256_set1_epi32(x);
+  Four four = _mm256_set1_epi32(x);
+  pin(four);
+  return four;
 }
 
 // int16 sums of two products each, so that 8 steps of 4-bit codes fit: 8 * 2 * 15 * 127 = 30480; 2 steps of 6-bit:
@@ -145,7 +151,10 @@ inline Codes bits_of(Codes c, int mask) {
 }
 inline Codes join(Codes x, Codes y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 inline Dot dot(Dot s, Codes w, Four x) {
-  return {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, x))};
+  s = {_mm256_add_epi16(s.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(s.b, _mm256_maddubs_epi16(w.b, x))};
+  pin(s.a);
+  pin(s.b);
+  return s;
 }
 inline I widen(Dot d) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -199,7 +208,10 @@ inline __m256i dot_signed_half(__m256i s, __m256i w, __m256i magnitude, __m256i 
   return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 inline I dot_signed(I s, Signed w, Four x) {
-  return {dot_signed_half(s.a, w.w.a, w.magnitude.a, x), dot_signed_half(s.b, w.w.b, w.magnitude.b, x)};
+  s = {dot_signed_half(s.a, w.w.a, w.magnitude.a, x), dot_signed_half(s.b, w.w.b, w.magnitude.b, x)};
+  pin(s.a);
+  pin(s.b);
+  return s;
 }
 
 struct Pairs {

@@ -209,19 +209,28 @@ IntegerPanel low_panel_of(const Part& part, int64_t panel) {
   return low;
 }
 
+// How many tiles one panel after the other is multiplied by before the next tiles come: so many as stay in a core's L2,
+// but enough that opening a panel for each such block costs little.
+int64_t tiles_held(int64_t columns) {
+  constexpr int64_t kHeldBytes = 192 << 10, kLeast = 16;
+  return std::max(kLeast, kHeldBytes / (chunks_of(columns) * (kChunk + 12) * kTileRows));
+}
+
 void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, int64_t n, const Output& out) {
   const Layout& l = part.layout;
   const int kind = code_class(l.code);
   x.prepare(l, start_factor(kernels, l));
   const TileKernel kernel = kernels.tile[kind][l.group == 16][has_second(l)];
-  parallel_for(part.panel_count(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t held = tiles_held(part.columns), blocks = (x.tiles + held - 1) / held, panels = part.panel_count();
+  parallel_for(blocks * panels, 1, [&](int64_t begin, int64_t end) {
     static thread_local OpenScratch scratch;
-    for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t panel = unit % panels, first = unit / panels * held, last = std::min(x.tiles, first + held);
       const OpenPanel open = scratch.room(l, chunks_of(part.columns));
       for (const bool low : {false, true}) {
         if (low && !part.low_table) break;
         kernels.open(low ? low_panel_of(part, panel) : panel_of(part, panel), open);
-        for (int64_t t = 0; t < x.tiles; ++t) {
+        for (int64_t t = first; t < last; ++t) {
           const int64_t row = t * kTileRows;
           kernel(open, x.tile(t), int(std::min<int64_t>(kTileRows, n - row)),
                  low ? out.low_finish(part, panel, row) : out.finish(part, panel, row));

@@ -39,7 +39,7 @@ inline void tile_dots(const uint8_t* codes, const int8_t* x, const int32_t* star
     for (int first = 0; first < kSteps; first += kHeld) {
       Dot sums[kIntTile];
       for (int m = 0; m < kIntTile; ++m) sums[m] = dot_zero();
-#pragma GCC unroll 1
+#pragma GCC unroll 8
       for (int step = first; step < first + kHeld; ++step) {
         const Codes w = load_codes(codes + 64 * step);
 #pragma GCC unroll 8

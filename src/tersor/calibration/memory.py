@@ -16,7 +16,7 @@ from tersor.errors import RecipeError
 from tersor.memory import resident_bytes
 from tersor.models.spec import GROUPS, DecoderSpec, expected_tensors
 
-BATCH_TOKENS = 4096  # at most, in one batch: more brings no speed
+BATCH_TOKENS = 2048  # at most, in one batch: more is slower, since malloc keeps no pieces that are larger than 32 MiB
 _SPARE_BYTES = 96 << 20  # of the native libraries' own buffers and of what the allocator keeps
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
 
-BLOCK_ROWS = 2048  # inputs whose products are summed in float32 before they are added in float64
+BLOCK_ROWS = 2048  # inputs whose sums are made in float32 before they are added in float64
 
 
 class StatisticsBuilder:
@@ -28,7 +28,7 @@ class StatisticsBuilder:
             rows = x[begin : begin + BLOCK_ROWS]
             magnitudes = np.abs(rows)
             self._tokens += len(rows)
-            self._magnitudes += magnitudes.sum(axis=0, dtype=np.float64)
+            self._magnitudes += np.ones(len(rows), np.float32) @ magnitudes
             np.maximum(self._absmax, magnitudes.max(axis=0), out=self._absmax)
             if self._gram is not None:
                 products = rows.T @ rows

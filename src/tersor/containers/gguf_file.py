@@ -29,6 +29,7 @@ from tersor.errors import ContainerError, unknown
 from tersor.tensor import Array
 
 MAGIC = b"GGUF"
+_LENGTH = struct.Struct("<Q")  # of a string, in front of it
 VERSION = 3
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
@@ -233,14 +234,15 @@ def _read_strings(cursor: _Cursor, count: int, what: str) -> list[str]:
     """Returns `count` strings. The inner loop of opening a model: a vocabulary has 10^5 of them."""
     cursor.need(8 * count, what)
     path, size, at = cursor.file.path, cursor.file.size, cursor.at
-    read, unpack = cursor.file.read, int.from_bytes
+    data, length_at = memoryview(cursor.file.view(0, np.uint8, size)), _LENGTH.unpack_from
     out: list[str] = []
     for number in range(count):
-        end = at + 8 + unpack(read(at, 8), "little")
-        if at + 8 > size or end > size:
+        begin = at + 8
+        end = begin + length_at(data, at)[0] if begin <= size else begin
+        if end > size:
             raise ContainerError(f"{path}: string {number} of {what} ends at byte {end}, the file at {size}; it is truncated or damaged")
         try:
-            out.append(read(at + 8, end - at - 8).decode("utf-8"))
+            out.append(str(data[begin:end], "utf-8"))
         except UnicodeDecodeError:
             raise ContainerError(f"{path}: string {number} of {what} is not UTF-8; the file is damaged") from None
         at = end
@@ -308,8 +310,13 @@ def _read_tensor(cursor: _Cursor, name: str, alignment: int) -> GGUFTensor:
 
 
 def _pack_string(text: str) -> bytes:
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
+    return _pack_strings([text])
+
+
+def _pack_strings(texts: Sequence[str]) -> bytes:
+    """Returns every string behind its length."""
+    pack = _LENGTH.pack
+    return b"".join([part for data in [text.encode("utf-8") for text in texts] for part in (pack(len(data)), data)])
 
 
 def _pack_value(kind: str, value: Any) -> bytes:
@@ -320,7 +327,7 @@ def _pack_value(kind: str, value: Any) -> bytes:
         return struct.pack("<I", _TYPE_ID[kind]) + np.array(value, _DTYPE[kind]).tobytes()
     item = kind[1:-1]
     head = struct.pack("<IIQ", int(GGUFValueType.ARRAY), _TYPE_ID[item], len(value))
-    return head + (b"".join(map(_pack_string, value)) if item == "str" else np.asarray(value, _DTYPE[item]).tobytes())
+    return head + (_pack_strings(value) if item == "str" else np.asarray(value, _DTYPE[item]).tobytes())
 
 
 @dataclass(frozen=True)

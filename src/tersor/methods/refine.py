@@ -5,7 +5,7 @@
 
 Rounds of two steps, kept row by row when the objective falls:
 - coordinate descent: column k moves to the level nearest to w_hat_k - (e H)_k / H_kk, its minimum with all others as they
-  are; e H is kept up to date (natively within a tile of columns, by a matrix product beyond it);
+  are; e H is kept up to date (natively within a tile of columns, by a matrix product beyond it), so it is not computed anew;
 - least squares: for given codes w_hat = sum_p theta_p b_p (formats/grid.py), with one theta_p for each unit of columns,
   so the best thetas (scales, minima, d, dmin, absmax, ...) solve (B H B^T) delta = -B H e^T, a small system a row, and are
   rounded to how they are stored.
@@ -40,21 +40,30 @@ def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Arra
     state = _State(w, format, codes, params, hessian, damping)
     for _ in range(rounds):
         before = state.objective.sum()
-        state.keep(*state.descended())
+        state.descend()
         if free_parameters(format):
-            state.keep(state.codes, state.solved())
+            state.solve()
         if not state.objective.sum() < before * (1 - 1e-3):
             break
     return state.codes, state.params
 
 
 class _State:
-    """The best so far: codes (rows, n), params, their gradient e H (rows, n) float32 and objective (rows,) float64."""
+    """The best so far: codes (rows, n), params and the objective (rows,) float64."""
 
     def __init__(self, w: Array, format: Format, codes: Array, params: Params, hessian: Array, damping: float) -> None:
         self.w, self.format, self.hessian, self.damping = w, format, hessian, damping
         self.codes, self.params = codes, params
-        self.gradient, self.objective = self._measure(codes, params)
+        self._gradient, self.objective = self._measure(codes, params)
+        self._stale = False  # the gradient is of other params
+
+    @property
+    def gradient(self) -> Array:
+        """e H of the best so far, (rows, n) float32."""
+        if self._stale:
+            self._gradient, self.objective = self._measure(self.codes, self.params)
+            self._stale = False
+        return self._gradient
 
     def _damped(self, part: slice) -> Array:
         """Returns rows of the damped Hessian, (len, n) float32."""
@@ -69,26 +78,37 @@ class _State:
         for begin in range(0, errors.shape[1], 4 * TILE):
             part = slice(begin, begin + 4 * TILE)
             gradient[:, part] = errors @ self._damped(part).T
-        return gradient, np.einsum("rc,rc->r", gradient, errors, dtype=np.float64)
+        return gradient, _inner(gradient, errors)
 
-    def keep(self, codes: Array, params: Params) -> None:
-        """Takes the rows of codes and params whose objective is smaller; all or none when rows share params."""
-        gradient, objective = self._measure(codes, params)
+    def _better(self, objective: Array) -> Array:
+        """Returns the rows whose objective is smaller, (rows,); all or none when they share params."""
         if self.format.row_independent:
-            better = objective < self.objective
-        else:
-            better = np.full(len(objective), objective.sum() < self.objective.sum())
+            return np.asarray(objective < self.objective)
+        return np.full(len(objective), objective.sum() < self.objective.sum())
+
+    def descend(self) -> None:
+        """Takes the codes after one sweep of coordinate descent, in the rows that it makes better."""
+        codes, gradient = self.descended()
+        objective = _inner(gradient, self.format.decode(codes, self.params) - self.w)
+        better = self._better(objective)
         self.codes = np.where(better[:, None], codes, self.codes)
-        self.gradient = np.where(better[:, None], gradient, self.gradient)
+        self._gradient = np.where(better[:, None], gradient, self.gradient)
         self.objective = np.where(better, objective, self.objective)
+
+    def solve(self) -> None:
+        """Takes the least-squares params, in the rows that they make better."""
+        params, change = self.solved()
+        better = self._better(self.objective + change)
         if self.format.row_independent:
             of_row = {name: better.reshape(-1, *[1] * (value.ndim - 1)) for name, value in params.items()}
             self.params = {name: np.where(of_row[name], params[name], value) for name, value in self.params.items()}
         elif better[0]:
             self.params = params
+        self.objective = self.objective + np.where(better, change, 0.0)
+        self._stale = True
 
-    def descended(self) -> tuple[Array, Params]:
-        """Returns (codes, params) after one sweep of coordinate descent over all columns."""
+    def descended(self) -> tuple[Array, Array]:
+        """Returns the codes after one sweep of coordinate descent over all columns, and their gradient."""
         grid = grid_of(self.format, self.params, len(self.w))
         assert grid is not None
         columns = self.w.shape[1]
@@ -104,29 +124,34 @@ class _State:
             within = np.ascontiguousarray(hessian[:, tile])
             _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, changes)
             indices[:, tile] = chosen
-            gradient[:, tile.stop :] += changes @ hessian[:, tile.stop :]
-        return grid.codes[indices], self.params
+            gradient += changes @ hessian
+        return grid.codes[indices], gradient
 
-    def solved(self) -> Params:
-        """Returns params with the floats that are the least-squares solution for the codes, as they are stored."""
+    def solved(self) -> tuple[Params, Array]:
+        """Returns params with the floats that are the least-squares solution for the codes, as they are stored, and by how much they
+        change the objective, (rows,) float64: 2 delta B H e^T + delta B H B^T delta^T."""
         names = free_parameters(self.format)
-        shape = self.params[names[0]].shape
+        n_units = self.params[names[0]].shape[1]
         spans = basis(self.format, self.codes, self.params)
-        n_rows, n = self.w.shape[0], len(names) * shape[1]
+        n_rows, n = self.w.shape[0], len(names) * n_units
         step = max(1, _SYSTEM_BYTES // (8 * n * n)) if self.format.row_independent else n_rows
-        deltas = []
+        params = {name: value.copy() if name in names else value for name, value in self.params.items()}
+        changes = []
         for begin in range(0, n_rows, step):
-            rows = slice(begin, min(begin + step, n_rows))
-            system, wish = self._system([span[rows] for span in spans], self.gradient[rows], shape[1])
+            rows = slice(begin, min(begin + step, n_rows)) if self.format.row_independent else slice(0, 1)
+            system, wish = self._system([span[begin : begin + step] for span in spans], self.gradient[begin : begin + step], n_units)
             if not self.format.row_independent:
                 system, wish = system.sum(axis=0, keepdims=True), wish.sum(axis=0, keepdims=True)
             ridge = _RIDGE * np.trace(system, axis1=1, axis2=2)[:, None, None] / n + 1e-300
-            deltas.append(np.linalg.solve(system + ridge * np.eye(n), -wish[..., None]).reshape(-1, len(names), shape[1]))
-        delta = np.concatenate(deltas)
-        params = dict(self.params)
-        for p, name in enumerate(names):
-            params[name] = _stored(self.params[name], delta[:, p].reshape(shape))
-        return params
+            delta = np.linalg.solve(system + ridge * np.eye(n), -wish[..., None]).reshape(-1, len(names), n_units)
+            for p, name in enumerate(names):
+                old = self.params[name][rows]
+                params[name][rows] = _stored(old, delta[:, p].reshape(old.shape))
+                delta[:, p] = (params[name][rows].astype(np.float64) - old).reshape(-1, n_units)
+            moved = delta.reshape(-1, n)
+            changes.append(2 * np.einsum("ri,ri->r", moved, wish) + np.einsum("ri,rij,rj->r", moved, system, moved, optimize=True))
+        change = np.concatenate(changes)
+        return params, change if self.format.row_independent else np.full(n_rows, change[0] / n_rows)
 
     def _system(self, spans: list[Array], gradient: Array, units: int) -> tuple[Array, Array]:
         """Returns B H B^T, (rows, n, n) float64, and B H e^T, (rows, n), of some rows; n = parameters * units.
@@ -147,6 +172,12 @@ class _State:
                     system[:, q, unit, p, : unit + 1] = sums
         wish = np.stack([(gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
         return system.reshape(n_rows, n, n), wish.reshape(n_rows, n)
+
+
+def _inner(x: Array, y: Array) -> Array:
+    """Returns the inner product of every row of x with that of y, float64."""
+    products: Array = np.einsum("rc,rc->r", x, y, dtype=np.float64)
+    return products
 
 
 def _stored(old: Array, delta: Array) -> Array:
