@@ -33,7 +33,7 @@ class Memory:
 
     def full(self) -> bool:
         """Returns whether there is no room for a token."""
-        return self.length == self.keys.shape[2]
+        return bool(self.length == self.keys.shape[2])
 
     def grow(self, layer: Any) -> None:
         """Shows the layer one more position, which has been written."""
@@ -54,9 +54,13 @@ def memory_of(cache: Any, index: int, shape: tuple[int, int, int]) -> tuple[Any,
     concatenation. shape: sequences, kv_heads and head_dim of what is to come."""
     if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
         return None
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if type(layer) is not DynamicLayer or not layer.is_initialized:
         return None
+    return _memory_of(layer, shape)
+
+
+def _memory_of(layer: Any, shape: tuple[int, int, int]) -> tuple[Any, Memory] | None:
     memory: Memory | None = layer.__dict__.get("tersor_memory")
     keys, values = layer.keys, layer.values
     if memory is not None and memory.views is not None and keys is memory.views[0] and values is memory.views[1] and not memory.full():

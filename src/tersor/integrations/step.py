@@ -28,28 +28,29 @@ class Step:
     """The recording of a layer, made when it is first asked for, and made anew when norms or biases have changed."""
 
     def __init__(self) -> None:
-        self._stamp: tuple[Any, ...] = ()
+        self._stamp: list[tuple[int, int]] = []
         self._program: Program | None = None
 
-    def run(self, plain: Any, x: Array, memory: Memory, cos: Array, sin: Array) -> Array:
-        """Returns the layer's output, (sequences, dim), and writes keys and values at memory.length.
+    def run(self, plain: Any, x: torch.Tensor, memory: Memory, cos: Array, sin: Array) -> torch.Tensor:
+        """Returns the layer's output, (sequences, 1, dim), and writes keys and values at memory.length.
 
-        plain: decoder_layer.Plain; x: (sequences, dim); cos and sin: (1 or sequences, head_dim)."""
-        stamp = tuple([(vector.data_ptr(), vector._version) for vector in plain.vectors()])
+        plain: decoder_layer.Plain; x: (sequences, 1, dim); cos and sin: (1 or sequences, head_dim)."""
+        stamp = [(vector.data_ptr(), vector._version) for vector in plain.vectors]
+        values, n = x.numpy(), x.shape[0]
         with _lock:
             if self._program is None or stamp != self._stamp:
                 self._record(plain)
                 self._stamp = stamp
-            program, n = self._program, len(x)
+            program = self._program
             assert program is not None
-            self._x[:n] = x
+            self._x[:n] = values
             program.step(memory.keys, memory.values, memory.length, cos, sin)
-            return self._out[:n].copy()
+            return torch.from_numpy(self._out[:n].copy())
 
     def _record(self, plain: Any) -> None:
         heads, kv_heads, head_dim = plain.heads
         o = Recorder(1, kv_heads, head_dim, ROWS, _results)
-        x = self._x = o.input(plain.down.out_features)
+        x = o.input(plain.down.out_features)
         joined = o.linear(o.rms_norm(x, *plain.norm(0)), plain.qkv.packed, plain.bias(ROWS))
         by_head = joined.reshape(ROWS, heads + 2 * kv_heads, head_dim)
         o.rotate(by_head[:, : heads + kv_heads])
@@ -57,7 +58,8 @@ class Step:
         mixed = o.plain_attention(q, k, v, plain.attention.scaling)
         between = o.linear(mixed, _packed(plain.output), x)
         halves = o.linear(o.rms_norm(between, *plain.norm(1)), plain.gate_up.packed)
-        self._out = o.linear(o.gated(halves, plain.activation), _packed(plain.down), between)
+        y = o.linear(o.gated(halves, plain.activation), _packed(plain.down), between)
+        self._x, self._out = (array.reshape(ROWS, 1, -1) for array in (x, y))
         self._program = o.program
 
     def __deepcopy__(self, memo: object) -> Step:
