@@ -1,7 +1,7 @@
 // A recorded sequence of ops on fixed arrays, replayed by one call: for a few tokens, calling every op from Python
 // costs about as much as a tenth of the products. Recorded by tersor.ops.program for `rows` tokens and replayed for as
-// many or fewer; the positions come from the caches at every replay, or, where another library holds the keys and values
-// (step), the angles and that memory are given.
+// many or fewer; the positions come from the caches at every replay, or, where another library holds the keys and
+// values (step), the angles and that memory are given.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -48,8 +48,8 @@ struct Turn {
 struct Program {
   int layers, kv_heads, head_dim;
   int64_t rows;
-  int64_t vocabulary = 0;  // of the embedding, when there is one
-  bool runs = false;       // has ops that want caches and tokens
+  int64_t vocabulary = 0;    // of the embedding, when there is one
+  bool runs = false;         // has ops that want caches and tokens
   bool steps_given = false;  // has ops that want what is given
   std::vector<std::function<void(const Turn&)>> steps;
   std::vector<nb::object> kept;  // the arrays and weights whose memory the steps use
@@ -198,11 +198,11 @@ void add_rotate(Program& p, nb::handle x_object) {
   const auto x = as<Heads<float>>(x_object);
   check_heads(p, "rotate", x);
   p.steps_given = true;
-  p.add({x_object}, [at = x.data(), stride = x.stride(0), heads = int64_t(x.shape(1)),
-                     half = p.head_dim / 2](const Turn& turn) {
-    const Given& g = *turn.given;
-    elementwise::rotate(at, turn.n, stride, heads, half, g.cosines, g.sines, g.angle_stride);
-  });
+  p.add({x_object},
+        [at = x.data(), stride = x.stride(0), heads = int64_t(x.shape(1)), half = p.head_dim / 2](const Turn& turn) {
+          const Given& g = *turn.given;
+          elementwise::rotate(at, turn.n, stride, heads, half, g.cosines, g.sines, g.angle_stride);
+        });
 }
 
 void add_plain_attention(Program& p, nb::handle q_object, nb::handle k_object, nb::handle v_object, float scale,
@@ -217,10 +217,14 @@ void add_plain_attention(Program& p, nb::handle q_object, nb::handle k_object, n
   require_size("plain_attention", "rows of out", int64_t(out.shape(0)), p.rows);
   require_size("plain_attention", "columns of out", int64_t(out.shape(1)), heads * p.head_dim);
   p.steps_given = true;
-  p.add({q_object, k_object, v_object, out_object}, [q, k, v, heads, scale, to = out.data()](const Turn& turn) {
-    plain_attention::append(turn.given->memory, k.data(), k.stride(0), v.data(), v.stride(0));
-    plain_attention::attend(turn.given->memory, q.data(), q.stride(0), heads, scale, to);
-  });
+  const attention::Rows queries{q.data(), p.rows, q.stride(0)}, keys{k.data(), p.rows, k.stride(0)},
+      values{v.data(), p.rows, v.stride(0)};
+  p.add({q_object, k_object, v_object, out_object},
+        [queries, keys, values, heads, scale, to = out.data()](const Turn& turn) {
+          const plain_attention::Memory& memory = turn.given->memory;
+          plain_attention::append(memory, keys.data, keys.stride, values.data, values.stride);
+          plain_attention::attend(memory, queries.data, queries.stride, heads, scale, to);
+        });
 }
 
 void add_softcap(Program& p, nb::handle x_object, float cap) {
@@ -281,7 +285,9 @@ void step(const Program& p, const Array<float, 4>& keys, const Array<float, 4>& 
   require_size("step", "rows of sines", int64_t(sines.shape(0)), angles);
   require_size("step", "columns of sines", int64_t(sines.shape(1)), p.head_dim);
   const Given given{{keys.data(), values.data(), n, p.kv_heads, int64_t(keys.shape(2)), p.head_dim, length},
-                    cosines.data(), sines.data(), angles == 1 ? 0 : p.head_dim};
+                    cosines.data(),
+                    sines.data(),
+                    angles == 1 ? 0 : p.head_dim};
   const Turn turn{n, nullptr, {}, {}, &given};
   nb::gil_scoped_release release;
   for (const auto& one : p.steps) one(turn);

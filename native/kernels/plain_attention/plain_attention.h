@@ -1,6 +1,6 @@
 // Attention of single tokens to keys and values that lie as other libraries hold them: float32, a row of head_dim
-// values for every sequence, key-value head and position. The engine's own cache (kernels/attention) is faster over many
-// keys; this one is read and written by others between two tokens.
+// values for every sequence, key-value head and position. The engine's own cache (kernels/attention) is faster over
+// many keys; this one is read and written by others between two tokens.
 #pragma once
 
 #include <cstdint>
