@@ -48,9 +48,9 @@ struct Turn {
 struct Program {
   int layers, kv_heads, head_dim;
   int64_t rows;
-  int64_t vocabulary = 0;    // of the embedding, when there is one
-  bool runs = false;         // has ops that want caches and tokens
-  bool steps_given = false;  // has ops that want what is given
+  int64_t vocabulary = 0;     // of the embedding, when there is one
+  bool wants_caches = false;  // has ops that want caches and tokens
+  bool wants_given = false;   // has ops that want what is given
   std::vector<std::function<void(const Turn&)>> steps;
   std::vector<nb::object> kept;  // the arrays and weights whose memory the steps use
 
@@ -79,7 +79,7 @@ void add_embed(Program& p, const std::string& format, int64_t rows, int64_t colu
   require_size("embed", "rows of out", int64_t(out.shape(0)), p.rows);
   require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
   p.vocabulary = rows;
-  p.runs = true;
+  p.wants_caches = true;
   p.add({out_object}, [look_up = embedding(format, rows, columns, fields, scale), to = out.data()](const Turn& turn) {
     look_up(turn.tokens, turn.n, to);
   });
@@ -156,7 +156,7 @@ void add_rope(Program& p, nb::handle x_object, nb::handle inv_freq_object, float
   const auto inv_freq = as<Array<const float, 1>>(inv_freq_object);
   check_heads(p, "rope", x);
   require_size("rope", "values of inv_freq", int64_t(inv_freq.shape(0)), p.head_dim / 2);
-  p.runs = true;
+  p.wants_caches = true;
   p.add({x_object, inv_freq_object}, [at = x.data(), stride = x.stride(0), heads = int64_t(x.shape(1)),
                                       half = p.head_dim / 2, f = inv_freq.data(), scale](const Turn& turn) {
     elementwise::rope(at, turn.n, stride, heads, half, turn.positions.data(), f, scale);
@@ -172,7 +172,7 @@ void add_append(Program& p, int layer, nb::handle k_object, nb::handle v_object)
     require_size("append", "heads", int64_t(x->shape(1)), p.kv_heads);
   }
   const attention::Rows keys{k.data(), p.rows, k.stride(0)}, values{v.data(), p.rows, v.stride(0)};
-  p.runs = true;
+  p.wants_caches = true;
   p.add({k_object, v_object},
         [layer, keys, values](const Turn& turn) { attention::append(turn.spans, layer, keys, values); });
 }
@@ -187,7 +187,7 @@ void add_attention(Program& p, nb::handle q_object, int layer, float scale, floa
   require(heads > 0 && heads % p.kv_heads == 0, "attention: ", heads, " heads, need a multiple of ", p.kv_heads);
   require_size("attention", "rows of out", int64_t(out.shape(0)), p.rows);
   require_size("attention", "columns of out", int64_t(out.shape(1)), heads * p.head_dim);
-  p.runs = true;
+  p.wants_caches = true;
   p.add({q_object, out_object}, [layer, from = q.data(), stride = q.stride(0), heads, scale, softcap, window,
                                  to = out.data()](const Turn& turn) {
     attention::attend(turn.spans, layer, {from, turn.n, stride}, int(heads), scale, softcap, window, to);
@@ -197,7 +197,7 @@ void add_attention(Program& p, nb::handle q_object, int layer, float scale, floa
 void add_rotate(Program& p, nb::handle x_object) {
   const auto x = as<Heads<float>>(x_object);
   check_heads(p, "rotate", x);
-  p.steps_given = true;
+  p.wants_given = true;
   p.add({x_object},
         [at = x.data(), stride = x.stride(0), heads = int64_t(x.shape(1)), half = p.head_dim / 2](const Turn& turn) {
           const Given& g = *turn.given;
@@ -216,7 +216,7 @@ void add_plain_attention(Program& p, nb::handle q_object, nb::handle k_object, n
   require(heads > 0 && heads % p.kv_heads == 0, "plain_attention: ", heads, " heads, need a multiple of ", p.kv_heads);
   require_size("plain_attention", "rows of out", int64_t(out.shape(0)), p.rows);
   require_size("plain_attention", "columns of out", int64_t(out.shape(1)), heads * p.head_dim);
-  p.steps_given = true;
+  p.wants_given = true;
   const attention::Rows queries{q.data(), p.rows, q.stride(0)}, keys{k.data(), p.rows, k.stride(0)},
       values{v.data(), p.rows, v.stride(0)};
   p.add({q_object, k_object, v_object, out_object},
@@ -253,7 +253,7 @@ void run(const Program& p, const std::vector<Cache*>& caches, Array<const int32_
   const auto count = int64_t(caches.size());
   require(count == 1 || count == n, "run: ", n, " rows and ", count, " caches, need one cache, or as many");
   if (p.vocabulary > 0) require_tokens("run", tokens.data(), n, p.vocabulary);
-  require(!p.steps_given, "run: the program was recorded for step");
+  require(!p.wants_given, "run: the program was recorded for step");
   Turn turn{n, tokens.data(), {}, {}, nullptr};
   for (Cache* cache : caches) {
     require(cache->layers == p.layers && cache->kv_heads == p.kv_heads && cache->head_dim == p.head_dim,
@@ -270,7 +270,7 @@ void run(const Program& p, const std::vector<Cache*>& caches, Array<const int32_
 
 void step(const Program& p, const Array<float, 4>& keys, const Array<float, 4>& values, int64_t length,
           const Array<const float, 2>& cosines, const Array<const float, 2>& sines) {
-  require(!p.runs, "step: the program was recorded for run");
+  require(!p.wants_caches, "step: the program was recorded for run");
   const auto n = int64_t(keys.shape(0)), angles = int64_t(cosines.shape(0));
   require(n >= 1 && n <= p.rows, "step: ", n, " rows, need 1 to ", p.rows);
   for (int axis = 0; axis < 4; ++axis) {

@@ -127,7 +127,7 @@ def test_more_sequences_than_a_step_takes(llamas, steps):
     assert len(steps) == 2 * 4
 
 
-@pytest.mark.parametrize("window, fast", [(4, 0), (None, 32)])
+@pytest.mark.parametrize("window, fast", [(4, 0), (64, 0), (None, 32)])
 def test_a_sliding_window_is_transformers(tmp_path, steps, window, fast):
     ours, theirs = both(tiny_model(tmp_path / "m", "mistral", config={"sliding_window": window}))
     close(decoded(ours, DynamicCache(config=ours.config)), logits(theirs)[:, 7:])
@@ -138,6 +138,19 @@ def test_a_sliding_window_is_transformers(tmp_path, steps, window, fast):
 def test_a_static_cache_is_transformers(llamas, steps):
     close(decoded(llamas[0], StaticCache(config=llamas[0].config, max_cache_len=40)), logits(llamas[1])[:, 7:])
     assert not steps
+
+
+def test_a_users_cache_class_is_asked(llamas):
+    class Counting(DynamicCache):
+        calls = 0
+
+        def update(self, *args, **kwargs):
+            self.calls += 1
+            return super().update(*args, **kwargs)
+
+    cache = Counting()
+    close(decoded(llamas[0], cache), logits(llamas[1])[:, 7:])
+    assert cache.calls == 2 * 17
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}])
@@ -173,6 +186,8 @@ def test_a_cache_is_continued_twice(llamas, copied):
         had = one.layers[0].keys.shape[2]
         tokens = torch.cat([IDS[:, :16], IDS[:, 16:], more], 1) if had > 16 else torch.cat([IDS[:, :16], more], 1)
         close(continued(ours, one, more), logits(theirs, tokens)[:, had:])
+        one.crop(-1)  # what the cache shows is what was computed with
+        close(logits(ours, more[:, -1:], one), logits(theirs, tokens)[:, -1:])
 
 
 def test_a_cropped_cache_goes_on_and_earlier_views_stay(llamas, steps):
@@ -243,6 +258,23 @@ def test_an_attention_function_of_the_users_is_called(llamas, steps):
     llamas[0].set_attn_implementation("of_a_test")
     decoded(llamas[0], DynamicCache())
     assert len(calls) == 2 * 17 and not steps
+
+
+def test_hooks_see_single_tokens_too(llamas, steps):
+    calls = []
+    handle = llamas[0].model.layers[1].self_attn.v_proj.register_forward_hook(lambda *a: calls.append(1))
+    close(decoded(llamas[0], DynamicCache()), logits(llamas[1])[:, 7:])
+    handle.remove()
+    assert len(calls) == 17 and len(steps) == 16
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t.double(), lambda t: t[..., :6], lambda t: torch.cat([t, t], 1), lambda t: t + torch.arange(8.0)]
+)
+def test_angles_of_another_kind_are_left_to_transformers(change):
+    cos, sin = torch.ones(2, 1, 8), torch.zeros(2, 1, 8)
+    assert step.tables((cos, sin), 8) is not None
+    assert step.tables((cos, change(sin)), 8) is None
 
 
 def test_copies_of_a_model_and_two_threads(llamas):

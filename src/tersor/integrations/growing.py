@@ -41,11 +41,8 @@ class Memory:
         keys, values = self._both
         layer.keys, layer.values = self.views = keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
-    def __deepcopy__(self, memo: object) -> None:
-        """Returns None: the copy of the layer has copies of the views."""
-
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles None."""
+        """Copies and pickles None: the copy of the layer has copies of the views."""
         return type(None), ()
 
 

@@ -62,12 +62,8 @@ class Step:
         self._x, self._out = (array.reshape(ROWS, 1, -1) for array in (x, y))
         self._program = o.program
 
-    def __deepcopy__(self, memo: object) -> Step:
-        """Returns one that is to be recorded."""
-        return Step()
-
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles nothing."""
+        """Copies and pickles nothing: a copy is to be recorded."""
         return Step, ()
 
 
