@@ -1,15 +1,17 @@
 """Decoding through transformers on our kernels: python -m benchmarks transformers_integration MODEL [--recipe rtn:int4_g64s] [--threads 2]
-[--rounds 5] [--decode 64]
+[--head int8_g64s] [--rounds 5] [--decode 64]
 
 MODEL is a directory of float weights. In every round each of these decodes greedily behind the same prompt of 32 tokens, in turns:
 
     transformers, bfloat16       the model as transformers loads it
-    transformers, our kernels    MODEL quantized by the recipe, opened with tersor.integrations.transformers.load
-    tersor                       the same files in our engine
+    our kernels, head as stored  MODEL quantized by the recipe, opened with tersor.integrations.transformers.load
+    our kernels, head FORMAT     MODEL quantized by the recipe while it is loaded (TersorConfig), embedding and head too
+    tersor                       the files of the first in our engine
 
 A row's tokens/s is the median over the rounds of (tokens / (seconds of all - seconds of the first)); its ratio is the median of the
 rounds' own ratios to the faster bfloat16 row of that round, with their range. With "torch threads 1" torch's own operations stay on one
-thread: its pool waits by spinning, as ours does, so that two pools on the same cores are in each other's way.
+thread: its pool waits by spinning, as ours does, so that two pools on the same cores are in each other's way. Generation ends after
+so many tokens only: the id that would end it, which transformers looks for after every token, is none of the vocabulary.
 Exit code 1 when the ratio of our kernels in transformers is below 3.
 """
 
@@ -42,9 +44,7 @@ def transformers_decoder(model: Any, torch_threads: int) -> Callable[[int], floa
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=-1)
         return time.perf_counter() - start
 
     def decode(count: int) -> float:
@@ -74,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--recipe", default="rtn:int4_g64s")
+    parser.add_argument("--head", default="int8_g64s")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decode", type=int, default=64)
@@ -82,21 +83,24 @@ def main() -> int:
     import torch
     import transformers
 
-    from tersor.integrations.transformers import load
+    from tersor.integrations.transformers import TersorConfig, load
 
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         quantized = Path(folder) / "quantized"
         tersor.quantize(a.model, quantized, a.recipe, verify=False)
-        floats = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16)
-        ours = load(quantized, threads=a.threads)
-        contestants = {
-            "transformers, bfloat16": transformers_decoder(floats, a.threads),
-            "transformers, bfloat16, torch threads 1": transformers_decoder(floats, 1),
-            "transformers, our kernels": transformers_decoder(ours, a.threads),
-            "transformers, our kernels, torch threads 1": transformers_decoder(ours, 1),
-            "tersor": engine_decoder(engine.load(quantized, threads=a.threads)),
+        models = {
+            "transformers, bfloat16": transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16),
+            "our kernels, head as stored": load(quantized, threads=a.threads),
+            f"our kernels, head {a.head}": transformers.AutoModelForCausalLM.from_pretrained(
+                a.model, quantization_config=TersorConfig(f"{a.recipe}, embed={a.head}, lm_head={a.head}")
+            ),
         }
+        contestants = {}
+        for name, model in models.items():
+            for label, threads in (("", a.threads), (", torch threads 1", 1)):
+                contestants[name + label] = transformers_decoder(model, threads)
+        contestants["tersor"] = engine_decoder(engine.load(quantized, threads=a.threads))
         for decode in contestants.values():
             decode(4)
         rounds = [{name: decode(a.decode) for name, decode in contestants.items()} for _ in range(a.rounds)]

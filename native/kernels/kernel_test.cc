@@ -128,8 +128,13 @@ int main() {
   for (const std::string& isa : isas()) names += " " + isa;
   std::printf("instruction sets:%s\n", names.c_str());
   const std::pair<const char*, void (*)()> tests[] = {
-      {"threads", test_threads}, {"float16", test_float16},         {"formats", test_formats},
-      {"linear", test_linear},   {"elementwise", test_elementwise}, {"attention", test_attention},
+      {"threads", test_threads},
+      {"float16", test_float16},
+      {"formats", test_formats},
+      {"linear", test_linear},
+      {"elementwise", test_elementwise},
+      {"attention", test_attention},
+      {"plain_attention", test_plain_attention},
       {"logits", test_logits},
   };
   for (const auto& [name, run] : tests) {

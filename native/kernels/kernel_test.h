@@ -63,6 +63,7 @@ void test_float16();
 void test_formats();
 void test_linear();
 void test_attention();
+void test_plain_attention();
 void test_elementwise();
 void test_logits();
 

@@ -183,6 +183,7 @@ def test_the_first_of_the_largest_and_softcap(width: int) -> None:
 
 
 Call = Callable[[Program], None]
+THREE = normal(1, HEADS, DIM), normal(1, KV_HEADS, DIM), normal(1, KV_HEADS, DIM)
 MISFITS: dict[str, tuple[Call, str]] = {
     "embed rows": (lambda p: p.embed(*ops._stored(table("f32", 9, 40)), 1.0, normal(2, 40)), "embed: rows of out: got 2, need 1"),
     "embed columns": (lambda p: p.embed(*ops._stored(table("f32", 9, 40)), 1.0, normal(1, 41)), "embed: columns of out"),
@@ -212,6 +213,16 @@ MISFITS: dict[str, tuple[Call, str]] = {
     "rope head_dim": (lambda p: p.rope(normal(1, 4, 8), FREQUENCIES, 1.0), "rope: head_dim: got 8, need 16"),
     "rope strides": (lambda p: p.rope(normal(1, DIM, 4).transpose(0, 2, 1), FREQUENCIES, 1.0), "rope: "),
     "rope frequencies": (lambda p: p.rope(normal(1, 4, DIM), normal(7), 1.0), "rope: values of inv_freq"),
+    "rotate rows": (lambda p: p.rotate(normal(2, 4, DIM)), "rotate: rows: got 2, need 1"),
+    "rotate head_dim": (lambda p: p.rotate(normal(1, 4, 8)), "rotate: head_dim: got 8, need 16"),
+    "plain rows": (lambda p: p.plain_attention(*THREE[:2], normal(2, 2, DIM), 1.0, normal(1, 64)), "plain_attention: rows: got 2"),
+    "plain heads": (
+        lambda p: p.plain_attention(*THREE[:2], normal(1, 3, DIM), 1.0, normal(1, 64)),
+        "plain_attention: heads: got 3, need 2",
+    ),
+    "plain queries": (lambda p: p.plain_attention(normal(1, 3, DIM), *THREE[1:], 1.0, normal(1, 48)), "plain_attention: 3 heads"),
+    "plain out": (lambda p: p.plain_attention(*THREE, 1.0, normal(1, 63)), "plain_attention: columns of out: got 63, need 64"),
+    "plain out rows": (lambda p: p.plain_attention(*THREE, 1.0, normal(2, 64)), "plain_attention: rows of out"),
     "append layer": (lambda p: p.append(2, normal(1, 2, DIM), normal(1, 2, DIM)), "append: layer 2, need 0 to 1"),
     "append heads": (lambda p: p.append(0, normal(1, 2, DIM), normal(1, 4, DIM)), "append: heads: got 4, need 2"),
     "attention layer": (lambda p: p.attention(normal(1, 4, DIM), -1, 1.0, 0.0, 0, normal(1, 64)), "attention: layer -1"),

@@ -90,13 +90,17 @@ void softcap(float* x, int64_t n, float cap) {
 
 void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, const int32_t* positions,
           const float* inv_freq, float scale) {
-  const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
   const Angles& angles = angles_of(positions, n, inv_freq, half, scale);
+  rotate(x, n, row_stride, heads, half, angles.cosines.data(), angles.sines.data(), half);
+}
+
+void rotate(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, const float* cosines,
+            const float* sines, int64_t angle_stride) {
+  const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
   parallel_for(n, rows_per_thread(heads * half * 2), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
-        kernels.rotate(x + i * row_stride + h * 2 * half, half, angles.cosines.data() + i * half,
-                       angles.sines.data() + i * half);
+        kernels.rotate(x + i * row_stride + h * 2 * half, half, cosines + i * angle_stride, sines + i * angle_stride);
       }
     }
   });

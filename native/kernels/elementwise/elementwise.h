@@ -29,4 +29,8 @@ void rope(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, 
 void rope_from(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, int64_t start,
                const float* inv_freq, float scale);
 
+// The same by given angles: row i by the (half) cosines and sines at i * angle_stride.
+void rotate(float* x, int64_t n, int64_t row_stride, int64_t heads, int64_t half, const float* cosines,
+            const float* sines, int64_t angle_stride);
+
 }  // namespace tersor::elementwise

@@ -5,68 +5,111 @@
 Most of a token's time is Python's, not the products', when each of a layer's thirty torch calls goes through modules of their own.
 The key-value cache, the mask and the attention function stay transformers'. A layer is taken for a plain one when its children are
 named as Llama's and its own forward gives the same on random input; the modules stay, only the layer's forward is replaced, and it
-goes back to the layer's own whenever a gradient, an adapter, a hook or eager attention asks for it.
+goes back to the layer's own whenever a gradient, an adapter, a hook or eager attention asks for it. Single tokens without a mask,
+which is most of what `generate` asks for, take one native call (step.py) on a cache that grows in place (growing.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tersor import _native, ops
 from tersor.errors import TersorError
+from tersor.integrations import step
+from tersor.integrations.growing import memory_of
 from tersor.integrations.linear import Joined, TersorLinear
 from tersor.integrations.weight import QuantizedWeight
 from tersor.tensor import Array
 
 TOLERANCE = 2e-2  # relative: inputs of products are rounded to 15 bits, and sums differ before that; a wrong formula is off by 1
 _CHILDREN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_IGNORED = {"output_attentions", "output_hidden_states", "is_causal"}  # of the arguments that sdpa attention of one token may be given
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(eq=False)
 class Plain:
-    """A plain layer. places: (parent, name, child) of every module that is gone round; joined: of qkv and of gate and up."""
+    """A plain layer: its modules, the matrices of those that share an input, joined, and what must stay as it is."""
 
-    places: tuple[tuple[Any, str, Any], ...]
     attention: Any
     norms: tuple[Any, Any]
+    inputs: tuple[Any, Any, Any]  # q, k and v
     output: Any
     down: Any
     qkv: Joined
     gate_up: Joined
     activation: str
+    held: tuple[tuple[dict[str, Any], str, Any], ...]  # (dict, key, value): modules and parameters in the dicts of their modules
+    hooks: tuple[dict[Any, Any], ...]
+    step: step.Step = field(default_factory=step.Step)
 
     def intact(self) -> bool:
-        """Returns whether every module is still the one that was there, and nobody wants to see its inputs or outputs."""
-        for parent, name, child in self.places:
-            own = child.__dict__
-            if parent.__dict__["_modules"].get(name) is not child or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        """Returns whether everything is still the one that was there, and nobody wants to see the modules' inputs or outputs."""
+        for owner, name, value in self.held:
+            if owner.get(name) is not value:
                 return False
-        return True
+        return not any(self.hooks)
+
+    @cached_property
+    def heads(self) -> tuple[int, int, int]:
+        """How many heads, how many key-value heads, and head_dim."""
+        dim = self.attention.head_dim
+        return self.inputs[0].out_features // dim, self.inputs[1].out_features // dim, dim
+
+    @cached_property
+    def vectors(self) -> tuple[torch.Tensor, ...]:
+        """The parameters that are no matrices."""
+        return tuple(value for _, _, value in self.held if type(value) is torch.nn.Parameter)
+
+    def norm(self, index: int) -> tuple[Array, float]:
+        """Returns the weight of a norm, its offset added, and eps."""
+        offset, eps = self.norms[index].tersor_norm
+        weight = self.norms[index]._parameters["weight"].detach().numpy()
+        return (weight if offset == 0 else weight + np.float32(offset)), eps
+
+    def bias(self, rows: int) -> Array | None:
+        """Returns the biases of q, k and v as every row of a matrix, None when there are none."""
+        biases = [layer._parameters["bias"] for layer in self.inputs]
+        if all(bias is None for bias in biases):
+            return None
+        parts = [np.zeros(m.out_features, np.float32) if b is None else b.detach().numpy() for m, b in zip(self.inputs, biases)]
+        return np.tile(np.concatenate(parts), (rows, 1))
 
 
-class _Rope:
-    """cos and sin of the last forward pass, which all its layers share, as `_turned` wants them."""
+class _Pass:
+    """What all layers of a forward pass share: the attention function, and cos and sin as step.Step and `_heads` want them."""
 
-    def __init__(self) -> None:
-        self._last: tuple[Any, Array, Array] | None = None
+    def __init__(self, rope: Any, config: Any, head_dim: int) -> None:
+        self.rope, self.config = rope, config
+        name = config.__dict__.get("_attn_implementation_internal")  # the property would say the same, slowly
+        functions: Any = ALL_ATTENTION_FUNCTIONS
+        self.attend = functions.get(name)  # None when it is the module's own (eager)
+        self.tables = step.tables(rope, head_dim) if self.attend is sdpa_attention_forward else None
 
-    def tables(self, rope: Any) -> tuple[Array, Array]:
-        """Returns cos and signed sin, (1 or sequences, tokens, 1, 2, head_dim / 2). rope: what transformers' layers are given."""
-        last = self._last
-        if last is None or last[0] is not rope:
-            cos, sin = (table.numpy().reshape(*table.shape[:2], 1, 2, -1) for table in rope)
-            last = self._last = (rope, cos, sin * np.array([[-1], [1]], np.float32))
-        return last[1], last[2]
+    @cached_property
+    def halves(self) -> tuple[Array, Array]:
+        """cos and signed sin, (1 or sequences, tokens, 1, 2, head_dim / 2)."""
+        cos, sin = (table.numpy().reshape(*table.shape[:2], 1, 2, -1) for table in self.rope)
+        return cos, sin * np.array([[-1], [1]], np.float32)
 
 
-_rope = _Rope()
+_last: _Pass | None = None
+
+
+def _pass_of(rope: Any, attention: Any) -> _Pass:
+    global _last
+    last = _last
+    if last is None or last.rope is not rope or last.config is not attention.config:
+        last = _last = _Pass(rope, attention.config, attention.head_dim)
+    return last
 
 
 def replace_layers(model: torch.nn.Module) -> int:
@@ -80,7 +123,7 @@ def replace_layers(model: torch.nn.Module) -> int:
 
 
 def _places(layer: Any) -> tuple[tuple[Any, str, Any], ...] | None:
-    """Returns the modules that a plain layer consists of, None when it is none."""
+    """Returns (parent, name, module) of all that a plain layer consists of, q, k and v first; None when it is none."""
     attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if attention is None or mlp is None or set(layer._modules) != {"self_attn", "mlp", *_NORMS}:
         return None
@@ -98,17 +141,47 @@ def _places(layer: Any) -> tuple[tuple[Any, str, Any], ...] | None:
 
 def _replace(layer: Any, places: tuple[tuple[Any, str, Any], ...]) -> bool:
     qkv, gate_up = layer.self_attn.q_proj.joined, layer.mlp.gate_proj.joined
-    if qkv is None or gate_up is None:
+    activation = _activation(layer.mlp.act_fn)
+    if qkv is None or gate_up is None or activation is None:
         return False
-    for activation in ("silu", "gelu_tanh"):
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        layer.tersor_plain = Plain(places, attention, norms, attention.o_proj, mlp.down_proj, qkv[0], gate_up[0], activation)
-        if _agrees(layer):
-            layer.forward = MethodType(_forward, layer)
-            return True
-    del layer.tersor_plain
-    return False
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = tuple(module for _, _, module in places)
+    held = [(parent._modules, name, module) for parent, name, module in places]
+    held += [(module._parameters, name, value) for module in modules for name, value in module._parameters.items()]
+    layer.tersor_plain = Plain(
+        attention=attention,
+        norms=(layer.input_layernorm, layer.post_attention_layernorm),
+        inputs=(attention.q_proj, attention.k_proj, attention.v_proj),
+        output=attention.o_proj,
+        down=mlp.down_proj,
+        qkv=qkv[0],
+        gate_up=gate_up[0],
+        activation=activation,
+        held=tuple(held),
+        hooks=tuple(hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)),
+    )
+    if not _agrees(layer):
+        del layer.tersor_plain
+        return False
+    layer.forward = MethodType(_forward, layer)
+    return True
+
+
+def _activation(module: Any) -> str | None:
+    """Returns what the native kernel calls an activation, None when it has none that gives the same. On its own, since silu and gelu
+    are close to each other where a layer's gates are small."""
+    x = np.linspace(-8, 8, 257, dtype=np.float32)
+    try:
+        with torch.no_grad():
+            meant = module(torch.from_numpy(x)).numpy()
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return None
+    for name in ("silu", "gelu_tanh"):
+        y = np.empty((1, 257), np.float32)
+        _native.gated(np.concatenate([x, np.ones(257, np.float32)])[None], name, y)
+        if meant.shape == x.shape and np.abs(meant - y).max() <= 1e-5:
+            return name
+    return None
 
 
 def _agrees(layer: Any) -> bool:
@@ -144,8 +217,14 @@ def _forward(
 ) -> Any:
     plain: Plain = self.tersor_plain
     x, attention = hidden_states, plain.attention
-    attend = _attention_function(attention.config)
-    if torch.is_grad_enabled() or x.dtype is not torch.float32 or attend is None or not x.numel() or not plain.intact():
+    now = None
+    if x.dtype is torch.float32 and not torch.is_grad_enabled() and plain.intact() and x.numel():
+        now = _pass_of(position_embeddings, attention)
+        if now.tables is not None and attention_mask is None and past_key_values is not None and not (kwargs and kwargs.keys() - _IGNORED):
+            stepped = _step(plain, x, past_key_values, now.tables)
+            if stepped is not None:
+                return stepped
+    if now is None or now.attend is None:
         return type(self).forward(
             self,
             hidden_states,
@@ -159,46 +238,53 @@ def _forward(
     n, dim = x.numel() // x.shape[-1], x.shape[-1]
     before = x.detach().contiguous().numpy().reshape(n, dim)
     normed = np.empty((n, dim), np.float32)
-    _norm(plain.norms[0], before, normed)
+    _norm(plain, 0, before, normed)
     joined = ops.linear(normed, plain.qkv.packed)
-    q, k, v = _heads(plain, joined.reshape(*x.shape[:2], -1, attention.head_dim), position_embeddings)
+    q, k, v = _heads(plain, joined.reshape(*x.shape[:2], -1, attention.head_dim), now.halves)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, attention.layer_idx)
     if position_ids is not None:
         kwargs["position_ids"] = position_ids
-    mixed, _ = attend(attention, q, k, v, attention_mask, dropout=0.0, scaling=attention.scaling, use_cache=use_cache, **kwargs)
+    mixed, _ = now.attend(attention, q, k, v, attention_mask, dropout=0.0, scaling=attention.scaling, use_cache=use_cache, **kwargs)
     between = ops.linear(mixed.reshape(n, -1).numpy(), plain.output._parameters["weight"].matrix.packed, before)
-    _norm(plain.norms[1], between, normed)
+    _norm(plain, 1, between, normed)
     halves = ops.linear(normed, plain.gate_up.packed)
     gated = np.empty((n, halves.shape[1] // 2), np.float32)
     _native.gated(halves, plain.activation, gated)
     return torch.from_numpy(ops.linear(gated, plain.down._parameters["weight"].matrix.packed, between)).view(x.shape)
 
 
-def _attention_function(config: Any) -> Any:
-    """Returns the function that transformers' attention would call, None when that is the module's own (eager)."""
-    name = config.__dict__.get("_attn_implementation_internal")  # the property is slow, and would be read in every layer
-    functions: Any = ALL_ATTENTION_FUNCTIONS
-    return functions.get(name)
+def _step(plain: Plain, x: torch.Tensor, cache: Any, tables: tuple[Array, Array]) -> torch.Tensor | None:
+    """Returns the layer's output for a token of each sequence, None when step.py or the cache are not made for it."""
+    n, tokens, _ = x.shape
+    if tokens != 1 or n > step.ROWS or len(tables[0]) not in (1, n):
+        return None
+    _, kv_heads, head_dim = plain.heads
+    found = memory_of(cache, plain.attention.layer_idx, (n, kv_heads, head_dim))
+    if found is None:
+        return None
+    layer, memory = found
+    y = plain.step.run(plain, x.detach() if x.requires_grad else x, memory, *tables)
+    memory.grow(layer)
+    return y
 
 
-def _norm(norm: Any, x: Array, y: Array) -> None:
-    offset, eps = norm.tersor_norm
-    weight = norm._parameters["weight"].detach().numpy()
-    _native.rms_norm(x, weight if offset == 0 else weight + np.float32(offset), eps, y)
+def _norm(plain: Plain, index: int, x: Array, y: Array) -> None:
+    weight, eps = plain.norm(index)
+    _native.rms_norm(x, weight, eps, y)
 
 
-def _heads(plain: Plain, joined: Array, rope: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _heads(plain: Plain, joined: Array, rope: tuple[Array, Array]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns q, k and v, (sequences, heads, tokens, head_dim), q and k rotated. joined: (sequences, tokens, all heads, head_dim)."""
     dim, start, ends = joined.shape[-1], 0, []
-    for _, _, layer in plain.places[:3]:
+    for layer in plain.inputs:
         end = start + layer.out_features // dim
         bias = layer._parameters["bias"]
         if bias is not None:
             joined[:, :, start:end] += bias.detach().numpy().reshape(-1, dim)
         ends.append(end)
         start = end
-    cos, sin = _rope.tables(rope)
+    cos, sin = rope
     halves = joined[:, :, : ends[1]].reshape(*joined.shape[:2], ends[1], 2, dim // 2)
     turned = halves * cos
     turned += halves[..., ::-1, :] * sin

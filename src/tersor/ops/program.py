@@ -15,6 +15,7 @@ from tersor import _native, ops
 from tersor.tensor import Array, QuantizedTensor
 
 Program = _native.Program
+Results = dict[tuple[object, ...], list[Array]]  # op and shape -> arrays, the next one's turn first
 
 
 class LayerOps(Protocol):
@@ -44,10 +45,16 @@ class Recorder:
     attention returned is overwritten by the next op of its name and shape, other results by the one after that.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int) -> None:
-        """The caches' shape, and how many tokens go through together at most."""
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int, results: Results | None = None) -> None:
+        """The caches' shape, and how many tokens go through together at most. results: of recorders whose programs share memory,
+        and so are never replayed at the same time."""
         self.program = Program(layers, kv_heads, head_dim, rows)
-        self._results: dict[tuple[object, ...], list[Array]] = {}
+        self._rows = rows
+        self._results: Results = {} if results is None else results
+
+    def input(self, width: int) -> Array:
+        """Returns an array, (rows, width), to be filled before a replay."""
+        return self._result("input", self._rows, width, turns=1)
 
     def embed(self, tensor: QuantizedTensor, scale: float, x: Array) -> bool:
         """Records that x is ops.embed of the replay's tokens; False when the tensor has no native reader, and x is left alone."""
@@ -90,6 +97,17 @@ class Recorder:
         """Records ops.attention."""
         out = self._result("attention", len(q), q.shape[1] * q.shape[2], turns=1)
         self.program.attention(q, layer, scale, softcap, window, out)
+        return out
+
+    def rotate(self, x: Array) -> None:
+        """Records a rotation as of ops.rope, by the angles that Program.step is given."""
+        self.program.rotate(x)
+
+    def plain_attention(self, q: Array, k: Array, v: Array, scale: float) -> Array:
+        """Records that k and v, (rows, kv_heads, head_dim), are appended to the memory that Program.step is given, and returns the
+        attention of q, (rows, heads, head_dim), to all of it."""
+        out = self._result("attention", len(q), q.shape[1] * q.shape[2], turns=1)
+        self.program.plain_attention(q, k, v, scale, out)
         return out
 
     def softcap(self, x: Array, cap: float) -> None:
