@@ -1,6 +1,7 @@
 """The error and the time of our ggml encoders beside ggml's own `ggml_quantize_chunk`, on a model's real tensors.
 
     python -m benchmarks.ggml_encoders MODEL [--types q4_k,q6_k] [--tensors 8] [--rows 64] [--library libggml-base.so]
+    python -m benchmarks.ggml_encoders F16.gguf --whole [--types q3_k] [--rounds 3]
 
 MODEL is anything tersor opens; its matrices are dequantized. ggml comes from the installed llama_cpp package (extra
 tersor[bench]) or from --library, as a plain C library: nothing else of it is loaded. Rows whose length no 256 divides are
@@ -14,6 +15,10 @@ Columns: ours / ggml's sum of weight * (w - decoded)^2 over all tensors, and the
 and the CPU nanoseconds that a weight takes.
 Below 1 is better than ggml. Types that ggml's rule for the extremes defines (Q4_0 ... MXFP4) give 1 without importance.
 Exit code 1 when a searched type has a total above 1 without importance, by either weight.
+
+--whole: a file from beginning to end by one thread each, `tersor quantize` beside llama.cpp's llama_model_quantize, the same type for
+every tensor (llama.cpp's choice for the smallest mix of that type, which ours is told). CPU seconds, the least of the rounds, taken in
+turns: ours of the process with its imports, llama.cpp's of the call alone.
 """
 
 from __future__ import annotations
@@ -21,7 +26,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +44,19 @@ from tersor.tensor import Array
 
 SEARCHED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 
+FTYPES = {"q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30}  # llama_ftype of the smallest mix
+
+LLAMA_QUANTIZE = """
+import ctypes, sys, time
+from llama_cpp import llama_cpp as c
+options = c.llama_model_quantize_default_params()
+options.ftype, options.nthread = int(sys.argv[3]), 1
+start = time.process_time()
+code = c.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(options))
+print(time.process_time() - start)
+sys.exit(code)
+"""
+
 Encoder = Callable[[str, Array, "Array | None"], Array]
 
 
@@ -46,8 +67,12 @@ def main() -> int:
     parser.add_argument("--types", default=",".join(ggml_blocks.BLOCKS))
     parser.add_argument("--tensors", type=int, default=8, help="matrices, evenly spaced over the model")
     parser.add_argument("--rows", type=int, default=64, help="rows of each, after joining")
+    parser.add_argument("--whole", action="store_true", help="whole files instead")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--library", type=Path, help="path of libggml-base.so")
     options = parser.parse_args()
+    if options.whole:
+        return whole_files(options.model, [name for name in options.types.split(",") if name in FTYPES], options.rounds)
     theirs = ggml_encoder(options.library or find_library())
     tensors = list(matrices(options.model, options.tensors, options.rows))
     _native.set_threads(1)
@@ -85,6 +110,41 @@ def compare(name: str, tensors: list[Array], theirs: Encoder) -> bool:
     times = "".join(f"{ours:>8.1f}{ggmls:>8.1f}{ours / ggmls:>7.2f}" for ours, ggmls in seconds / sum(w.size for w in tensors) * 1e9)
     print(f"{name:8}{cells}{times}", flush=True)
     return name in SEARCHED and bool((ratio[0] > 1).any())
+
+
+def whole_files(model: str, names: list[str], rounds: int) -> int:
+    """Prints CPU seconds of whole files; returns 1 when ours took more than half of llama.cpp's for a type."""
+    print(f"{model}, one thread, {_native.isa()}\n{'type':8}{'MB':>8}{'tersor':>9}{'llama.cpp':>11}{'ratio':>7}  types")
+    slow = []
+    with tempfile.TemporaryDirectory(dir=Path(model).parent) as folder:
+        theirs, ours = Path(folder) / "theirs.gguf", Path(folder) / "ours.gguf"
+        for name in names:
+            seconds: tuple[list[float], list[float]] = [], []
+            for _ in range(rounds):
+                command = [sys.executable, "-c", LLAMA_QUANTIZE, model, str(theirs), str(FTYPES[name])]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                seconds[1].append(float(done.stdout.split()[-1]))
+                with open_checkpoint(theirs) as checkpoint:
+                    types = {n: t.format for n, t in checkpoint.tensors.items() if len(t.shape) == 2}
+                recipe = ", ".join([f"rtn:{name}", *(f"{n}=rtn:{t}" for n, t in types.items())])
+                command = [sys.executable, "-m", "tersor", "quantize", model, "-o", str(ours), "--recipe", recipe]
+                before = cpu_of_children()
+                subprocess.run([*command, "--no-verify", "--threads", "1", "--force"], check=True, capture_output=True)
+                seconds[0].append(cpu_of_children() - before)
+            ratio = min(seconds[0]) / min(seconds[1])
+            counts = ", ".join(f"{list(types.values()).count(t)} {t}" for t in dict.fromkeys(types.values()))
+            cells = f"{ours.stat().st_size / 1e6:>8.1f}{min(seconds[0]):>9.2f}{min(seconds[1]):>11.2f}{ratio:>7.2f}"
+            print(f"{name:8}{cells}  {counts}", flush=True)
+            if ratio > 0.5:
+                slow.append(name)
+    print(f"above half of llama.cpp's: {', '.join(slow) or 'none'}")
+    return 1 if slow else 0
+
+
+def cpu_of_children() -> float:
+    """Returns the CPU seconds of all processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def ggml_weight(name: str, w: Array) -> Array:

@@ -234,7 +234,7 @@ def _read_strings(cursor: _Cursor, count: int, what: str) -> list[str]:
     """Returns `count` strings. The inner loop of opening a model: a vocabulary has 10^5 of them."""
     cursor.need(8 * count, what)
     path, size, at = cursor.file.path, cursor.file.size, cursor.at
-    data, length_at = memoryview(cursor.file.view(0, np.uint8, size)), _LENGTH.unpack_from
+    data, length_at = cursor.file.view(0, np.uint8, size).data, _LENGTH.unpack_from
     out: list[str] = []
     for number in range(count):
         begin = at + 8
