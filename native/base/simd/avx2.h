@@ -112,7 +112,8 @@ inline void store_i16(int16_t* p, I x) {
 }
 
 // The compiler has to have x in a register here. In the products of a tile GCC 12 otherwise reads all activations of a
-// step before it uses the first, runs out of registers and keeps sums in memory, whose latency then is the time of a step.
+// step before it uses the first, runs out of registers and keeps sums in memory, whose latency then is the time of a
+// step.
 inline void pin(__m256i& x) { asm("" : "+x"(x)); }
 
 using Four = __m256i;
