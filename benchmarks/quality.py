@@ -193,7 +193,7 @@ def run_speed(a: argparse.Namespace) -> int:
     """Times GPTQ at int4_g64s on the same 32 samples, ours and the peers' in turns, everything written to disk. Appends every round.
 
     Ours without opening its file again by another's reader, which the peers do not do either."""
-    name, samples = a.model.name.removesuffix("-hf"), 32
+    name, samples = f"{a.model.name.removesuffix('-hf')}/{describe()['isa']}", 32  # other CPUs have rows of their own
     for i in range(a.rounds):
         for tool in a.tools.split(","):
             out = a.out / f"speed-{tool}"

@@ -100,7 +100,7 @@ def _speed(rows: dict[str, Row]) -> Iterator[str]:
     if not rows:
         return
     yield from ("### GPTQ at int4_g64s, 32 samples of 512 tokens, in turns with nothing else running", "")
-    yield from _head("model, tool", "rounds", "seconds, the whole process", "of them the work", "CPU seconds", "peak MiB")
+    yield from _head("model/kernels, tool", "rounds", "seconds, the whole process", "of them the work", "CPU seconds", "peak MiB")
     for key, row in sorted(rows.items()):
         rounds = rounds_of(row)
         names = ("process_seconds", "seconds", "process_cpu_seconds", "process_peak_mib")
