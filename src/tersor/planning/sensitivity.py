@@ -109,7 +109,9 @@ def measure(
                 h = rows[part].clone().requires_grad_()
                 log_p = torch.log_softmax(logits_of(spec, h, head), -1)
                 p = log_p.detach().exp()
-                y = torch.multinomial(p, 1, generator=draws)
+                sums = p.double().cumsum(-1)  # torch.multinomial takes as long as the backward pass
+                y = torch.searchsorted(sums, sums[:, -1:] * torch.rand(len(p), 1, dtype=torch.float64, generator=draws), right=True)
+                y = y.clamp_(max=p.shape[-1] - 1)
                 (gradient[part],) = torch.autograd.grad(log_p.gather(1, y).sum(), h)
             spread += (p * (1 - p)).sum(0)
         add("head", (spread, rows.square().sum(0)))
