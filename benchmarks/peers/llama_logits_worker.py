@@ -1,11 +1,26 @@
-"""llama.cpp's logits of a GGUF file: FILE.gguf TOKENS.npy (n,) OUT.npy (n, vocab) [THREADS]. Needs llama-cpp-python and numpy alone."""
+"""llama.cpp's logits of a GGUF file: FILE.gguf TOKENS.npy (n,) OUT.npy (n, vocab) [THREADS]. Needs llama-cpp-python and numpy alone.
+
+Weights stay as they lie in the file: llama.cpp multiplies those that it packs anew (Q4_0, Q4_K, ...) with inputs in 8 bits, BLAS or not.
+"""
 
 from __future__ import annotations
 
 import sys
 
 import llama_cpp
+import llama_cpp.llama_cpp as c
 import numpy as np
+
+_defaults = c.llama_model_default_params
+
+
+def _as_they_lie() -> c.llama_model_params:
+    params = _defaults()
+    params.use_extra_bufts = False
+    return params
+
+
+c.llama_model_default_params = _as_they_lie  # Llama has no argument for it
 
 file, tokens, out = sys.argv[1:4]
 ids = np.load(tokens).tolist()
