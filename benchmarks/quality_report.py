@@ -73,8 +73,15 @@ def demands(rows: dict[str, dict[str, Row]]) -> Iterator[tuple[str, float, float
             yield f"{model}, {size}: KL divergence", bound, judged(best, windows)["kl_mean"], note
     files = rows["gguf"]
     for key, row in files.items():
-        if row.get("of") in files and row["file_bytes"] <= files[row["of"]]["file_bytes"]:
-            yield f"{row['of']}: KL divergence at no more bytes", files[row["of"]]["kl_mean"] * MARGIN, row["kl_mean"], key
+        if "of" not in row:  # the peer's
+            mine = [
+                other
+                for other, r in files.items()
+                if "of" in r and r["original"] == row["original"] and r["file_bytes"] <= row["file_bytes"]
+            ]
+            if mine:
+                best = min(mine, key=lambda other: files[other]["kl_mean"])
+                yield f"{key}: KL divergence at no more bytes", row["kl_mean"] * MARGIN, files[best]["kl_mean"], best
     times = {key: [r["process_seconds"] for r in rounds_of(row)] for key, row in rows["speed"].items()}
     for key, ours in times.items():
         model, tool = key.split(" ", 1)

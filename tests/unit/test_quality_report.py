@@ -51,11 +51,16 @@ def test_int8_need_only_be_as_good():
     assert bound == 0.0063 and value == 0.006
 
 
-def test_a_gguf_with_more_bytes_decides_nothing():
-    theirs = {"kl_mean": 0.2, "file_bytes": 100}
-    small, large = ({"kl_mean": 0.1, "file_bytes": n, "of": "theirs"} for n in (100, 101))
-    found = verdicts([], [], {"theirs": theirs, "small": small, "large": large})
-    assert [(value, note) for _, _, value, note in found] == [(0.1, "small")] and found[0][1] == pytest.approx(0.15)
+def test_a_gguf_file_stands_beside_our_best_of_no_more_bytes():
+    theirs = {"kl_mean": 0.2, "file_bytes": 100, "original": "m"}
+    ours = {"kl_mean": 0.12, "file_bytes": 100, "original": "m", "of": "theirs"}
+    others = {
+        "better": ours | {"kl_mean": 0.1, "file_bytes": 90, "of": "another"},
+        "larger": ours | {"kl_mean": 0.01, "file_bytes": 101},
+        "another model": ours | {"kl_mean": 0.01, "original": "n"},
+    }
+    found = verdicts([], [], {"theirs": theirs, "ours": ours, **others})
+    assert [(value, note) for _, _, value, note in found] == [(0.1, "better")] and found[0][1] == pytest.approx(0.15)
 
 
 def test_speed_is_judged_beside_the_fastest_peer_round_by_round():
