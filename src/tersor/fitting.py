@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tersor.containers.container import Checkpoint, Container
 from tersor.errors import RecipeError
 from tersor.models import spec_of
+from tersor.outputs import assigned, described
 from tersor.planning.budget import MIXES, SAMPLES, Fitted, options_of, recipe_within
 from tersor.planning.sensitivity import measure
 from tersor.planning.sizes import machine_ram
@@ -77,8 +78,6 @@ def fit(
 
 def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, recipe: Recipe, samples: Samples | None) -> int:
     """Returns the bytes of everything that the recipe's output will hold; an output of that size is begun beside it, and removed."""
-    from tersor.pipeline import assigned, described
-
     _, plan = assigned(checkpoint, container, recipe)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:

@@ -15,17 +15,18 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tersor.containers import CONTAINERS, open_checkpoint
-from tersor.containers.container import Checkpoint, Container, Writer, what_is_lost
+from tersor.containers import open_checkpoint
+from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.gguf_split import stored_files
 from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
 from tersor.formats import get_format
 from tersor.methods import Step
+from tersor.outputs import assigned, choose_container, container_name, described
 from tersor.planning.budget import parse_budget
 from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
 from tersor.slabs import keep_tensor, quantize_tensor
-from tersor.targets import TARGETS, check_demands, container_for
+from tersor.targets import check_demands
 from tersor.tensor import ActivationScheme, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
 from tersor.verification.record import DIRECTORY_NAME
@@ -172,9 +173,9 @@ def quantize(
     start = time.perf_counter()
     target = Path(out)
     if budget is None:
-        parsed = Recipe.parse(recipe or RECIPES.get(_container_name(target, to), DIRECTORY_RECIPE))
+        parsed = Recipe.parse(recipe or RECIPES.get(container_name(target, to), DIRECTORY_RECIPE))
     else:
-        parsed = _frame(recipe, _container_name(target, to), calib, activations)
+        parsed = _frame(recipe, container_name(target, to), calib, activations)
     _check_calibration(parsed, calib, max_ram, resume, activations)
     if device not in DEVICES:
         raise RecipeError(unknown("device", device, DEVICES))
@@ -221,13 +222,6 @@ def quantize(
     )
 
 
-def _container_name(out: Path, to: str | None) -> str:
-    """Returns the container that `to`, or the output's name, stands for while no recipe says more."""
-    if to is None:
-        return "gguf" if out.suffix.lower() == ".gguf" else "compressed-tensors"
-    return TARGETS[to].containers[0] if to in TARGETS else to
-
-
 def _frame(recipe: str | Recipe | None, container: str, calib: object, activations: str | None) -> Recipe:
     """Returns what a budget leaves open. Raises RecipeError for what a budget cannot go with."""
     from tersor.fitting import frame_of
@@ -237,13 +231,6 @@ def _frame(recipe: str | Recipe | None, container: str, calib: object, activatio
     if activations is not None:
         raise RecipeError("--budget does not count the scales of --activations; choose the formats by --recipe")
     return frame_of(None if recipe is None else str(recipe), container)
-
-
-def assigned(checkpoint: Checkpoint, container: Container, recipe: Recipe) -> tuple[Mapping[str, Choice], list[TensorInfo]]:
-    """Returns the choice of every tensor, and every tensor as it will be stored. Raises RecipeError, FormatError and ContainerError."""
-    tied = bool(checkpoint.description.config.get("tie_word_embeddings"))
-    choices = recipe.assign(checkpoint.tensors, gguf=container.name == "gguf", tied=tied)
-    return choices, plan_tensors(checkpoint.tensors, choices, container)
 
 
 def view(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -386,38 +373,6 @@ def _calibrated(
     work.remove()
 
 
-def choose_container(out: Path, recipe: Recipe, to: str | None = None) -> Container:
-    """Returns the container named by `to` or that the engine of that name loads, or the one that the output's name and the recipe imply.
-
-    Raises RecipeError, OutputError.
-    """
-    if to is not None:
-        used = [f for choice in (recipe.default, *(rule.choice for rule in recipe.rules)) for f in choice.formats if f != KEEP]
-        name = container_for(to, used)
-    elif out.suffix.lower() == ".gguf":
-        name = "gguf"
-    else:
-        floats = all(choice.is_cast for choice in (recipe.default, *(rule.choice for rule in recipe.rules)))
-        name = "huggingface" if floats else "compressed-tensors"
-    if name != "gguf" and out.suffix.lower() in (".gguf", ".safetensors", ".bin", ".pt"):
-        raise OutputError(f"{out}: {name} is a directory of files, not one {out.suffix} file; name a directory")
-    return CONTAINERS[name]
-
-
-def plan_tensors(tensors: Mapping[str, TensorInfo], choices: Mapping[str, Choice], container: Container) -> list[TensorInfo]:
-    """Returns every tensor as it will be stored. Raises FormatError or ContainerError, naming the tensor, for what cannot be."""
-    plan = []
-    for name, info in tensors.items():
-        chosen = choices[name].format_for(info)
-        format = info.format if chosen == KEEP else chosen
-        if not container.holds(format):
-            lost = what_is_lost(container, format)
-            raise ContainerError(f"{container.name} cannot hold {format} of {name}{lost}; {_advice(container, chosen, format)}")
-        nbytes = info.nbytes if chosen == KEEP else get_format(format).nbytes(info.shape)
-        plan.append(TensorInfo(name, format, info.shape, nbytes))
-    return plan
-
-
 def source_note(tensors: Mapping[str, TensorInfo]) -> str:
     """Returns a sentence on formats that the source itself is quantized in; empty when it is float."""
     counts: dict[str, int] = {}
@@ -504,26 +459,6 @@ def _verified(target: Path, meant: Mapping[str, str] | None, max_ram: int | None
         drop_proof(target)
         return None
     return verify(target, meant=meant, logits=False, max_ram=max_ram)
-
-
-def described(description: ModelDescription, plan: Sequence[TensorInfo], recipe: Recipe, samples: Samples | None) -> ModelDescription:
-    """Returns the description of the output: how it was made, and config.json's dtype, which loaders cast floats to, as most float values
-    of the plan are stored."""
-    values = {format: sum(prod(info.shape) for info in plan if info.format == format) for format in CASTS}
-    most = max(values, key=lambda format: values[format])
-    key = "torch_dtype" if "torch_dtype" in description.config else "dtype"
-    name = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[most]
-    made = {"recipe": str(recipe)} | ({} if samples is None else {"calibration": dict(samples.provenance)})
-    return replace(description, config={**description.config, key: name}, provenance=made)
-
-
-def _advice(container: Container, chosen: str, format: str) -> str:
-    if chosen == KEEP and format not in CASTS:
-        return f"`keep` copies {format} as it is, so choose a format for this tensor, like f16"
-    holders = [name for name, other in CONTAINERS.items() if other.holds(format)]
-    if not holders:
-        return "no container can yet"
-    return f"{holders[0]} can: " + ("name the output *.gguf" if holders[0] == "gguf" else f"use --to {holders[0]}")
 
 
 def _check_not_source(out: Path, source: Path) -> None:

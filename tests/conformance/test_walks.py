@@ -14,7 +14,7 @@ from tersor.calibration.work import Work
 from tersor.containers import CONTAINERS, open_checkpoint
 from tersor.formats import get_format
 from tersor.models import ARCHITECTURES
-from tersor.pipeline import plan_tensors
+from tersor.outputs import plan_tensors
 from tersor.recipe import Recipe
 from tersor.tensor import InputStatistics
 from tiny import tiny_model
