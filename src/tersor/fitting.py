@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from tersor.containers.container import Checkpoint, Container
 from tersor.errors import RecipeError
+from tersor.formats import get_format
 from tersor.models import spec_of
 from tersor.outputs import assigned, described
-from tersor.planning.budget import MIXES, SAMPLES, Fitted, options_of, recipe_within
+from tersor.planning.budget import MIXES, SAMPLES, Fitted, no_format, options_of, recipe_within
+from tersor.planning.mix import Candidate
 from tersor.planning.sensitivity import measure
 from tersor.planning.sizes import machine_ram
 from tersor.recipe import Recipe, is_edge
@@ -60,6 +62,12 @@ def fit(
     if (need := 4 * parameters + (1 << 30)) > (max_ram or machine_ram() or need):
         raise RecipeError(f"--budget measures the model in float32, which takes {need} bytes; allow them (--max-ram), or use --recipe")
     matrices = {n: info for n, info in checkpoint.tensors.items() if len(info.shape) == 2 and (container.name == "gguf" or not is_edge(n))}
+    formats = _served(frame.default.formats, to, next(iter(matrices.values())))
+
+    def size(recipe: Recipe) -> int:
+        return output_bytes(checkpoint, container, target, recipe, samples)
+
+    recipe_within(budget, _by_size(matrices.values(), formats), frame, size)  # refuses a budget that is too small before any work
     found = {name: uses for name, uses in measure(spec, checkpoint.read, samples.tokens[:SAMPLES]).items() if name in matrices}
     done, total = 0, sum(prod(info.shape) for info in matrices.values())
 
@@ -70,10 +78,9 @@ def fit(
             progress(done, total, f"formats for {name}")
 
     joined = () if container.name == "gguf" else tuple(_joined(list(found)))
-    formats = _served(frame.default.formats, to, next(iter(matrices.values())))
     options = options_of(checkpoint.read, found, formats, joined, chosen)
     checkpoint.release()
-    return recipe_within(budget, options, frame, lambda recipe: output_bytes(checkpoint, container, target, recipe, samples))
+    return recipe_within(budget, options, frame, size)
 
 
 def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, recipe: Recipe, samples: Samples | None) -> int:
@@ -86,6 +93,15 @@ def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, rec
             return writer.nbytes
         finally:
             writer.abort()
+
+
+def _by_size(matrices: Collection[TensorInfo], formats: tuple[str, ...]) -> dict[tuple[str, ...], list[Candidate]]:
+    """Returns every matrix's candidates with no loss known. Raises FormatError when none fits a matrix."""
+    fitting = {info.name: [get_format(name) for name in formats if get_format(name).fits(info.shape)] for info in matrices}
+    for info in matrices:
+        if not fitting[info.name]:
+            raise no_format(formats, info.shape)
+    return {(info.name,): [Candidate(f.name, f.nbytes(info.shape), 0.0) for f in fitting[info.name]] for info in matrices}
 
 
 def _joined(names: list[str]) -> list[tuple[str, ...]]:

@@ -65,8 +65,13 @@ def candidates(w: Array, uses: Sequence[Sensitivity], formats: Sequence[str]) ->
             error = format.dequantize(format.quantize_clipped(w, importance)).reshape(w.shape) - w
             found.append(Candidate(format.name, format.nbytes(w.shape), sum(use.divergence(error) for use in uses)))
     if not found:
-        raise FormatError(f"none of {', '.join(formats)} fits {w.shape[-1]} columns; allow a format of smaller groups, like q8_0 or q4_0")
+        raise no_format(formats, w.shape)
     return found
+
+
+def no_format(formats: Sequence[str], shape: tuple[int, ...]) -> FormatError:
+    """Returns the error of a matrix that none of the formats fits."""
+    return FormatError(f"none of {', '.join(formats)} fits {shape[-1]} columns; allow a format of smaller groups, like q8_0 or q4_0")
 
 
 def options_of(
