@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 
 from tersor.containers.container import Checkpoint, Container
 from tersor.errors import RecipeError
-from tersor.formats import get_format
 from tersor.models import spec_of
 from tersor.outputs import assigned, described
-from tersor.planning.budget import MIXES, SAMPLES, Fitted, no_format, options_of, recipe_within
+from tersor.planning.budget import MIXES, SAMPLES, Fitted, fitting, options_of, recipe_within
 from tersor.planning.mix import Candidate
 from tersor.planning.sensitivity import measure
 from tersor.planning.sizes import machine_ram
 from tersor.recipe import Recipe, is_edge
-from tersor.targets import FUSED, TARGETS
+from tersor.targets import TARGETS, fused
 from tersor.tensor import TensorInfo
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def fit(
         if progress is not None:
             progress(done, total, f"formats for {name}")
 
-    joined = () if container.name == "gguf" else tuple(_joined(list(found)))
+    joined = () if container.name == "gguf" else fused(found)
     options = options_of(checkpoint.read, found, formats, joined, chosen)
     checkpoint.release()
     return recipe_within(budget, options, frame, size)
@@ -97,20 +96,7 @@ def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, rec
 
 def _by_size(matrices: Collection[TensorInfo], formats: tuple[str, ...]) -> dict[tuple[str, ...], list[Candidate]]:
     """Returns every matrix's candidates with no loss known. Raises FormatError when none fits a matrix."""
-    fitting = {info.name: [get_format(name) for name in formats if get_format(name).fits(info.shape)] for info in matrices}
-    for info in matrices:
-        if not fitting[info.name]:
-            raise no_format(formats, info.shape)
-    return {(info.name,): [Candidate(f.name, f.nbytes(info.shape), 0.0) for f in fitting[info.name]] for info in matrices}
-
-
-def _joined(names: list[str]) -> list[tuple[str, ...]]:
-    """Returns the matrices that engines join into one product."""
-    groups = []
-    for name in names:
-        stem, _, part = name.removesuffix(".weight").rpartition(".")
-        groups += [tuple(f"{stem}.{other}.weight" for other in group) for group in FUSED if part == group[0]]
-    return groups
+    return {(info.name,): [Candidate(f.name, f.nbytes(info.shape), 0.0) for f in fitting(info.shape, formats)] for info in matrices}
 
 
 def _served(formats: tuple[str, ...], to: str | None, like: TensorInfo) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ huggingface/transformers integrations/bitsandbytes.py (which modules are skipped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tersor.containers import CONTAINERS
@@ -39,16 +39,26 @@ class Target:
     demands: tuple[Demand, ...] = ()
 
 
-def unequal(matrices: Mapping[str, TensorInfo]) -> list[tuple[str, list[str]]]:
-    """Returns (block and part, its formats) of all that engines join into one product though the formats differ."""
+def fused(names: Collection[str]) -> list[tuple[str, ...]]:
+    """Returns the matrices of these names that engines join into one product, together, in FUSED's order."""
     found = []
-    for name in matrices:
+    for name in names:
         stem, _, part = name.removesuffix(".weight").rpartition(".")
         for group in FUSED:
             if part == group[0]:
-                members = [matrices[f"{stem}.{other}.weight"].format for other in group if f"{stem}.{other}.weight" in matrices]
-                if len(set(members)) > 1:
-                    found.append((f"{stem}.[{'|'.join(group)}]", members))
+                found.append(tuple(other for other in (f"{stem}.{p}.weight" for p in group) if other in names))
+    return found
+
+
+def unequal(matrices: Mapping[str, TensorInfo]) -> list[tuple[str, list[str]]]:
+    """Returns (block and part, its formats) of all that engines join into one product though the formats differ."""
+    found = []
+    for names in fused(matrices):
+        formats = [matrices[name].format for name in names]
+        if len(set(formats)) > 1:
+            stem, _, part = names[0].removesuffix(".weight").rpartition(".")
+            group = next(group for group in FUSED if group[0] == part)
+            found.append((f"{stem}.[{'|'.join(group)}]", formats))
     return found
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tersor.errors import FormatError, RecipeError
-from tersor.formats import get_format
+from tersor.formats import Format, get_format
 from tersor.methods import get_method
 from tersor.methods.method import Step
 from tersor.planning.mix import Candidate, choose
@@ -60,18 +60,18 @@ def candidates(w: Array, uses: Sequence[Sensitivity], formats: Sequence[str]) ->
     """
     importance = (uses[-1].h / max(float(uses[-1].h.max()), 1e-300)).astype(np.float32)
     found = []
-    for format in (get_format(name) for name in formats):
-        if format.fits(w.shape):
-            error = format.dequantize(format.quantize_clipped(w, importance)).reshape(w.shape) - w
-            found.append(Candidate(format.name, format.nbytes(w.shape), sum(use.divergence(error) for use in uses)))
-    if not found:
-        raise no_format(formats, w.shape)
+    for format in fitting(w.shape, formats):
+        error = format.dequantize(format.quantize_clipped(w, importance)).reshape(w.shape) - w
+        found.append(Candidate(format.name, format.nbytes(w.shape), sum(use.divergence(error) for use in uses)))
     return found
 
 
-def no_format(formats: Sequence[str], shape: tuple[int, ...]) -> FormatError:
-    """Returns the error of a matrix that none of the formats fits."""
-    return FormatError(f"none of {', '.join(formats)} fits {shape[-1]} columns; allow a format of smaller groups, like q8_0 or q4_0")
+def fitting(shape: tuple[int, ...], formats: Sequence[str]) -> list[Format]:
+    """Returns those of the formats that fit a matrix of this shape. Raises FormatError when there is none."""
+    found = [format for format in map(get_format, formats) if format.fits(shape)]
+    if not found:
+        raise FormatError(f"none of {', '.join(formats)} fits {shape[-1]} columns; allow a format of smaller groups, like q8_0 or q4_0")
+    return found
 
 
 def options_of(
