@@ -102,7 +102,10 @@ def importance(model: Path, tokens: Array, out: Path) -> Path:
         def read(name: str) -> Array:
             return np.array(dequantize(checkpoint.read(name)), np.float32)
 
-        states = Rows(folder / "0", spec.hidden_size)
+        def rows(name: str, width: int) -> Rows:
+            return Rows(folder / name, width)
+
+        states = rows("0", spec.hidden_size)
         distinct, places = np.unique(tokens, return_inverse=True)
         states.write(0, read("model.embed_tokens.weight")[distinct][places.ravel()] * np.float32(spec.embedding_scale))
         statistics = {}
@@ -112,8 +115,8 @@ def importance(model: Path, tokens: Array, out: Path) -> Path:
             for j, names in enumerate(GROUPS):
                 if has_bias(spec, j):
                     biases[j] = np.concatenate([weights[f"model.layers.{i}.{name}.bias"] for name in names])
-            after, vectors = Rows(folder / str(i + 1), spec.hidden_size), read_vectors(spec, i, weights.__getitem__)
-            walk = DecoderWalk(spec, i, vectors, biases, states, after, tokens.shape, folder, 4)
+            after, vectors = rows(str(i + 1), spec.hidden_size), read_vectors(spec, i, weights.__getitem__)
+            walk = DecoderWalk(spec, i, vectors, biases, states, after, tokens.shape, rows, 4)
             for group in walk.groups:
                 builder = StatisticsBuilder(weights[group[0]].shape[1])
                 for x in walk.inputs():
@@ -122,7 +125,7 @@ def importance(model: Path, tokens: Array, out: Path) -> Path:
                 walk.advance([QuantizedTensor("f32", weights[name].shape, {"values": weights[name]}) for name in group])
             (folder / str(i)).unlink()
             checkpoint.release()
-            states = Rows(folder / str(i + 1), spec.hidden_size)
+            states = rows(str(i + 1), spec.hidden_size)
         provenance = {"source": "calib.npy", "samples": tokens.shape[0], "seqlen": tokens.shape[1]}
         write_imatrix(out, statistics, checkpoint.description.config["model_type"], provenance)
     return out

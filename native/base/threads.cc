@@ -57,6 +57,7 @@ struct Job {
 };
 
 thread_local bool inside = false;  // this thread is running a body
+thread_local bool alone = false;   // its loops run on it alone
 
 // Workers 1..size-1; the caller is number 0. Never destroyed: the workers sleep until the process ends, and after a
 // fork the child forgets the parent's pool, whose threads it does not have.
@@ -158,6 +159,8 @@ Pool& the_pool() {
 
 }  // namespace
 
+void run_alone(bool value) { alone = value; }
+
 void set_threads(int n) { wanted.store(std::clamp(n, 1, kMaxThreads)); }
 
 int threads() {
@@ -175,7 +178,7 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction run, void* context) {
   if (n <= 0) return;
   const int64_t units = (n + grain - 1) / grain;
   const int workers = int(std::min<int64_t>(threads(), units));
-  if (workers > 1 && !inside) {
+  if (workers > 1 && !inside && !alone) {
     Pool& p = the_pool();
     if (std::unique_lock lock(p.mutex, std::try_to_lock); lock) {
       const int parts = workers * int(std::min<int64_t>(kPartsPerThread, units / workers));

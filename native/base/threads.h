@@ -21,6 +21,9 @@ int threads();
 
 inline constexpr int kMaxThreads = 1024;
 
+// Says whether loops of the calling thread run on it alone: for callers that have a thread per CPU of their own.
+void run_alone(bool alone);
+
 namespace internal {
 using RangeFunction = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_run(int64_t n, int64_t grain, RangeFunction run, void* context);

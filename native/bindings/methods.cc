@@ -33,7 +33,7 @@ LevelGrid grid_of(const Matrix<float>& step, const Matrix<float>& offset, const 
 
 void feed_back(const Matrix<float>& w, const Matrix<float>& feedback, const Matrix<float>& step,
                const Matrix<float>& offset, const Vector<int32_t>& group_of, const Vector<float>& levels,
-               Changed<float> target, Changed<uint8_t> indices, Changed<float> errors) {
+               const Matrix<float>& target, Changed<uint8_t> indices, Changed<float> errors) {
   const int64_t rows = w.shape(0), columns = w.shape(1);
   const LevelGrid grid = grid_of(step, offset, group_of, levels, rows, columns);
   require(has_shape(feedback, columns, columns), "feedback: need (columns, columns)");

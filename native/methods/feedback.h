@@ -20,10 +20,10 @@ struct LevelGrid {
 };
 
 // Error feedback. w: (rows, columns) weights of the tile; target: likewise, what the errors of earlier tiles leave to
-// be rounded, changed on the way; feedback: (columns, columns), of which entry (j, k), j < k, is how much of the error
+// be rounded; feedback: (columns, columns), of which entry (j, k), j < k, is how much of the error
 // of column j goes to the target of column k. Writes indices (of the nearest levels) and errors (w - value).
 void feed_back(int64_t rows, int64_t columns, const LevelGrid& grid, const float* w, const float* feedback,
-               float* target, uint8_t* indices, float* errors);
+               const float* target, uint8_t* indices, float* errors);
 
 // One sweep of coordinate descent on E H E^T, E = value - w. gradient: (rows, columns), E H, kept up to date within the
 // tile for the columns to come; hessian: (columns, columns) of H, its diagonal >= 0 (columns with 0 are left alone).

@@ -29,7 +29,7 @@ from tersor.calibration.blocks import DecoderWalk
 from tersor.calibration.doctor import Examination, examine
 from tersor.calibration.memory import Room, plan_room
 from tersor.calibration.samples import Samples
-from tersor.calibration.statistics import StatisticsBuilder, check_statistics
+from tersor.calibration.statistics import StatisticsBuilder, check_statistics, panels
 from tersor.calibration.work import Made, Work
 from tersor.containers.container import Checkpoint
 from tersor.errors import FormatError, ModelError, RecipeError
@@ -44,6 +44,7 @@ from tersor.models.spec import GROUPS
 from tersor.recipe import CASTS, Choice, Recipe
 from tersor.slabs import FLOAT16_MAX, dequantize, quantize_tensor
 from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
+from tersor.threads import blas_alone, each
 
 EXAMINED = 16  # samples that the doctor runs the layers on at most; fewer of a short run, whose price it would double else
 EXAMINED_LEAST, EXAMINED_SHARE = 4, 8  # at least so many, and one of so many
@@ -119,12 +120,13 @@ class Calibrator:
     def examine(self, samples: Samples, folder: Path) -> Examination:
         """Returns what the doctor says of the samples, after a look at every layer's inputs on some of them.
 
-        The model runs in 8 bits for it, where its shapes allow that. folder: for what lies between the layers.
+        The model runs in 6 bits for it, where its shapes allow that. folder: for what lies between the layers.
         """
         n = len(self._tokens)
         chosen = np.linspace(0, n - 1, min(n, EXAMINED, max(EXAMINED_LEAST, n // EXAMINED_SHARE))).astype(int)
         all_tokens, self._tokens = self._tokens, self._tokens[chosen]
         self._work = Work(folder, {}, resume=False)
+        self._work.kept = self._tokens.size if self._room.keeps else 0
         halves: list[tuple[str, InputStatistics, InputStatistics]] = []
         try:
             self._embed()
@@ -135,7 +137,8 @@ class Calibrator:
                     half = self._halves(walk, weights[group[0]].shape[1])
                     if self._rounds(group) or not all(np.isfinite(h.mean_square).all() for h in half):
                         halves.append((group[0].removesuffix(".weight"), *half))
-                    walk.advance([_eighths(weights[name]) for name in group])
+                    walk.advance([_in_few_bits(weights[name]) for name in group])
+                self._work.drop(index)
                 self._checkpoint.release()
         finally:
             self._tokens = all_tokens
@@ -160,6 +163,7 @@ class Calibrator:
     def run(self, work: Work) -> None:
         """Makes every tensor of the blocks, and the head if its method asks for statistics, into work."""
         self._work = work
+        work.kept = self._tokens.size if self._room.keeps else 0
         blocks, begun, first = len(self._spec.layers), time.perf_counter(), self._work.done
         if first == 0:
             self._embed()
@@ -184,7 +188,7 @@ class Calibrator:
         wanted = {name: method.needs == "gram" or scaled for name, method in methods.items()}
         return plan_room(
             self._spec,
-            self._tokens.shape[1],
+            self._tokens.shape,
             workspaces={name: method.workspace(*self._plan[name].shape) for name, method in methods.items()},
             grams={name: int(gram) * (1 + self._compares) for name, gram in wanted.items()},
             streams=1 + self._compares,
@@ -340,7 +344,7 @@ class Calibrator:
     def _read_states(self, stream: str, index: int) -> Array:
         """Returns the hidden states before a block, (sequences, length, hidden) float32."""
         states = self._work.states(stream, index, self._spec.hidden_size)
-        values = states.read(0, self._tokens.size).reshape(*self._tokens.shape, -1)
+        values = np.require(states.read(0, self._tokens.size), requirements="W").reshape(*self._tokens.shape, -1)
         states.close()
         return values
 
@@ -438,7 +442,8 @@ class Calibrator:
         if not statistics.mean_square.any():  # forced
             return clip(w, fmt), "clip"
         try:
-            return choice.step.method.run(w, fmt, statistics, choice.step.options), str(choice.step)
+            with blas_alone():
+                return choice.step.method.run(w, fmt, statistics, choice.step.options), str(choice.step)
         except (FormatError, ModelError) as refusal:
             raise type(refusal)(f"{name}: {refusal}") from None
 
@@ -473,10 +478,10 @@ class Calibrator:
             self._progress(self._weights_done, self._weights, name)
 
 
-def _eighths(w: Array) -> QuantizedTensor:
-    """Returns weights in 8 bits, or as they are where rows are not whole blocks or a value is beyond a block's scale."""
-    eight = get_format("q8_0")
-    return eight.quantize(w) if eight.fits(w.shape) and np.abs(w).max(initial=0) < FLOAT16_MAX else as_float(w)
+def _in_few_bits(w: Array) -> QuantizedTensor:
+    """Returns weights in 6 bits, or as they are where rows are not whole groups or a value is beyond a group's scale."""
+    few = get_format("int6_g64s")
+    return few.quantize(w) if few.fits(w.shape) and np.abs(w).max(initial=0) < FLOAT16_MAX else as_float(w)
 
 
 def as_float(w: Array) -> QuantizedTensor:
@@ -487,13 +492,23 @@ def as_float(w: Array) -> QuantizedTensor:
 def output_error(error: Array, w: Array, statistics: InputStatistics) -> float | None:
     """Returns the relative RMS error of the products x W^T over the calibration inputs: sqrt(tr(E H E^T) / tr(W H W^T)).
 
-    error: E, w: W, (out, in) float32. Without a Gram matrix H is taken as diagonal. tr(A H A^T) is the sum over A^T A * H, since numpy
-    makes a symmetric product at half the price of another.
+    error: E, w: W, (out, in) float32. Without a Gram matrix H is taken as diagonal.
     """
     if statistics.gram is None:
         h = statistics.importance
         return _root(*(float(((a * a) @ h).sum(dtype=np.float64)) for a in (error, w)))
-    return _root(*(float(np.einsum("ij,ij->", a.T @ a, statistics.gram)) for a in (error, w)))
+    return _root(*(_trace(a, statistics.gram) for a in (error, w)))
+
+
+def _trace(a: Array, gram: Array) -> float:
+    """Returns tr(A H A^T) as the sum over A^T A * H, both symmetric: of each panel of columns only what lies up to the diagonal."""
+
+    def part(panel: slice) -> float:
+        products = a[:, panel].T @ a[:, : panel.stop]
+        products[:, : panel.start] *= 2
+        return float(np.einsum("ij,ij->", products, gram[panel, : panel.stop]))
+
+    return sum(each(part, panels(len(gram))))
 
 
 def _ratio(error: Array, w: Array) -> float:

@@ -1,12 +1,14 @@
 """A walk through one block of a decoder that tersor itself runs, group by group: inputs are shown, then weights are given.
 
-The hidden states of all calibration sequences lie in files, so that memory holds one batch of sequences, whatever their number.
+The hidden states of all calibration sequences lie in files where they are many, so that memory holds one batch of sequences, whatever
+their number.
 Everything is float32, by the decoder's own ops (models/layer.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,24 +21,36 @@ from tersor.tensor import Array, QuantizedTensor
 
 
 class Rows:
-    """(n, width) float32 in a file, written and read some rows at a time; not mapped, so that it does not count as memory."""
+    """(n, width) float32, written and read some rows at a time: in a file, not mapped, so that it does not count as memory; or kept in
+    memory, of which the file is a copy as soon as `store` is called."""
 
-    def __init__(self, path: Path, width: int) -> None:
-        """An existing file is opened, another made."""
+    def __init__(self, path: Path, width: int, kept: int = 0) -> None:
+        """An existing file is opened, another made. kept: n, to keep all rows in memory, first those of a whole file; 0 = in the file."""
         self.path = path
         self.width = width
-        path.touch()
-        self._file = path.open("r+b", buffering=0)
+        self._rows = np.empty((kept, width), np.float32) if kept else None
+        if self._rows is not None and path.exists() and path.stat().st_size == self._rows.nbytes:
+            self._rows[:] = np.fromfile(path, np.float32).reshape(self._rows.shape)
+        if self._rows is None:
+            path.touch()
+            self._file = path.open("r+b", buffering=0)
 
     def write(self, begin: int, rows: Array) -> None:
         """Stores rows (k, width) at begin."""
+        if self._rows is not None:
+            self._rows[begin : begin + len(rows)] = rows
+            return
         self._file.seek(begin * self.width * 4)
         data = memoryview(np.ascontiguousarray(rows, np.float32).data).cast("B")
         while data:
             data = data[self._file.write(data) :]
 
     def read(self, begin: int, end: int) -> Array:
-        """Returns rows begin to end."""
+        """Returns rows begin to end, not to be written to."""
+        if self._rows is not None:
+            kept = self._rows[begin:end]
+            kept.flags.writeable = False
+            return kept
         rows = np.empty((end - begin, self.width), np.float32)
         view = memoryview(rows.data).cast("B")
         self._file.seek(begin * self.width * 4)
@@ -48,8 +62,21 @@ class Rows:
         return rows
 
     def close(self) -> None:
-        """Closes the file, which stays."""
-        self._file.close()
+        """Closes the file, which stays; what is kept in memory stays there."""
+        if self._rows is None:
+            self._file.close()
+
+    def store(self) -> None:
+        """Has everything on disk."""
+        if self._rows is not None:
+            self._rows.tofile(self.path)
+        sync(self.path)
+
+
+def sync(path: Path) -> None:
+    """Has a file on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class Walk(Protocol):
@@ -76,19 +103,19 @@ class DecoderWalk:
         states: Rows,
         after: Rows,
         shape: tuple[int, int],
-        scratch: Path,
+        scratch: Callable[[str, int], Rows],
         batch: int,
         activations: str = "float",
     ) -> None:
         """vectors, biases: of the layer; one joined bias for each of GROUPS, None where it has none. states: hidden states before the
         layer, (sequences * length, hidden), which stay; after: those after it, to be written. shape: (sequences, length).
-        scratch: folder for what is between. batch: sequences at a time. activations: as of ops.pack.
+        scratch: (name, width) -> rows for what is between. batch: sequences at a time. activations: as of ops.pack.
         The walk closes all files at its end."""
         self.groups = tuple(tuple(f"model.layers.{index}.{name}.weight" for name in group) for group in GROUPS)
         self._spec, self._index, self._vectors, self._biases = spec, index, vectors, biases
         self._states, self._after, self._shape, self._batch = states, after, shape, batch
         self._activations = activations
-        self._between = {1: Rows(scratch / "mixed", spec.heads * spec.head_dim), 3: Rows(scratch / "gated", spec.intermediate_size)}
+        self._between = {1: scratch("mixed", spec.heads * spec.head_dim), 3: scratch("gated", spec.intermediate_size)}
         self._at = 0
 
     def inputs(self) -> Iterator[Array]:
@@ -106,7 +133,8 @@ class DecoderWalk:
                 self._between[3].write(begin, ops.gated(ops.linear(x, packed), s.activation))
             else:
                 before, norm = (self._states, v.after_attention) if group == 1 else (self._after, v.after_mlp)
-                self._after.write(begin, add_product(ops, s, before.read(begin, end), x, packed, norm))
+                h = before.read(begin, end)
+                self._after.write(begin, add_product(ops, s, h if norm is None else h.copy(), x, packed, norm))
         self._at += 1
         if self._at == len(GROUPS):
             for rows in (*self._between.values(), self._states, self._after):

@@ -38,7 +38,11 @@ def input_scales(
 
     scales: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        states, embedding, length = Rows(Path(folder, "0"), spec.hidden_size), read("model.embed_tokens.weight"), tokens.shape[1]
+
+        def rows(name: str, width: int) -> Rows:
+            return Rows(Path(folder, name), width)
+
+        states, embedding, length = rows("0", spec.hidden_size), read("model.embed_tokens.weight"), tokens.shape[1]
         for i, sample in enumerate(tokens):
             states.write(i * length, ops.embed(embedding, np.ascontiguousarray(sample, np.int32), spec.embedding_scale))
         for index in range(len(spec.layers)):
@@ -47,9 +51,9 @@ def input_scales(
                 np.concatenate([vector(f"{prefix}{name}.bias") for name in names]) if has_bias(spec, group) else None
                 for group, names in enumerate(GROUPS)
             ]
-            after = Rows(Path(folder, str(index + 1)), spec.hidden_size)
+            after = rows(str(index + 1), spec.hidden_size)
             vectors = read_vectors(spec, index, vector)
-            walk = DecoderWalk(spec, index, vectors, biases, states, after, tokens.shape, Path(folder), batch=1)
+            walk = DecoderWalk(spec, index, vectors, biases, states, after, tokens.shape, rows, batch=1)
             for names in walk.groups:
                 modules = [name.removesuffix(".weight") for name in names]
                 histogram = MagnitudeHistogram(modules[0])

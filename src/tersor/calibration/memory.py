@@ -4,6 +4,7 @@ peak = what the process holds already
      + the largest block as float32 (twice where the float model walks along)
      + the largest linear layer: its Gram matrix in float64, the product of one batch in float32, what its method works in
      + one batch of sequences: its widest activations
+     + the hidden states of all sequences, where they are few
 """
 
 from __future__ import annotations
@@ -16,29 +17,32 @@ from tersor.errors import RecipeError
 from tersor.memory import resident_bytes
 from tersor.models.spec import GROUPS, DecoderSpec, expected_tensors
 
+KEPT_BYTES = 256 << 20  # of hidden states that are kept in memory, where they are no more
 BATCH_TOKENS = 2048  # at most, in one batch: more is slower, since malloc keeps no pieces that are larger than 32 MiB
 _SPARE_BYTES = 96 << 20  # of the native libraries' own buffers and of what the allocator keeps
 
 
 @dataclass(frozen=True)
 class Room:
-    """sequences: of one batch. batch_bytes: its memory. peak: predicted largest resident memory of the process, bytes."""
+    """sequences: of one batch. batch_bytes: its memory. peak: predicted largest resident memory of the process, bytes.
+    keeps: whether hidden states stay in memory."""
 
     sequences: int
     batch_bytes: int
     peak: int
+    keeps: bool
 
 
 def plan_room(
-    spec: DecoderSpec, length: int, *, workspaces: Mapping[str, int], grams: Mapping[str, int], streams: int, max_ram: int | None
+    spec: DecoderSpec, shape: tuple[int, int], *, workspaces: Mapping[str, int], grams: Mapping[str, int], streams: int, max_ram: int | None
 ) -> Room:
     """Returns batches that keep the run within max_ram bytes, None = no limit.
 
-    length: tokens of a sequence. workspaces: bytes that the method of a matrix works in, by name. grams: Gram-like matrices that are
+    shape: (sequences, tokens of each). workspaces: bytes that the method of a matrix works in, by name. grams: Gram-like matrices that are
     kept for it (0, 1 or 2). streams: hidden states that walk along, 1 or 2. Raises RecipeError, with the figure needed, when not even
     single sequences fit.
     """
-    shapes = expected_tensors(spec)
+    shapes, length = expected_tensors(spec), shape[1]
     block = 4 * sum(prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
     heaviest, most = "", 0
     for group in GROUPS:
@@ -63,4 +67,9 @@ def plan_room(
                 f"--max-ram {max_ram / 2**30:.2f} GiB is too little: {heaviest.removeprefix('model.layers.0.')} of a block needs "
                 f"{(fixed + sequence) / 2**30:.2f} GiB; give that much, or use fewer tokens a sample (--seqlen)"
             )
-    return Room(sequences, sequences * sequence, fixed + sequences * sequence)
+    peak = fixed + sequences * sequence
+    # states before and after a block, those that a fold walks aside, and what is between groups
+    width = 3 * spec.hidden_size + spec.heads * spec.head_dim + spec.intermediate_size
+    states = 4 * prod(shape) * width * streams
+    keeps = states <= KEPT_BYTES and (max_ram is None or peak + states <= max_ram)
+    return Room(sequences, sequences * sequence, peak + states * keeps, keeps)

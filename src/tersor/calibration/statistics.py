@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
+from tersor.threads import each
 
 BLOCK_ROWS = 2048  # inputs whose sums are made in float32 before they are added in float64
+PANEL = 192  # columns of a matrix that one thread makes at a time
 
 
 class StatisticsBuilder:
@@ -19,34 +23,57 @@ class StatisticsBuilder:
         self._squares = np.zeros(columns, np.float64)
         self._magnitudes = np.zeros(columns, np.float64)
         self._absmax = np.zeros(columns, np.float32)
-        self._gram = np.zeros((columns, columns), np.float64) if gram else None
+        self._gram = np.zeros((columns, columns), np.float64) if gram else None  # its lower triangle
+        self._products = np.empty((columns, columns), np.float32) if gram else np.empty((0, 0), np.float32)
         self._cross = np.zeros((columns, columns), np.float64) if cross else None
 
     def add(self, x: Array, unquantized: Array | None = None) -> None:
         """Adds inputs x, (n, columns) float32, and those of the unquantized model at the same tokens where cross was asked for."""
         for begin in range(0, len(x), BLOCK_ROWS):
             rows = x[begin : begin + BLOCK_ROWS]
-            magnitudes = np.abs(rows)
+            other = None if unquantized is None else unquantized[begin : begin + BLOCK_ROWS]
             self._tokens += len(rows)
-            self._magnitudes += np.ones(len(rows), np.float32) @ magnitudes
-            np.maximum(self._absmax, magnitudes.max(axis=0), out=self._absmax)
-            if self._gram is not None:
-                products = rows.T @ rows
-                self._gram += products
-                self._squares += np.diagonal(products)
-            else:
-                self._squares += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
-            if self._cross is not None and unquantized is not None:
-                self._cross += unquantized[begin : begin + BLOCK_ROWS].T @ rows
+            each(partial(self._add_panel, rows, other), panels(x.shape[1]))
+
+    def _add_panel(self, x: Array, unquantized: Array | None, panel: slice) -> None:
+        """Adds the sums of some columns: of the Gram matrix the rows of these columns, up to its diagonal."""
+        own, ones = x[:, panel], np.ones(len(x), np.float32)
+        magnitudes = np.abs(own)
+        self._magnitudes[panel] += ones @ magnitudes
+        np.maximum(self._absmax[panel], magnitudes.max(axis=0, initial=0), out=self._absmax[panel])
+        if self._gram is not None:
+            products = np.matmul(own.T, x[:, : panel.stop], out=self._products[panel, : panel.stop])
+            self._gram[panel, : panel.stop] += products
+            self._squares[panel] += np.diagonal(products[:, panel])
+        else:
+            self._squares[panel] += ones @ np.square(magnitudes, out=magnitudes)
+        if self._cross is not None and unquantized is not None:
+            self._cross[panel] += unquantized[:, panel].T @ x
 
     def result(self) -> InputStatistics:
         """Returns the means; the builder cannot be used after it, since the sums are divided in place."""
         n = max(self._tokens, 1)
+        if self._gram is not None:
+            del self._products
+            mirror(self._gram)
         for sums in (self._gram, self._cross):
             if sums is not None:
                 sums /= n
         square, magnitude = (self._squares / n).astype(np.float32), (self._magnitudes / n).astype(np.float32)
         return InputStatistics(self._tokens, square, magnitude, self._absmax, self._gram, self._cross)
+
+
+def panels(columns: int) -> list[slice]:
+    """Returns slices of PANEL columns, one of what is left, the last first: their triangle's rows are longest, and threads end together."""
+    return [slice(begin, min(begin + PANEL, columns)) for begin in reversed(range(0, columns, PANEL))]
+
+
+def mirror(matrix: Array) -> None:
+    """Copies the lower triangle of a square matrix to the upper one, in place."""
+    for panel in panels(len(matrix)):
+        corner = matrix[panel, panel]
+        matrix[panel, panel] = np.tril(corner) + np.tril(corner, -1).T
+        matrix[panel, panel.stop :] = matrix[panel.stop :, panel].T
 
 
 def check_statistics(statistics: InputStatistics, where: str, rounded: bool) -> None:

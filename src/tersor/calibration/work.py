@@ -3,19 +3,21 @@
 run.json            what the run is: recipe, samples, source; another run does not go on from it
 block-7.safetensors what became of the tensors of block 7, renamed to this name when whole: from then on block 7 is done
 float-8, quantized-8  hidden states before block 8, of the unquantized model (if needed) and of the quantized one
+
+States that memory has room for are kept there too, and a block goes to disk while the next one is being made.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tersor.calibration.blocks import Rows
+from tersor.calibration.blocks import Rows, sync
 from tersor.containers.output import disk_errors
 from tersor.errors import OutputError
 from tersor.tensor import QuantizedTensor
@@ -38,6 +40,8 @@ class Work:
     def __init__(self, folder: Path, run: Mapping[str, Any], resume: bool) -> None:
         """Begins a run or, with resume, goes on with the one that lies in the folder. run: what identifies it, as JSON values.
 
+        `kept` may be set to the number of rows of all hidden states, which are then kept in memory.
+
         Raises OutputError when there is a run and not resume, or nothing or another run to resume.
         """
         self.folder = folder
@@ -50,6 +54,10 @@ class Work:
             folder.mkdir(parents=True, exist_ok=True)
             if not known.exists():
                 _write_whole(known, json.dumps(run, indent=1, sort_keys=True).encode())
+        self.kept = 0
+        self._live: dict[str, Rows] = {}  # by name: what memory keeps
+        self._saving: Future[None] | None = None
+        self._saver = ThreadPoolExecutor(1)
         self._places: dict[str, Path] = {}
         self.done = 0
         while (path := self._block(self.done)).exists():
@@ -67,18 +75,26 @@ class Work:
 
     def states(self, stream: str, index: int, width: int) -> Rows:
         """Returns the hidden states before block `index`. stream: `float` or `quantized`; `aside` for states that nobody goes on from."""
-        return Rows(self.folder / f"{stream}-{index}", width)
+        return self._rows(f"{stream}-{index}", width)
 
-    def scratch(self, stream: str) -> Path:
-        """Returns a folder for what a walk of this stream writes between groups."""
-        folder = self.folder / f"between-{stream}"
-        folder.mkdir(exist_ok=True)
-        return folder
+    def scratch(self, stream: str) -> Callable[[str, int], Rows]:
+        """Returns what gives (name, width) rows for what a walk of this stream writes between groups."""
+        return lambda name, width: self._rows(f"between-{stream}-{name}", width)
+
+    def _rows(self, name: str, width: int) -> Rows:
+        if not self.kept:
+            return Rows(self.folder / name, width)
+        if name not in self._live:
+            self._live[name] = Rows(self.folder / name, width, self.kept)
+        return self._live[name]
 
     def save(self, made: Mapping[str, Made]) -> None:
-        """Stores the next block's tensors; it is done then, and the states before it are removed. States must be complete."""
+        """Stores the next block's tensors; when it is on disk, the states before it are removed. States must be complete.
+
+        It goes there while the caller goes on; what fails is raised by the next call, or by `settle`."""
         from safetensors.numpy import save
 
+        self.settle()
         index = self.done
         arrays = {f"{name}|{field}": array for name, m in made.items() for field, array in m.tensor.fields.items()}
         about = {
@@ -91,15 +107,33 @@ class Work:
             }
             for name, m in made.items()
         }
-        with disk_errors(self.folder, sum(array.nbytes for array in arrays.values())):
-            for stream in ("float", "quantized"):
-                if (states := self.folder / f"{stream}-{index + 1}").exists():
-                    _sync(states)
-            _write_whole(self._block(index), save(arrays, {"tensors": json.dumps(about)}))
+        after = [f"{stream}-{index + 1}" for stream in ("float", "quantized")]
+
+        def to_disk() -> None:
+            with disk_errors(self.folder, sum(array.nbytes for array in arrays.values())):
+                for name in after:
+                    if name in self._live:
+                        self._live[name].store()
+                    elif (self.folder / name).exists():
+                        sync(self.folder / name)
+                _write_whole(self._block(index), save(arrays, {"tensors": json.dumps(about)}))
+                self.drop(index)
+
         self._places.update(dict.fromkeys(made, self._block(index)))
         self.done += 1
+        self._saving = self._saver.submit(to_disk)
+
+    def drop(self, index: int) -> None:
+        """Removes the states before block `index`."""
         for stream in ("float", "quantized"):
+            self._live.pop(f"{stream}-{index}", None)
             (self.folder / f"{stream}-{index}").unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Waits until what was saved is on disk. Raises OutputError when it does not get there."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -108,6 +142,7 @@ class Work:
         """Returns what became of a tensor."""
         from safetensors import safe_open
 
+        self.settle()
         with safe_open(str(self._places[name]), "numpy") as file:
             about = json.loads(file.metadata()["tensors"])[name]
             fields = {key.partition("|")[2]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}|")}  # noqa: SIM118
@@ -116,6 +151,7 @@ class Work:
 
     def remove(self) -> None:
         """Removes the folder."""
+        self._saver.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -137,10 +173,5 @@ def _write_whole(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name and renames it when it is on disk."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
-    _sync(part)
+    sync(part)
     part.rename(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

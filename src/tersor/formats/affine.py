@@ -232,17 +232,26 @@ class AffineFormat(Format):
     def _quantize(self, w: Array, importance: Array | None, search: bool) -> QuantizedTensor:
         """Returns w fitted, encoded and packed natively."""
         rows = as_rows(w)
-        columns = rows.shape[1]
-        group = {_PER_ROW: columns, _PER_TENSOR: 0}.get(self.group_size, self.group_size)
+        scale, offset, params = self._fit(rows, importance, search)
+        if self.kind == "":
+            params |= {"zero": pack_bits(params["zero"], self.width)}
+        codes = _native.affine_encode(rows, scale, offset, self.groups(rows.shape[1]), self.kind == "m", self.width, self.max_code)
+        return QuantizedTensor(self.name, w.shape, {"codes": codes, **params})
+
+    def fit_clipped(self, w: Array, importance: Array | None = None) -> Params:
+        self.check(w.shape)
+        return self._fit(w, check_importance(importance, w.shape[-1], self.name), search=True)[2]
+
+    def _fit(self, rows: Array, importance: Array | None, search: bool) -> tuple[Array, Array, dict[str, Array]]:
+        """Returns (scale, offset) as the native functions take them, and the params."""
+        group = {_PER_ROW: rows.shape[1], _PER_TENSOR: 0}.get(self.group_size, self.group_size)
         scale, offset = _native.affine_fit(rows, group, _KINDS[self.kind], self.max_code, importance, search, self.wide)
         second: dict[str, Array] = {}
         if self.kind == "":
-            second["zero"] = pack_bits(offset.astype(np.uint8), self.width)
+            second["zero"] = offset.astype(np.uint8)
         elif self.kind == "m":
             second["min"] = self.stored_minimum(offset)
-        stored_scale = self.stored_scale(scale)
-        codes = _native.affine_encode(rows, scale, offset, self.groups(columns), self.kind == "m", self.width, self.max_code)
-        return QuantizedTensor(self.name, w.shape, {"codes": codes, "scale": stored_scale, **second})
+        return scale, offset, {"scale": self.stored_scale(scale), **second}
 
     def _wide(self, tensor: QuantizedTensor) -> tuple[Array, Array]:
         """Returns (scale, offset) as the native functions take them: float32, (rows, groups) or (1, 1)."""

@@ -102,6 +102,10 @@ class Format(ABC):
         importance = check_importance(importance, w.shape[-1], self.name)
         return self.by_parts(w, lambda rows: self._best_groups(rows, importance))
 
+    def fit_clipped(self, w: Array, importance: Array | None = None) -> Params:
+        """Returns the parameters of `quantize_clipped`. w: (rows, in) float32."""
+        return self.unpack(self.quantize_clipped(w, importance))[1]
+
     def clipped(self, rows: Array, importance: Array | None) -> Iterator[QuantizedTensor]:
         """Yields the candidates of `quantize_clipped`, for (rows, in) float32; the first is `quantize`.
 

@@ -26,7 +26,7 @@ def fit(format: Format, w: Array, importance: Array, search: bool) -> Params:
     """
     h = (importance / max(float(importance.max()), 1e-300)).astype(np.float32)
     if search:
-        return format.unpack(format.quantize_clipped(w, h))[1]
+        return format.fit_clipped(w, h)
     return format.fit(w, h if format.uses_importance else None)
 
 
@@ -81,7 +81,7 @@ class _Pass:
         return codes
 
     def _round_tile(self, tile: slice, target: Array, grid: Grid, group_of: Array, indices: Array) -> None:
-        """Rounds the columns of a tile; target: (rows, len), changed on the way; writes indices of levels and errors."""
+        """Rounds the columns of a tile; target: (rows, len); writes indices of levels and errors."""
         rounded = np.empty(target.shape, dtype=np.uint8)
         w = np.ascontiguousarray(self.w[:, tile])
         errors = np.empty_like(w)

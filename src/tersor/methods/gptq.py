@@ -15,6 +15,7 @@ where the paper's code sets it to 0, since calibration cannot prove that it neve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from tersor.methods.outliers import beside_outliers
 from tersor.methods.refine import refine
 from tersor.methods.rtn import require_encoder
 from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
+from tersor.threads import each
+
+PART_ROWS = 512  # that one thread rounds at a time, at most: enough that what the parts share costs little
 
 
 @dataclass(frozen=True)
@@ -104,5 +108,20 @@ def _solve(w: Array, format: Format, gram: Array, factor: Factor, params: Params
             params = format.nest(single["absmax"])
         else:
             params = fit(format, w, np.diagonal(gram), options.search)
-    codes, params = feed_back(w, format, factor, params, options.search)
-    return refine(w, format, codes, params, gram, factor.damping, options.refine)
+
+    def solve(rows: slice) -> tuple[Array, Params]:
+        known = None if params is None else {name: value[rows] for name, value in params.items()}
+        codes, fitted = feed_back(w[rows], format, factor, known, options.search)
+        return refine(w[rows], format, codes, fitted, gram, factor.damping, options.refine)
+
+    if not format.row_independent:
+        return solve(slice(None))
+    parts = each(solve, _equal_parts(len(w)))
+    names = parts[0][1]
+    return np.concatenate([codes for codes, _ in parts]), {name: np.concatenate([fitted[name] for _, fitted in parts]) for name in names}
+
+
+def _equal_parts(rows: int) -> list[slice]:
+    """Returns an even number of slices of nearly the same length."""
+    borders = np.linspace(0, rows, 2 * -(-rows // (2 * PART_ROWS)) + 1).astype(int).tolist()
+    return [slice(begin, end) for begin, end in pairwise(borders) if begin < end]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
+from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
@@ -52,9 +52,10 @@ class Factor:
         GPTQ's weights are when it reaches the group. (A column's own target also has the errors to come inside the group.)
         """
         upper = self.reversed_lower[::-1, ::-1][group, group]
-        triangle = np.asfortranarray(upper / np.diagonal(upper))
-        solution, _ = dtrtrs(triangle, np.asfortranarray(made_up.T, dtype=np.float64), lower=0, trans=1, unitdiag=1)
-        return np.ascontiguousarray(solution.T, dtype=np.float32)
+        inverse, _ = dtrtri(np.asfortranarray(upper / np.diagonal(upper)), lower=0, unitdiag=1)
+        np.fill_diagonal(inverse, 1.0)
+        expected: Array = made_up @ np.triu(inverse).astype(np.float32)
+        return expected
 
     def solve(self, rows: Array) -> Array:
         """Returns rows (r, n) float64, in the original order of columns, times the inverse of the damped H."""
@@ -89,10 +90,10 @@ def factorize(gram: Array, order: Array, damp: float, where: str) -> Factor:
     succeeds, up to 1. Raises ModelError when it does not succeed even then.
     """
     mean = float(np.mean(np.diagonal(gram)))
-    backwards = order[::-1]
+    backwards, moved = order[::-1], not np.array_equal(order, np.arange(len(order)))
     tries = [damp * 10.0**k for k in range(64) if damp * 10.0**k < LARGEST_DAMP] if damp > 0 else [0.0]
     for share in (*tries, max(damp, LARGEST_DAMP)):
-        work = gram[np.ix_(backwards, backwards)]
+        work = gram[np.ix_(backwards, backwards)] if moved else gram[::-1, ::-1].copy()
         work[np.diag_indices_from(work)] += share * mean
         # The transposed view of a symmetric matrix is the same matrix in Fortran order, so LAPACK works in place.
         lower, info = dpotrf(work.T, lower=1, clean=0, overwrite_a=1)
