@@ -79,4 +79,4 @@ def blas_alone() -> Iterator[None]:
 def _libraries() -> ThreadpoolController:
     import scipy.linalg  # noqa: F401  its BLAS must be there to be found
 
-    return ThreadpoolController()
+    return ThreadpoolController()  # type: ignore[no-untyped-call]
