@@ -46,7 +46,8 @@ void bind_base(nb::module_& m) {
       },
       nb::arg("n"), "Sets the number of threads of all native loops, the caller included.");
   m.def("threads", &tersor::threads, "Number of threads of native loops; at first the CPUs this process may use.");
-  m.def("run_alone", &tersor::run_alone, nb::arg("alone"), "Whether native loops of the calling thread run on it alone.");
+  m.def("run_alone", &tersor::run_alone, nb::arg("alone"),
+        "Whether native loops of the calling thread run on it alone.");
   m.def(
       "read_words",
       [](nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> words) {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
@@ -369,6 +369,9 @@ def _calibrated(
     except BaseException:
         if work.done == 0:
             work.remove()
+        else:
+            with suppress(OutputError):  # what is done is kept if it can be
+                work.settle()
         raise
     work.remove()
 

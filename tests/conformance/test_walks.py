@@ -77,3 +77,21 @@ def test_rows_are_written_and_read_in_any_order(tmp_path):
         rows.read(9, 11)
     rows.close()
     assert np.array_equal(Rows(tmp_path / "rows", 5).read(0, 10), x)
+
+
+def test_rows_kept_in_memory_are_on_disk_when_stored(tmp_path):
+    from tersor.calibration.blocks import Rows
+
+    rows, x = Rows(tmp_path / "rows", 5, kept=10), np.arange(50, dtype=np.float32).reshape(10, 5)
+    rows.write(6, x[6:])
+    rows.write(0, x[:6])
+    assert np.array_equal(rows.read(3, 8), x[3:8])
+    with pytest.raises(ValueError, match="read-only"):
+        rows.read(3, 8)[0] = 0
+    rows.close()
+    assert not rows.path.exists()
+    rows.store()
+    for kept in (0, 10):
+        assert np.array_equal(Rows(tmp_path / "rows", 5, kept).read(0, 10), x)
+    (tmp_path / "rows").write_bytes(b"cut off")
+    assert Rows(tmp_path / "rows", 5, kept=10).read(0, 10).shape == (10, 5)  # what a killed run left is not read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -90,6 +91,33 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     subprocess.run([*command, "-o", str(tmp_path / "out"), "--resume"], check=True, capture_output=True)
     subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("recipe", ["clip:int4_g32", "awq+gptq(asymmetric=1):int4_g32"])
+def test_states_in_files_give_the_bytes_of_those_in_memory(model, tmp_path, recipe, monkeypatch):
+    tersor.quantize(model, tmp_path / "memory", recipe, **OPTIONS)
+    monkeypatch.setattr("tersor.calibration.memory.KEPT_BYTES", 0)
+    tersor.quantize(model, tmp_path / "files", recipe, **OPTIONS)
+    assert files(tmp_path / "files") == files(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])  # blocks; what fails in the last one is seen when it is read
+def test_a_disk_that_fills_while_the_next_block_is_made_is_told(model, tmp_path, failing, monkeypatch):
+    from tersor.calibration import work
+
+    written: list[Path] = []
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name.startswith("block-"):
+            written.append(path)
+            if len(written) == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(data)
+
+    monkeypatch.setattr(work, "_write_whole", full)
+    with pytest.raises(OutputError, match=r"out\.work: the disk is full; the output needs \d+ bytes"):
+        tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_resume(model, tmp_path):

@@ -174,6 +174,19 @@ def test_any_number_of_threads_gives_the_same_bytes(name):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("name", ["int4_g64s", "q3_k", "nf4", "int4_t"])
+def test_every_instruction_set_gives_the_same_bytes(name):
+    w, calibration = weights(33, 512), statistics(inputs(512))
+    seen = set()
+    try:
+        for isa in _native.isas():
+            _native.force_isa(isa)
+            seen.add(b"".join(field.tobytes() for field in gptq(w, get_format(name), calibration).fields.values()))
+    finally:
+        _native.force_isa("")
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("name", ["int4_g64s", "q3_k", "nf4"])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_a_format_without_a_grid_is_rounded_by_its_own_encode(name, act_order, monkeypatch):
