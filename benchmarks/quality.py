@@ -158,12 +158,17 @@ def results_of(name: str) -> dict[str, Any]:
 
 
 def run_budget(a: argparse.Namespace) -> int:
-    """Makes a GGUF file in the bytes of each of these by `tersor quantize --budget`, and appends what it cost."""
+    """Makes a GGUF file in the bytes of each of these and appends what it cost: by `tersor quantize --budget`, or, for several, by the
+    recipes that it would choose, the formats being judged once for all."""
     tokens = a.out / f"calib-{a.samples}.npy"
     np.save(tokens, np.load(a.out / "calib.npy")[: a.samples])
-    for file in map(Path, a.what):
-        budget, out = file.stat().st_size, a.out / file.name.replace("-imatrix", "").replace("-", f"-ours-{a.recipe}-", 1)
-        command = [sys.executable, "-m", "tersor", "quantize", str(a.model), "-o", str(out), "--budget", str(budget), "-r", a.recipe]
+    files = [Path(file) for file in a.what]
+    outs = [a.out / file.name.replace("-imatrix", "").replace("-", f"-ours-{a.recipe}-", 1) for file in files]
+    budgets = [file.stat().st_size for file in files]
+    chosen = recipes_within(a.model, tokens, a.recipe, dict(zip(outs, budgets))) if len(files) > 1 else {}
+    for file, out, budget in zip(files, outs, budgets):
+        told = ["-r", chosen[out]] if out in chosen else ["-r", a.recipe, "--budget", str(budget)]
+        command = [sys.executable, "-m", "tersor", "quantize", str(a.model), "-o", str(out), *told]
         command += ["--calib", str(tokens), "--samples", str(a.samples), "--seqlen", str(LENGTH), "--threads", str(a.threads)]
         command += ["--no-verify", "--force", "--json"]
         answer, cost = measure(command)
@@ -173,6 +178,25 @@ def run_budget(a: argparse.Namespace) -> int:
         append("gguf", out.stem, recipe=recipe, of=file.stem, samples=a.samples, threads=a.threads, file_bytes=out.stat().st_size, **cost)
         print(f"{out}: {out.stat().st_size} of {budget} bytes, {cost['process_cpu_seconds']:.0f} CPU s: {recipe[:200]}", flush=True)
     return 0
+
+
+def recipes_within(model: Path, tokens: Path, steps: str, budgets: dict[Path, int]) -> dict[Path, str]:
+    """Returns the recipe of each output, a GGUF file, that `--budget` chooses for its bytes."""
+    from tersor.calibration.samples import draw
+    from tersor.containers import CONTAINERS, open_checkpoint
+    from tersor.fitting import frame_of, options, output_bytes
+    from tersor.planning.budget import recipe_within
+
+    container, frame = CONTAINERS["gguf"], frame_of(steps, "gguf")
+    with open_checkpoint(model) as checkpoint:
+        rows = np.load(tokens)
+        samples = draw(checkpoint, tokens, len(rows), rows.shape[1], 0)
+        judged = options(checkpoint, container, frame.default.formats, samples, None)
+
+        def within(out: Path, budget: int) -> str:
+            return str(recipe_within(budget, judged, frame, lambda it: output_bytes(checkpoint, container, out, it, samples)).recipe)
+
+        return {out: within(out, budget) for out, budget in budgets.items()}
 
 
 def run_gguf(a: argparse.Namespace) -> int:

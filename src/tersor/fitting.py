@@ -13,7 +13,7 @@ from tersor.containers.container import Checkpoint, Container
 from tersor.errors import RecipeError
 from tersor.models import spec_of
 from tersor.outputs import assigned, described
-from tersor.planning.budget import MIXES, SAMPLES, Fitted, fitting, options_of, recipe_within
+from tersor.planning.budget import MIXES, SAMPLES, Fitted, Options, fitting, options_of, recipe_within
 from tersor.planning.mix import Candidate
 from tersor.planning.sensitivity import measure
 from tersor.planning.sizes import machine_ram
@@ -52,21 +52,37 @@ def fit(
 ) -> Fitted:
     """Returns the recipe of least predicted divergence whose output, all of it, takes at most `budget` bytes.
 
+    to: an engine whose demands narrow the choice. Raises RecipeError for a budget that is too small, and what `options` raises.
+    """
+
+    def size(recipe: Recipe) -> int:
+        return output_bytes(checkpoint, container, target, recipe, samples)
+
+    matrices = _matrices(checkpoint, container)
+    formats = _served(frame.default.formats, to, next(iter(matrices.values())))
+    recipe_within(budget, _by_size(matrices.values(), formats), frame, size)  # refuses a budget that is too small before any work
+    return recipe_within(budget, options(checkpoint, container, formats, samples, max_ram, progress), frame, size)
+
+
+def options(
+    checkpoint: Checkpoint,
+    container: Container,
+    formats: tuple[str, ...],
+    samples: Samples,
+    max_ram: int | None,
+    progress: Progress | None = None,
+) -> Options:
+    """Returns the formats that each matrix may get, with the divergence that each is predicted to cause: the same for any budget.
+
     Sensitivities come from the first SAMPLES of the samples; in a directory embedding and head stay as they are without a budget, and
-    matrices that engines join get one format. to: an engine whose demands narrow the choice. max_ram: in bytes, or None.
-    Raises RecipeError for a budget or a memory that is too small, ModelError for a model that is not one of tersor's own.
+    matrices that engines join get one format. max_ram: in bytes, or None.
+    Raises RecipeError for a memory that is too small, ModelError for a model that is not one of tersor's own.
     """
     spec = spec_of(checkpoint.description.config)
     parameters = sum(prod(info.shape) for info in checkpoint.tensors.values())
     if (need := 4 * parameters + (1 << 30)) > (max_ram or machine_ram() or need):
         raise RecipeError(f"--budget measures the model in float32, which takes {need} bytes; allow them (--max-ram), or use --recipe")
-    matrices = {n: info for n, info in checkpoint.tensors.items() if len(info.shape) == 2 and (container.name == "gguf" or not is_edge(n))}
-    formats = _served(frame.default.formats, to, next(iter(matrices.values())))
-
-    def size(recipe: Recipe) -> int:
-        return output_bytes(checkpoint, container, target, recipe, samples)
-
-    recipe_within(budget, _by_size(matrices.values(), formats), frame, size)  # refuses a budget that is too small before any work
+    matrices = _matrices(checkpoint, container)
     found = {name: uses for name, uses in measure(spec, checkpoint.read, samples.tokens[:SAMPLES]).items() if name in matrices}
     done, total = 0, sum(prod(info.shape) for info in matrices.values())
 
@@ -77,9 +93,9 @@ def fit(
             progress(done, total, f"formats for {name}")
 
     joined = () if container.name == "gguf" else fused(found)
-    options = options_of(checkpoint.read, found, formats, joined, chosen)
+    judged = options_of(checkpoint.read, found, formats, joined, chosen)
     checkpoint.release()
-    return recipe_within(budget, options, frame, size)
+    return judged
 
 
 def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, recipe: Recipe, samples: Samples | None) -> int:
@@ -92,6 +108,11 @@ def output_bytes(checkpoint: Checkpoint, container: Container, target: Path, rec
             return writer.nbytes
         finally:
             writer.abort()
+
+
+def _matrices(checkpoint: Checkpoint, container: Container) -> dict[str, TensorInfo]:
+    """Returns the matrices whose format is chosen."""
+    return {n: info for n, info in checkpoint.tensors.items() if len(info.shape) == 2 and (container.name == "gguf" or not is_edge(n))}
 
 
 def _by_size(matrices: Collection[TensorInfo], formats: tuple[str, ...]) -> dict[tuple[str, ...], list[Candidate]]:
