@@ -17,6 +17,7 @@ make_qkx2_quants for least squares with given codes, here with the whole H inste
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg.blas import sgemm
 
 from tersor import _native
 from tersor.formats import Format
@@ -77,7 +78,7 @@ class _State:
         gradient = np.empty_like(errors)
         for begin in range(0, errors.shape[1], 4 * TILE):
             part = slice(begin, begin + 4 * TILE)
-            gradient[:, part] = errors @ self._damped(part).T
+            np.matmul(errors, self._damped(part).T, out=gradient[:, part])
         return gradient, _inner(gradient, errors)
 
     def _better(self, objective: Array) -> Array:
@@ -124,7 +125,7 @@ class _State:
             within = np.ascontiguousarray(hessian[:, tile])
             _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, changes)
             indices[:, tile] = chosen
-            gradient += changes @ hessian
+            gradient = _plus_product(gradient, changes, hessian)
         return grid.codes[indices], gradient
 
     def solved(self) -> tuple[Params, Array]:
@@ -166,12 +167,18 @@ class _State:
             for q, span in enumerate(spans):
                 swept = span[:, unit * size : (unit + 1) * size] @ hessian
                 for p, other in enumerate(spans):
-                    products = swept * other[:, : (unit + 1) * size]
-                    sums = products.reshape(n_rows, unit + 1, size).sum(axis=2)
+                    shape = n_rows, unit + 1, size
+                    sums = np.einsum("rus,rus->ru", swept.reshape(shape), other[:, : (unit + 1) * size].reshape(shape))
                     system[:, p, : unit + 1, q, unit] = sums
                     system[:, q, unit, p, : unit + 1] = sums
         wish = np.stack([(gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
         return system.reshape(n_rows, n, n), wish.reshape(n_rows, n)
+
+
+def _plus_product(x: Array, a: Array, b: Array) -> Array:
+    """Returns x + a b, all float32 and C-contiguous, in x itself: without another matrix of its size."""
+    result: Array = sgemm(1.0, b.T, a.T, beta=1.0, c=x.T, overwrite_c=1).T
+    return result
 
 
 def _inner(x: Array, y: Array) -> Array:
