@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def run_budget(a: argparse.Namespace) -> int:
     files = [Path(file) for file in a.what]
     outs = [a.out / file.name.replace("-imatrix", "").replace("-", f"-ours-{a.recipe}-", 1) for file in files]
     budgets = [file.stat().st_size for file in files]
-    chosen = recipes_within(a.model, tokens, a.recipe, dict(zip(outs, budgets))) if len(files) > 1 else {}
+    chosen = recipes_within(a.model, tokens, a.recipe, dict(zip(outs, budgets)), a.sensitivity) if len(files) > 1 else {}
     for file, out, budget in zip(files, outs, budgets):
         told = ["-r", chosen[out]] if out in chosen else ["-r", a.recipe, "--budget", str(budget)]
         command = [sys.executable, "-m", "tersor", "quantize", str(a.model), "-o", str(out), *told]
@@ -180,8 +181,8 @@ def run_budget(a: argparse.Namespace) -> int:
     return 0
 
 
-def recipes_within(model: Path, tokens: Path, steps: str, budgets: dict[Path, int]) -> dict[Path, str]:
-    """Returns the recipe of each output, a GGUF file, that `--budget` chooses for its bytes."""
+def recipes_within(model: Path, tokens: Path, steps: str, budgets: dict[Path, int], n: int) -> dict[Path, str]:
+    """Returns the recipe of each output, a GGUF file, that `--budget` chooses for its bytes. n: sequences for the sensitivities."""
     from tersor.calibration.samples import draw
     from tersor.containers import CONTAINERS, open_checkpoint
     from tersor.fitting import frame_of, options, output_bytes
@@ -191,7 +192,8 @@ def recipes_within(model: Path, tokens: Path, steps: str, budgets: dict[Path, in
     with open_checkpoint(model) as checkpoint:
         rows = np.load(tokens)
         samples = draw(checkpoint, tokens, len(rows), rows.shape[1], 0)
-        judged = options(checkpoint, container, frame.default.formats, samples, None)
+        few = replace(samples, tokens=samples.tokens[:n])
+        judged = options(checkpoint, container, frame.default.formats, few, None)
 
         def within(out: Path, budget: int) -> str:
             return str(recipe_within(budget, judged, frame, lambda it: output_bytes(checkpoint, container, out, it, samples)).recipe)
@@ -251,6 +253,7 @@ def main() -> int:
         if mode == "budget":
             one.add_argument("what", nargs="+")
             one.add_argument("--recipe", default="clip", help="the steps")
+            one.add_argument("--sensitivity", type=int, default=16, help="sequences that formats are judged on, for several files")
             one.add_argument("--samples", type=int, default=128)
             one.add_argument("--threads", type=int, default=2)
             continue
