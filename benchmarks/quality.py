@@ -183,9 +183,9 @@ def run_budget(a: argparse.Namespace) -> int:
 
 def recipes_within(model: Path, tokens: Path, steps: str, budgets: dict[Path, int], n: int) -> dict[Path, str]:
     """Returns the recipe of each output, a GGUF file, that `--budget` chooses for its bytes. n: sequences for the sensitivities."""
-    from tersor.calibration.samples import draw
     from tersor.containers import CONTAINERS, open_checkpoint
     from tersor.fitting import frame_of, options, output_bytes
+    from tersor.pipeline import draw
     from tersor.planning.budget import recipe_within
 
     container, frame = CONTAINERS["gguf"], frame_of(steps, "gguf")
