@@ -8,11 +8,13 @@
                  tune what stays float;  the block's tensors, and the states after it, go to disk
 
 True sequential order: an error that an earlier layer makes is seen, and may be made good, by all later ones (GPTQ, arXiv 2210.17323,
-section 3.3). Memory holds one block, one Gram matrix and one batch of sequences; all else lies in files (calibration/work.py).
+section 3.3). Memory holds one block, one Gram matrix and one batch of sequences; all else lies in files, hidden states too unless they
+are few (calibration/work.py, memory.py).
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,6 +127,7 @@ class Calibrator:
         n = len(self._tokens)
         chosen = np.linspace(0, n - 1, min(n, EXAMINED, max(EXAMINED_LEAST, n // EXAMINED_SHARE))).astype(int)
         all_tokens, self._tokens = self._tokens, self._tokens[chosen]
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
         self._work = Work(folder, {}, resume=False)
         self._work.kept = self._tokens.size if self._room.keeps else 0
         halves: list[tuple[str, InputStatistics, InputStatistics]] = []

@@ -367,11 +367,10 @@ def _calibrated(
         work.remove()  # the same would be refused again
         raise
     except BaseException:
-        if work.done == 0:
+        with suppress(OutputError):  # what is done is kept if it can be
+            work.settle()
+        if not work.holds:
             work.remove()
-        else:
-            with suppress(OutputError):  # what is done is kept if it can be
-                work.settle()
         raise
     work.remove()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tersor.calibrated import Calibrator
+from tersor.calibration.blocks import Rows
 from tersor.calibration.work import Work
 from tersor.containers import CONTAINERS, open_checkpoint
+from tersor.errors import OutputError
 from tersor.formats import get_format
 from tersor.models import ARCHITECTURES
 from tersor.outputs import plan_tensors
@@ -67,21 +71,17 @@ def test_statistics_are_those_of_the_inputs_that_the_rounded_model_computes(mode
 
 
 def test_rows_are_written_and_read_in_any_order(tmp_path):
-    from tersor.calibration.blocks import Rows
-
     rows, x = Rows(tmp_path / "rows", 5), np.arange(50, dtype=np.float32).reshape(10, 5)
     rows.write(6, x[6:])
     rows.write(0, x[:6])
     assert np.array_equal(rows.read(3, 8), x[3:8])
-    with pytest.raises(OSError, match="ends before row 11"):
+    with pytest.raises(OutputError, match="rows is not whole, so the run cannot go on from it; remove"):
         rows.read(9, 11)
     rows.close()
     assert np.array_equal(Rows(tmp_path / "rows", 5).read(0, 10), x)
 
 
 def test_rows_kept_in_memory_are_on_disk_when_stored(tmp_path):
-    from tersor.calibration.blocks import Rows
-
     rows, x = Rows(tmp_path / "rows", 5, kept=10), np.arange(50, dtype=np.float32).reshape(10, 5)
     rows.write(6, x[6:])
     rows.write(0, x[:6])
@@ -93,5 +93,20 @@ def test_rows_kept_in_memory_are_on_disk_when_stored(tmp_path):
     rows.store()
     for kept in (0, 10):
         assert np.array_equal(Rows(tmp_path / "rows", 5, kept).read(0, 10), x)
-    (tmp_path / "rows").write_bytes(b"cut off")
-    assert Rows(tmp_path / "rows", 5, kept=10).read(0, 10).shape == (10, 5)  # what a killed run left is not read
+    os.truncate(tmp_path / "rows", 199)
+    for kept in (0, 10):
+        cut_off = Rows(tmp_path / "rows", 5, kept)
+        assert np.array_equal(cut_off.read(0, 9), x[:9])
+        with pytest.raises(OutputError, match="rows is not whole"):
+            cut_off.read(0, 10)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+@pytest.mark.parametrize("rows", [1, 10, 100_000])  # also what ends in a buffer
+def test_rows_that_do_not_fit_on_the_disk_are_told(tmp_path, rows):
+    kept = Rows(tmp_path / "rows", 5, kept=rows)
+    kept.write(0, np.ones((rows, 5), np.float32))
+    (tmp_path / "rows").symlink_to("/dev/full")
+    with pytest.raises(OSError) as raised:
+        kept.store()
+    assert raised.value.errno == errno.ENOSPC

@@ -93,6 +93,36 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_a_process_killed_while_the_doctor_looks_goes_on(tmp_path, model):
+    command = [sys.executable, "-m", "tersor.cli", "quantize", str(model), "-o", str(tmp_path / "out"), "--recipe", RECIPE]
+    command += ["--calib", "pydoc", "--samples", "64", "--seqlen", "128"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.work" / "doctor" / "run.json").exists() and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and (tmp_path / "out.work" / "doctor" / "run.json").exists()
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("cut", ["cut off", "missing"])
+def test_a_run_whose_states_are_not_whole_is_not_gone_on_with(model, tmp_path, cut):
+    def stop(report: object) -> None:
+        if isinstance(report, BlockReport) and report.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS, report=stop)
+    states = tmp_path / "out.work" / "quantized-2"
+    if cut == "missing":
+        states.unlink()
+    else:
+        os.truncate(states, states.stat().st_size - 4)
+    with pytest.raises(OutputError, match=r"quantized-2 is not whole, so the run cannot go on from it; remove .*out\.work"):
+        tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS, resume=True)
+    assert (tmp_path / "out.work" / "block-1.safetensors").exists()
+
+
 @pytest.mark.parametrize("recipe", ["clip:int4_g32", "awq+gptq(asymmetric=1):int4_g32"])
 def test_states_in_files_give_the_bytes_of_those_in_memory(model, tmp_path, recipe, monkeypatch):
     tersor.quantize(model, tmp_path / "memory", recipe, **OPTIONS)

@@ -212,10 +212,28 @@ def test_a_sweep_of_descent_is_that_of_the_loops(name):
     codes, params = f.unpack(f.quantize(w))
     values = tables(f, params, *w.shape)
     expected = gptq_loops.descend(w.astype(np.float64), gram, lambda k: values[:, :, k], codes.astype(int))
-    got, _ = _State(w, f, codes, params, gram, 0.0).descended()
+    got, gradient = _State(w, f, codes, params, gram, 0.0).descended()
     assert not np.array_equal(codes, expected)
     zero = lambda c: np.where(c == 8, 0, c) if name == "mxfp4" else c  # noqa: E731
     assert np.array_equal(zero(got), zero(expected))
+    errors = f.decode(got, params).astype(np.float64) - w
+    np.testing.assert_allclose(gradient, errors @ gram, rtol=1e-3, atol=1e-4 * np.abs(errors @ gram).max())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (16, 32), (1, 128), (2, 128), (3, 128)])
+@pytest.mark.parametrize("name", ["int4_g32", "int2_g32", "int3_g32m"])
+def test_refinement_of_small_matrices_never_raises_the_objective(name, rows, columns):
+    f = get_format(name)
+    for seed in range(8):
+        generator = np.random.default_rng(seed)
+        w = generator.standard_normal((rows, columns)).astype(np.float32)
+        gram = statistics(inputs(columns)).gram
+        codes, params = f.unpack(gptq(w, f, statistics(inputs(columns)), GptqOptions(refine=0)))
+        of = []
+        for c, p in ((codes, params), refine(w, f, codes, params, gram, 0.01, 2)):
+            errors = f.decode(c, p).astype(np.float64) - w
+            of.append(np.einsum("rc,cd,rd->r", errors, gram + 0.01 * np.eye(columns), errors))
+        assert (of[1] <= of[0] * (1 + 1e-5)).all() and of[1].sum() < of[0].sum()
 
 
 @pytest.mark.parametrize("name", ["int3_g32", "int4_g64m", "nf4", "q4_k", "q3_k", "int8_row", "ternary_g64"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +61,70 @@ def test_blas_has_one_thread_meanwhile_and_what_it_had_afterwards():
     assert blas_threads() == before
     with blas_alone():
         assert blas_threads() == {1}
+
+
+def test_blas_has_one_thread_until_the_last_who_wants_it_leaves():
+    before, inside, leave = blas_threads(), threading.Event(), threading.Event()
+    seen: list[set[int]] = []
+
+    def first() -> None:
+        with blas_alone():
+            inside.set()
+            assert leave.wait(20)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(20)
+    with blas_alone():
+        leave.set()
+        thread.join()
+        seen.append(blas_threads())
+    assert seen == [{1}] and blas_threads() == before
+
+
+def test_an_interrupted_call_begins_nothing_more():
+    begun, started = [], threading.Event()
+
+    def work(x: int) -> None:
+        begun.append(x)
+        started.set()
+        time.sleep(0.2)
+
+    def interrupt() -> None:
+        started.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    each(abs, range(3))  # the pool's threads are there
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        each(work, range(30))
+    n = len(begun)
+    assert n < 20
+    time.sleep(0.3)
+    assert len(begun) == n
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_child_has_blas_as_it_was_though_another_thread_wanted_one():
+    before, inside, leave = blas_threads(), threading.Event(), threading.Event()
+
+    def other() -> None:
+        with blas_alone():
+            inside.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(20)
+    child = os.fork()
+    if child == 0:
+        with blas_alone():
+            alone = blas_threads()
+        os._exit(7 if alone == {1} and blas_threads() == before else 1)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from tersor import ops
+from tersor.errors import OutputError
 from tersor.models.layer import LayerVectors, add_product, has_bias, mix
 from tersor.models.spec import GROUPS, DecoderSpec
 from tersor.tensor import Array, QuantizedTensor
@@ -29,25 +31,29 @@ class Rows:
         self.path = path
         self.width = width
         self._rows = np.empty((kept, width), np.float32) if kept else None
-        if self._rows is not None and path.exists() and path.stat().st_size == self._rows.nbytes:
-            self._rows[:] = np.fromfile(path, np.float32).reshape(self._rows.shape)
+        self._known = 0  # rows of the kept ones that were written
         if self._rows is None:
             path.touch()
             self._file = path.open("r+b", buffering=0)
+        elif path.exists():
+            stored = np.fromfile(path, np.float32, count=self._rows.size)
+            self._known = len(stored) // width
+            self._rows[: self._known] = stored[: self._known * width].reshape(-1, width)
 
     def write(self, begin: int, rows: Array) -> None:
         """Stores rows (k, width) at begin."""
         if self._rows is not None:
             self._rows[begin : begin + len(rows)] = rows
+            self._known = max(self._known, begin + len(rows))
             return
         self._file.seek(begin * self.width * 4)
-        data = memoryview(np.ascontiguousarray(rows, np.float32).data).cast("B")
-        while data:
-            data = data[self._file.write(data) :]
+        _write_all(self._file, rows)
 
     def read(self, begin: int, end: int) -> Array:
-        """Returns rows begin to end, not to be written to."""
+        """Returns rows begin to end, not to be written to. Raises OutputError when they were never written whole."""
         if self._rows is not None:
+            if end > self._known:
+                raise self._cut_off()
             kept = self._rows[begin:end]
             kept.flags.writeable = False
             return kept
@@ -57,9 +63,12 @@ class Rows:
         while view:
             got = self._file.readinto(view)
             if not got:
-                raise OSError(f"{self.path} ends before row {end}")
+                raise self._cut_off()
             view = view[got:]
         return rows
+
+    def _cut_off(self) -> OutputError:
+        return OutputError(f"{self.path} is not whole, so the run cannot go on from it; remove {self.path.parent} to begin anew")
 
     def close(self) -> None:
         """Closes the file, which stays; what is kept in memory stays there."""
@@ -67,10 +76,18 @@ class Rows:
             self._file.close()
 
     def store(self) -> None:
-        """Has everything on disk."""
+        """Has everything on disk. Raises OSError when it does not get there."""
         if self._rows is not None:
-            self._rows.tofile(self.path)
+            with self.path.open("wb", buffering=0) as file:
+                _write_all(file, self._rows[: self._known])
         sync(self.path)
+
+
+def _write_all(file: FileIO, rows: Array) -> None:
+    """Writes rows where the file stands. Not by ndarray.tofile, which is silent when its last bytes do not fit on the disk."""
+    data = memoryview(np.ascontiguousarray(rows, np.float32).data).cast("B")
+    while data:
+        data = data[file.write(data) :]
 
 
 def sync(path: Path) -> None:

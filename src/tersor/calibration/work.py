@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,14 @@ class Work:
     def settle(self) -> None:
         """Waits until what was saved is on disk. Raises OutputError when it does not get there."""
         if self._saving is not None:
+            wait([self._saving])  # who is interrupted here may wait again
             saving, self._saving = self._saving, None
             saving.result()
+
+    @property
+    def holds(self) -> bool:
+        """Whether a block is on disk, so that there is something to go on from."""
+        return self._block(0).exists()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -6,10 +6,11 @@ from tersor.errors import RecipeError, unknown
 from tersor.methods.autoround import AutoroundOptions, autoround_block
 from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
-from tersor.methods.gptq import GptqOptions, gptq
+from tersor.methods.gptq import PART_ROWS, GptqOptions, gptq
 from tersor.methods.hqq import HqqOptions, hqq
 from tersor.methods.llm_int8 import chooses_columns, llm_int8
 from tersor.methods.method import Method, Step, parse_step
+from tersor.methods.refine import SYSTEM_BYTES
 from tersor.methods.rotate import RotateOptions, rotated
 from tersor.methods.rtn import rtn
 from tersor.methods.smoothquant import SmoothQuantOptions, smoothquant
@@ -21,7 +22,10 @@ def _always(options: object) -> bool:
 
 
 def _gptq_workspace(rows: int, columns: int) -> int:
-    return 12 * columns**2 + 40 * rows * columns
+    from tersor import _native
+
+    systems = min(SYSTEM_BYTES, min(rows, PART_ROWS) * columns**2 // 8)  # of two floats a unit of 16 columns, 8 bytes
+    return 12 * columns**2 + 40 * rows * columns + min(_native.threads(), -(-rows // PART_ROWS) * 2) * systems
 
 
 _ALL = (

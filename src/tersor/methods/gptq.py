@@ -30,7 +30,7 @@ from tersor.methods.outliers import beside_outliers
 from tersor.methods.refine import refine
 from tersor.methods.rtn import require_encoder
 from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
-from tersor.threads import each
+from tersor.threads import blas_alone, each
 
 PART_ROWS = 512  # that one thread rounds at a time, at most: enough that what the parts share costs little
 
@@ -64,6 +64,7 @@ class GptqOptions:
 
 @in_order
 @beside_outliers
+@blas_alone()
 def gptq(w: Array, format: Format, statistics: InputStatistics | None, options: GptqOptions | None = None) -> QuantizedTensor:
     """Returns w, (..., in) float32 and finite, rounded with error feedback under statistics.gram. Casts round to nearest.
 
@@ -122,6 +123,6 @@ def _solve(w: Array, format: Format, gram: Array, factor: Factor, params: Params
 
 
 def _equal_parts(rows: int) -> list[slice]:
-    """Returns an even number of slices of nearly the same length."""
+    """Returns slices of nearly the same length, at most PART_ROWS rows each and an even number of them where there are rows enough."""
     borders = np.linspace(0, rows, 2 * -(-rows // (2 * PART_ROWS)) + 1).astype(int).tolist()
     return [slice(begin, end) for begin, end in pairwise(borders) if begin < end]

@@ -25,7 +25,7 @@ from tersor.formats.grid import Grid, basis, free_parameters, grid_of
 from tersor.tensor import Array, Params
 
 TILE = 64  # columns that descend natively between two matrix products
-_SYSTEM_BYTES = 128 << 20  # of the systems that exist at once
+SYSTEM_BYTES = 64 << 20  # of the systems that a thread solves at once
 _RIDGE = 1e-9  # of the mean diagonal, added to the systems: units whose codes are all 0 leave them singular
 
 
@@ -119,8 +119,7 @@ class _State:
         for begin in range(0, columns, TILE):
             tile = slice(begin, min(begin + TILE, columns))
             hessian = self._damped(tile)
-            chosen = np.ascontiguousarray(indices[:, tile])
-            moved = np.ascontiguousarray(gradient[:, tile])
+            chosen, moved = indices[:, tile].copy(), gradient[:, tile].copy()  # the product below moves the tile's own gradient too
             changes = np.empty_like(moved)
             within = np.ascontiguousarray(hessian[:, tile])
             _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, changes)
@@ -135,7 +134,7 @@ class _State:
         n_units = self.params[names[0]].shape[1]
         spans = basis(self.format, self.codes, self.params)
         n_rows, n = self.w.shape[0], len(names) * n_units
-        step = max(1, _SYSTEM_BYTES // (8 * n * n)) if self.format.row_independent else n_rows
+        step = max(1, SYSTEM_BYTES // (8 * n * n)) if self.format.row_independent else n_rows
         params = {name: value.copy() if name in names else value for name, value in self.params.items()}
         changes = []
         for begin in range(0, n_rows, step):
@@ -143,8 +142,8 @@ class _State:
             system, wish = self._system([span[begin : begin + step] for span in spans], self.gradient[begin : begin + step], n_units)
             if not self.format.row_independent:
                 system, wish = system.sum(axis=0, keepdims=True), wish.sum(axis=0, keepdims=True)
-            ridge = _RIDGE * np.trace(system, axis1=1, axis2=2)[:, None, None] / n + 1e-300
-            delta = np.linalg.solve(system + ridge * np.eye(n), -wish[..., None]).reshape(-1, len(names), n_units)
+            ridge = _RIDGE * np.trace(system, axis1=1, axis2=2)[:, None] / n + 1e-300
+            delta = _solution(system, ridge, -wish).reshape(-1, len(names), n_units)
             for p, name in enumerate(names):
                 old = self.params[name][rows]
                 params[name][rows] = _stored(old, delta[:, p].reshape(old.shape))
@@ -173,6 +172,16 @@ class _State:
                     system[:, q, unit, p, : unit + 1] = sums
         wish = np.stack([(gradient * span).reshape(n_rows, units, size).sum(axis=2, dtype=np.float64) for span in spans], axis=1)
         return system.reshape(n_rows, n, n), wish.reshape(n_rows, n)
+
+
+def _solution(systems: Array, ridge: Array, wishes: Array) -> Array:
+    """Returns (systems + ridge I)^-1 wishes, (rows, n) float64. systems: (rows, n, n), without another array of their size."""
+    diagonal = np.einsum("rii->ri", systems)
+    before = diagonal.copy()
+    diagonal += ridge
+    solved: Array = np.linalg.solve(systems, wishes[..., None])[..., 0]
+    diagonal[:] = before
+    return solved
 
 
 def _plus_product(x: Array, a: Array, b: Array) -> Array:
