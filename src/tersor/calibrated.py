@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from tersor.models import DecoderSpec, check_tensors, expected_tensors, spec_of
 from tersor.models.folding import apply_scale, layer_folds
 from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
-from tersor.recipe import CASTS, Choice, Recipe
+from tersor.recipe import CASTS, Choice, Recipe, is_edge
 from tersor.slabs import FLOAT16_MAX, dequantize, quantize_tensor
 from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
 from tersor.threads import blas_alone, each
@@ -51,7 +51,7 @@ from tersor.threads import blas_alone, each
 EXAMINED = 16  # samples that the doctor runs the layers on at most; fewer of a short run, whose price it would double else
 EXAMINED_LEAST, EXAMINED_SHARE = 4, 8  # at least so many, and one of so many
 
-Progress = Callable[[int, int, str], None]  # as pipeline.Progress
+Progress = Callable[[str, int, int], None]  # as pipeline.Progress
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class Calibrator:
         self._tokens, self._force = tokens, force
         self._report, self._progress = report, progress
         self._trained: tuple[float, float] | None = None
-        self._weights_done, self._weights = 0, sum(int(np.prod(info.shape)) for info in plan)
+        self._weights = {info.name: prod(info.shape) for info in plan if len(info.shape) == 2 and not is_edge(info.name)}
+        self._weights_done = 0
 
     def examine(self, samples: Samples, folder: Path) -> Examination:
         """Returns what the doctor says of the samples, after a look at every layer's inputs on some of them.
@@ -165,7 +166,7 @@ class Calibrator:
 
     def run(self, work: Work) -> None:
         """Makes every tensor of the blocks, and the head if its method asks for statistics, into work."""
-        self._work = work
+        self._begin(work)
         work.kept = self._tokens.size if self._room.keeps else 0
         blocks, begun, first = len(self._spec.layers), time.perf_counter(), self._work.done
         if first == 0:
@@ -342,7 +343,7 @@ class Calibrator:
 
     def _told(self, done: int, total: int) -> None:
         if self._progress is not None:
-            self._progress(done, total, "distill")
+            self._progress("distill", done, total)
 
     def _read_states(self, stream: str, index: int) -> Array:
         """Returns the hidden states before a block, (sequences, length, hidden) float32."""
@@ -475,10 +476,19 @@ class Calibrator:
         w = np.array(dequantize(self._checkpoint.read(name)), np.float32)
         return self._judged(*self._round(name, w, statistics), w, statistics)
 
+    def _begin(self, work: Work) -> None:
+        """Takes up a run where it stands."""
+        self._work = work
+        self._weights_done = sum(weights for name, weights in self._weights.items() if name in work)
+        self._tell_weights()
+
     def _advance(self, name: str) -> None:
-        self._weights_done += int(np.prod(self._plan[name].shape))
+        self._weights_done += self._weights.get(name, 0)
+        self._tell_weights()
+
+    def _tell_weights(self) -> None:
         if self._progress is not None:
-            self._progress(self._weights_done, self._weights, name)
+            self._progress("quantize", self._weights_done, sum(self._weights.values()))
 
 
 def _in_few_bits(w: Array) -> QuantizedTensor:

@@ -67,6 +67,7 @@ class TorchCalibrator(Calibrator):
 
     def run(self, work: Work) -> None:
         """Makes every matrix of the blocks into work; blocks that are done already are only run through."""
+        self._begin(work)
         x, begun, first = self._blocks.embed(self._tokens), time.perf_counter(), work.done
         for index in range(len(self._blocks)):
             start = time.perf_counter()

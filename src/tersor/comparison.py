@@ -168,7 +168,7 @@ def compare(
             seed=seed,
             force=force,
             verify=False,
-            progress=_steps(tell, f"quantize {short_name(recipe)}"),
+            progress=_steps(tell, short_name(recipe)),
         )
         candidates.append(_Candidate(short_name(recipe), target, made.container, made))
     for path in also:
@@ -243,8 +243,8 @@ def _load(path: Path, threads: int | None, activations: str = "int8") -> TimedMo
     return load(path, threads=threads, activations=activations)
 
 
-def _steps(tell: Progress, what: str) -> Callable[[int, int, str], None]:
-    return lambda done, total, tensor: tell(what, done, total)
+def _steps(tell: Progress, recipe: str) -> Progress:
+    return lambda what, done, total: tell(f"{what} {recipe}", done, total)
 
 
 def _windows(tell: Progress, what: str) -> Callable[[int, int], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from tersor.tensor import TensorInfo
 if TYPE_CHECKING:
     from tersor.calibration.samples import Samples
 
-Progress = Callable[[int, int, str], None]  # as pipeline.Progress
+Progress = Callable[[str, int, int], None]  # as pipeline.Progress
 
 
 def frame_of(steps: str | None, container: str) -> Recipe:
@@ -83,14 +84,16 @@ def options(
     if (need := 4 * parameters + (1 << 30)) > (max_ram or machine_ram() or need):
         raise RecipeError(f"--budget measures the model in float32, which takes {need} bytes; allow them (--max-ram), or use --recipe")
     matrices = _matrices(checkpoint, container)
-    found = {name: uses for name, uses in measure(spec, checkpoint.read, samples.tokens[:SAMPLES]).items() if name in matrices}
+    tell: Progress = progress or (lambda what, done, total: None)
+    measured = measure(spec, checkpoint.read, samples.tokens[:SAMPLES], progress=partial(tell, "measure sensitivities"))
+    found = {name: uses for name, uses in measured.items() if name in matrices}
     done, total = 0, sum(prod(info.shape) for info in matrices.values())
+    tell("judge formats", 0, total)
 
     def chosen(weights: int, name: str) -> None:
         nonlocal done
         done += weights
-        if progress is not None:
-            progress(done, total, f"formats for {name}")
+        tell("judge formats", done, total)
 
     joined = () if container.name == "gguf" else fused(found)
     judged = options_of(checkpoint.read, found, formats, joined, chosen)

@@ -49,7 +49,7 @@ RECIPES = {  # of containers that hold other numbers
     "mlx": "clip:int4_g64m|int4_g32m",
 }
 
-Progress = Callable[[int, int, str], None]  # (weights done, weights in all, name of the tensor at work)
+Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ def quantize(
     threads: of all native loops of this process from now on.
     verify: open the output again, with a reader that is not ours where there is one, compare every value with what was to be written,
         and leave verification.json beside it (verification/verify.py; not the logits). What is wrong is in the result, not raised.
-    progress: called after every slab with (weights done, weights in all, tensor). report: called with what the doctor finds before a
+    progress: called with (what is being done, steps done, steps in all), at the beginning of each thing too.
+    report: called with what the doctor finds before a
         calibrated run (calibration/doctor.py), and after every block.
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
     Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
@@ -173,10 +174,10 @@ def quantize(
     start = time.perf_counter()
     target = Path(out)
     if budget is None:
-        parsed = Recipe.parse(recipe or RECIPES.get(container_name(target, to), DIRECTORY_RECIPE))
+        parsed = Recipe.parse(RECIPES.get(container_name(target, to), DIRECTORY_RECIPE) if recipe is None else recipe)
     else:
         parsed = _frame(recipe, container_name(target, to), calib, activations)
-    _check_calibration(parsed, calib, max_ram, resume, activations)
+    _check_calibration(parsed, calib, max_ram, resume, activations, device)
     if device not in DEVICES:
         raise RecipeError(unknown("device", device, DEVICES))
     set_threads(threads)
@@ -188,7 +189,7 @@ def quantize(
         if budget is None:
             choices, plan = assigned(checkpoint, container, parsed)
             check_demands(to, plan)
-        drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed)
+        drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed, progress)
         if budget is not None and drawn is not None:
             from tersor.fitting import fit
 
@@ -208,7 +209,7 @@ def quantize(
         if opened is not model:
             opened.close()
     size = file_bytes(target)
-    verification = _verified(target, meant, max_ram)
+    verification = _verified(target, meant, max_ram, progress)
     return QuantizeResult(
         str(target),
         container.name,
@@ -241,13 +242,17 @@ def view(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return checkpoint
 
 
-def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, seed: int) -> Samples:
+def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, seed: int, progress: Progress | None = None) -> Samples:
     """Returns the calibration tokens. Raises RecipeError and ModelError as read_samples does."""
     from tersor.calibration.generation import generator
     from tersor.calibration.samples import read_samples
     from tersor.engine import load
     from tersor.engine.tokenizer import Tokenizer
     from tersor.models import ARCHITECTURES, spec_of
+
+    def told(done: int, total: int) -> None:
+        if progress is not None:
+            progress("write calibration text", done, total)
 
     config = checkpoint.description.config
     tokenizer = None if str(calib).endswith(".npy") else Tokenizer(checkpoint.description)
@@ -257,13 +262,15 @@ def draw(checkpoint: Checkpoint, calib: str | Path, samples: int, seqlen: int, s
         samples=samples,
         seqlen=seqlen,
         seed=seed,
-        generate=generator(load(checkpoint)) if calib == "self" else None,
+        generate=generator(load(checkpoint), told) if calib == "self" else None,
         vocab_size=config.get("vocab_size"),
         context=spec_of(config).context if config.get("model_type") in ARCHITECTURES else config.get("max_position_embeddings"),
     )
 
 
-def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool, activations: str | None) -> None:
+def _check_calibration(
+    recipe: Recipe, calib: str | Path | None, max_ram: int | None, resume: bool, activations: str | None, device: str
+) -> None:
     """Raises RecipeError when the recipe or the inputs' scales need calibration and there is none, or have no use for it."""
     static = activations is not None and activations != "token"
     if static:
@@ -278,7 +285,7 @@ def _check_calibration(recipe: Recipe, calib: str | Path | None, max_ram: int | 
             raise RecipeError(f"{needing[0]} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
         if static:
             raise RecipeError(f"--activations {activations} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
-        for option, given in (("--max-ram", max_ram is not None), ("--resume", resume)):
+        for option, given in (("--max-ram", max_ram is not None), ("--resume", resume), (f"--device {device}", device == "cuda")):
             if given:
                 raise RecipeError(f"{option} is for calibrated runs (--calib); without calibration a run keeps one tensor in memory")
     elif not static and not uses_calibration(recipe):
@@ -407,19 +414,19 @@ def _write(
     meant: dict[str, str] | None,
 ) -> list[TensorResult]:
     """Writes every tensor, and returns what became of each; meant gets the digests of their values."""
-    total, done = sum(prod(info.shape) for info in plan), 0
+    what, total, done = "quantize" if work is None else "write", sum(prod(info.shape) for info in plan), 0
     results = []
-    if work is not None:
-        done = sum(prod(info.shape) for info in plan if info.name in work)  # told of already
+    if progress is not None:
+        progress(what, 0, total)
     with container.create(target, description, plan, force=force) as writer:
         for info in plan:
             source = checkpoint.tensors[info.name]
 
-            def report(weights: int, name: str = info.name) -> None:
+            def report(weights: int) -> None:
                 nonlocal done
                 done += weights
                 if progress is not None:
-                    progress(done, total, name)
+                    progress(what, done, total)
 
             choice = choices[info.name]
             if work is not None and info.name in work:
@@ -431,6 +438,7 @@ def _write(
                         info.name, info.shape, source.format, info.format, made.method, made.tensor.nbytes, made.error, made.output_error
                     )
                 )
+                report(prod(info.shape))
                 continue
             if source.format == info.format and (choice.is_cast or source.format in CASTS):
                 tensor, error = keep_tensor(checkpoint, info, report), 0.0
@@ -453,14 +461,14 @@ def _note(meant: dict[str, str] | None, name: str, tensor: QuantizedTensor, writ
         meant[name] = values_digest(writer.kept(name, tensor))
 
 
-def _verified(target: Path, meant: Mapping[str, str] | None, max_ram: int | None) -> Verification | None:
+def _verified(target: Path, meant: Mapping[str, str] | None, max_ram: int | None, progress: Progress | None) -> Verification | None:
     from tersor.verification.record import drop_proof
     from tersor.verification.verify import verify
 
     if meant is None:
         drop_proof(target)
         return None
-    return verify(target, meant=meant, logits=False, max_ram=max_ram)
+    return verify(target, meant=meant, logits=False, max_ram=max_ram, progress=progress)
 
 
 def _check_not_source(out: Path, source: Path) -> None:

@@ -292,6 +292,8 @@ def _choice(text: str, step: Step, named: bool) -> Choice:
     for name in names:
         if not name:
             raise RecipeError(f"recipe part {text!r} lacks a format; write method:format, like rtn:int4_g64")
+        if name.partition("(")[0].strip() in METHODS and ":" not in text:
+            raise RecipeError(f"recipe part {text!r} names a method and no format; write method:format, like {text.strip()}:int4_g64")
         if name != KEEP and not get_format(name).can_encode:
             raise FormatError(f"{name} can be read but not written; use another, like q2_k, iq4_xs or int2_g32 (docs/formats.md)")
     choice = Choice(step, names)

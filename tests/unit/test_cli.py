@@ -10,10 +10,13 @@ import time
 
 import pytest
 
+import tersor
 from tersor import _native
+from tersor.calibrated import BlockReport
 from tersor.cli import execute
 from tersor.cli.page import main as page_main
 from tersor.cli.page import page
+from tersor.cli.printing import _Lines, say
 from tiny import tiny_model
 
 
@@ -275,3 +278,76 @@ def test_the_page_of_the_command_line_is_fresh(tmp_path, capsys):
     assert page_main(["--verify"]) == 2
     assert page_main([]) == 0
     assert "None" not in page()
+
+
+def test_the_clock_of_a_thing_begins_with_its_first_report(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("tersor.cli.printing.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(_Lines, "last", 0.0)
+    lines = _Lines()
+    for what, seconds, done in (
+        ("a", 0, 90),
+        ("a", 10, 91),
+        ("a", 2, 92),
+        ("a", 8, 100),
+        ("b", 0, 0),
+        ("b", 7, 50),
+        ("a", 1, 0),
+        ("a", 9, 10),
+    ):
+        now[0] += seconds
+        lines.report(what, done, 100)
+    assert capsys.readouterr().err.splitlines() == ["a: 91 %, 90 s left", "a: done in 20.0 s", "b: 50 %, 7 s left", "a: 10 %, 81 s left"]
+
+
+def test_what_is_said_takes_the_place_of_progress(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("tersor.cli.printing.time.monotonic", lambda: now[0])
+    lines = _Lines()
+    lines.report("a", 0, 100)
+    now[0] += 10
+    say("block 1 of 2")
+    now[0] += 1
+    lines.report("a", 50, 100)
+    assert capsys.readouterr().err == "block 1 of 2\n"
+
+
+def test_every_part_of_a_budgeted_run_is_told(model, tmp_path):
+    calls = []
+    options = {"calib": "pydoc", "samples": 4, "seqlen": 64, "budget": "9bpw"}
+    tersor.quantize(model, tmp_path / "a.gguf", **options, progress=lambda *call: calls.append(call))
+    things = list(dict.fromkeys(what for what, _, _ in calls))
+    assert things == ["measure sensitivities", "judge formats", "quantize", "write", "verify"]
+    for thing in things:
+        done = [(done, total) for what, done, total in calls if what == thing]
+        assert done[0][0] == 0 and done[-1][0] == done[-1][1] and done == sorted(done), thing
+
+
+def test_a_resumed_run_begins_with_what_is_done(model, tmp_path):
+    def stop(report):
+        if isinstance(report, BlockReport):
+            raise KeyboardInterrupt
+
+    options = {"recipe": "clip:int4_g32", "calib": "pydoc", "samples": 4, "seqlen": 64}
+    with pytest.raises(KeyboardInterrupt):
+        tersor.quantize(model, tmp_path / "a", **options, report=stop)
+    calls = []
+    tersor.quantize(model, tmp_path / "a", **options, resume=True, progress=lambda *call: calls.append(call))
+    first = next(call for call in calls if call[0] == "quantize")
+    assert 0 < first[1] < first[2]
+
+
+def test_a_verification_says_what_it_cannot_know(model, tmp_path, capsys):
+    assert run("quantize", model, "-o", tmp_path / "a", "-r", "int4_g32", "--no-verify") == 0
+    capsys.readouterr()
+    assert run("verify", tmp_path / "a", "--no-logits", "--against", model) == 0
+    told = capsys.readouterr().out
+    assert "verified, as far as it can be: what was to be in it is not known" in told and "give --against" not in told
+    assert run("verify", tmp_path / "a", "--no-logits") == 0
+    assert "as far as" not in capsys.readouterr().out  # verification.json is there now
+
+
+def test_the_protocol_says_how_the_model_ran(small, text, capsys):
+    assert run("eval", small, "--text", text, "--window", 64, "-n", 2, "--kv", "int8", "--activations", "float", "--json") == 0
+    protocol = json.loads(capsys.readouterr().out)["protocol"]
+    assert (protocol["activations"], protocol["kv"]) == ("float", "int8")

@@ -138,7 +138,8 @@ def test_unknown_and_missing_tensors(tmp_path, capsys):
 
 def test_unknown_format_method_pattern_and_container(whole, tmp_path, capsys):
     quantize = ("quantize", whole / "model", "-o", tmp_path / "a.gguf")
-    assert "unknown format 'q4_9'; known: " in refused(capsys, tmp_path, *quantize, "-r", "q4_9")
+    assert "unknown format 'q4_9'; perhaps q4_0, " in refused(capsys, tmp_path, *quantize, "-r", "q4_9")
+    assert "unknown format 'zzz'; known: " in refused(capsys, tmp_path, *quantize, "-r", "zzz")
     assert "unknown method 'rnt'; known: " in refused(capsys, tmp_path, *quantize, "-r", "rnt:q4_0")
     assert "nearest: " in refused(capsys, tmp_path, *quantize, "-r", "q4_0, q_prj=q8_0")
     assert "unknown container or engine 'zip'; known: " in refused(capsys, tmp_path, *quantize, "--to", "zip")
@@ -211,7 +212,7 @@ def test_full_disk(whole, tmp_path, out, recipe):
         (["run", "MODEL", "--raw"], "needs a prompt"),
         (["run", "MODEL", "--raw", "-p", "x", "--system", "y"], "--system"),
         (["run", "MODEL", "-p", "x", "--temperature", "-1"], "temperature"),
-        (["run", "MODEL", "-p", "x", "--top-p", "0"], "top_p"),
+        (["run", "MODEL", "-p", "x", "--temperature", "1", "--top-p", "0"], "top_p"),
         (["run", "MODEL", "-p", "x", "-n", "0"], "max_tokens"),
         (["run", "MODEL", "-p", "x", "-t", "0"], "threads"),
         (["run", "MODEL", "-p", "x", "--kv", "q8"], "unknown kv type 'q8'; known: f16, f32, int4, int8"),
@@ -243,3 +244,23 @@ def test_a_fault_of_ours_asks_for_a_report(whole, monkeypatch, capsys):
     monkeypatch.setenv("TERSOR_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         execute(["inspect", str(whole / "model")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("quantize", "-r", "q4_0", "--samples", 7), "--samples is for calibrated runs (--calib)"),
+        (("quantize", "-r", "q4_0", "--device", "cuda"), "--device cuda is for calibrated runs (--calib)"),
+        (("quantize", "-r", ""), "recipe '' is empty"),
+        (("quantize", "-r", "gptq"), "names a method and no format; write method:format, like gptq:int4_g64"),
+        (("quantize", "-r", "int4"), "unknown format 'int4'; perhaps int4_g32, "),
+        (("quantize", "-b", "4.25", "--calib", "pydoc"), "for bits per weight write 4.25bpw"),
+        (("quantize", "-b", "-5bpw", "--calib", "pydoc"), "write it like 3.5GiB, 90MB or, in bits per weight, 4.25bpw"),
+        (("run", "-p", "a", "--top-k", 5), "--top-k chooses among tokens to draw from; give --temperature above 0"),
+        (("eval", "-n", -1), "need window >= 3, 1 <= stride <= window, windows >= 1 (0: the whole text)"),
+    ],
+)
+def test_what_an_option_lacks_is_said(whole, tmp_path, capsys, arguments, says):
+    command, *rest = arguments
+    out = ("-o", tmp_path / "a.gguf") if command == "quantize" else ()
+    assert says in refused(capsys, tmp_path, command, whole / "model", *out, *rest)

@@ -171,7 +171,7 @@ def test_what_engines_join_gets_one_format(tmp_path):
         ({"budget": 100_000, **CALIBRATION, "recipe": "gptq:q4_k"}, "name the steps alone"),
         ({"budget": 100_000, **CALIBRATION, "recipe": "q4_k, lm_head=q6_k"}, "name the steps alone"),
         ({"budget": 100, **CALIBRATION}, "budget of 100 bytes; need at least .* for the rest of the output"),
-        ({"budget": "many", **CALIBRATION}, "size 'many'"),
+        ({"budget": "many", **CALIBRATION}, "budget 'many' is none"),
         ({"budget": "4bpw", **CALIBRATION, "activations": "token"}, "does not count the scales"),
         ({"budget": "4bpw", **CALIBRATION, "to": "awq"}, "awq files hold one kind of numbers"),
         ({"budget": "8bpw", **CALIBRATION, "max_ram": 1 << 20}, "in float32, which takes"),

@@ -111,9 +111,11 @@ def test_output_container_follows_name_recipe_and_to(tmp_path):
 def test_progress_ends_at_the_total(tmp_path):
     calls = []
     quantize(tiny_model(tmp_path / "m"), tmp_path / "a.gguf", "q4_0", progress=lambda *call: calls.append(call))
-    done = [call[0] for call in calls]
-    assert done == sorted(done)
-    assert calls[-1][0] == calls[-1][1] == sum(v.size for v in weights().values())
+    assert list(dict.fromkeys(call[0] for call in calls)) == ["quantize", "verify"]
+    for what, total in (("quantize", sum(v.size for v in weights().values())), ("verify", len(weights()))):
+        done = [call[1] for call in calls if call[0] == what]
+        assert done == sorted(done) and (done[0], done[-1]) == (0, total)
+        assert {call[2] for call in calls if call[0] == what} == {total}
 
 
 @pytest.mark.parametrize("source", ["f32", "f16", "bf16"])
@@ -197,7 +199,7 @@ def test_keep_of_a_type_that_the_container_lacks(tmp_path):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path):
-    def stop(done: int, total: int, name: str) -> None:
+    def stop(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

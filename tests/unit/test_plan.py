@@ -65,6 +65,14 @@ def test_the_plan_is_what_the_pipeline_then_writes(tmp_path, recipe, name):
     assert predicted == sum(t.nbytes for t in quantize(model, tmp_path / name, recipe).tensors)
 
 
+def test_the_plan_counts_the_head_that_a_rotation_unties(tmp_path):
+    model, recipe = tiny_model(tmp_path / "m", tie=True, dtype="bf16"), "rotate+rtn:int4_g64, norm=f32"
+    written = quantize(model, tmp_path / "a", recipe).tensors
+    assert "lm_head.weight" in {t.name for t in written}
+    matrices = sum(t.nbytes for t in written if len(t.shape) > 1)
+    assert matrices < plan(model, recipes=[recipe]).sizes[0].nbytes <= sum(t.nbytes for t in written)
+
+
 def test_default_recipes_that_do_not_fit_are_left_out_and_named_ones_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama", 48, 96, 2, 4, 2, True)))
     shown = [size.recipe for size in plan(tmp_path).sizes]
@@ -90,9 +98,11 @@ def test_refused_configs(tmp_path, text, error, says):
         plan(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("options", [{"context": 0}, {"ram": 0}])
-def test_refused_settings(llama, options):
-    with pytest.raises(RecipeError, match="at least 1"):
+@pytest.mark.parametrize(
+    ("options", "says"), [({"context": 0}, "at least 1"), ({"ram": 0}, "at least 1"), ({"context": 1 << 30}, "the model's is")]
+)
+def test_refused_settings(llama, options, says):
+    with pytest.raises(RecipeError, match=says):
         plan(llama, **options)
 
 

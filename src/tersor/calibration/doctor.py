@@ -214,7 +214,7 @@ def _judged(e: Examination) -> Examination:
     if e.repeated:
         thin.append(f"{e.repeated} samples repeat an earlier one")
     if e.source["chat_template"] == "unused" and e.source["kind"] != "self":
-        advice.append("the model has a chat template: if it is for chat, give conversations in a .jsonl file, or --calib self")
+        advice.append("the model has a chat template: if it is for chat, give conversations in a .jsonl file")
     verdict = "bad" if bad else "thin" if thin else "good"
     return replace(e, verdict=verdict, reasons=tuple(bad + thin), advice=tuple(advice))
 

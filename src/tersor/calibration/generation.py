@@ -23,13 +23,15 @@ def generator(model: Model, progress: Callable[[int, int], None] | None = None) 
 
     A text begins with BOS, or with a token drawn at random where the model has none; a text that ends before its sample is full is
     followed by EOS and another one, which does not see it. Equal seeds give equal tokens, however many are computed together.
-    progress: called with tokens done and tokens in all.
+    progress: called with tokens done and tokens in all, first with 0.
     """
 
     def generate(samples: int, seqlen: int, seed: int) -> Array:
         rows: list[list[int]] = [[] for _ in range(samples)]
         end = end_of_text(model.tokenizer)
         text = 0
+        if progress is not None:
+            progress(0, samples * seqlen)
         while any(len(row) < seqlen for row in rows):
             batch = model.batch(capacity=seqlen)
             waiting = {}

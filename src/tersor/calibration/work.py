@@ -22,6 +22,8 @@ from tersor.containers.output import disk_errors
 from tersor.errors import OutputError
 from tersor.tensor import QuantizedTensor
 
+DERIVED = ("sha256", "tokens")  # of a calibration, from its other parts
+
 
 @dataclass(frozen=True)
 class Made:
@@ -170,9 +172,11 @@ def _check_same(known: Path, run: Mapping[str, Any]) -> None:
     differing = sorted(key for key in before.keys() | run.keys() if before.get(key) != json.loads(json.dumps(run.get(key))))
     if differing:
         key = differing[0]
-        raise OutputError(
-            f"{known.parent} holds another run, whose {key} was {before.get(key)}, not {run.get(key)}; repeat its command or remove it"
-        )
+        was, now = before.get(key), run.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            part = next(part for part in sorted(was.keys() | now.keys(), key=DERIVED.__contains__) if was.get(part) != now.get(part))
+            key, was, now = f"{key}'s {part}", was.get(part), now.get(part)
+        raise OutputError(f"{known.parent} holds another run, whose {key} was {was}, not {now}; repeat its command or remove it")
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tersor.errors import RecipeError
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face directory, .gguf file or hub id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an output that exists.")]
@@ -50,3 +52,10 @@ Verify = Annotated[
     bool,
     typer.Option("--verify/--no-verify", help="Open OUT again with a reader that is not tersor's and compare all values with those meant."),
 ]
+
+
+def refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    """Raises RecipeError when one of these options of the running command was written down. why: what it would need."""
+    for name in names:
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
+            raise RecipeError(f"--{name.replace('_', '-')} {why}")

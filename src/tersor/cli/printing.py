@@ -32,7 +32,8 @@ def say(what: object) -> None:
     if _bars:
         _bars[-1](str(what))
     else:
-        print(what, file=sys.stderr)
+        print(what, file=sys.stderr, flush=True)
+        _Lines.last = time.monotonic()
 
 
 _bars: list[Callable[[str], None]] = []  # of the bars on the screen, each a way to print above it
@@ -54,8 +55,10 @@ def progress() -> Iterator[Report]:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what.replace("[", "\\["), total=total)
-            bar.update(tasks[what], completed=done, total=total, visible=done < total)
+                tasks[what] = bar.add_task(what.replace("[", "\\["), total=total, completed=done)
+            bar.update(tasks[what], completed=done, total=total)
+            if done >= total:
+                bar.remove_task(tasks.pop(what))
 
         try:
             yield report
@@ -64,20 +67,25 @@ def progress() -> Iterator[Report]:
 
 
 class _Lines:
-    """Plain lines: `judge q4_0: 37 %, 12 s left`, at most every LINE_SECONDS, and one at the end of each thing."""
+    """Plain lines: `judge q4_0: 37 %, 12 s left`, when nothing was said for LINE_SECONDS, and one at the end of each thing.
+
+    The clock of a thing, and what it has done, begin with the first report of it.
+    """
+
+    last = 0.0  # when a line was printed
 
     def __init__(self) -> None:
-        self._begun: dict[str, float] = {}
-        self._last = 0.0
+        self._begun: dict[str, tuple[float, int]] = {}
 
     def report(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        begun = self._begun.setdefault(what, now)
+        begun, before = self._begun.setdefault(what, (now, done))
         if done >= total:
+            del self._begun[what]
             print(f"{what}: done in {now - begun:.1f} s", file=sys.stderr, flush=True)
-        elif now - self._last >= LINE_SECONDS and done > 0 and now > begun:
-            left = (now - begun) * (total - done) / done
+        elif now - _Lines.last >= LINE_SECONDS and done > before and now > begun:
+            left = (now - begun) * (total - done) / (done - before)
             print(f"{what}: {100 * done // total} %, {left:.0f} s left", file=sys.stderr, flush=True)
         else:
             return
-        self._last = now
+        _Lines.last = now

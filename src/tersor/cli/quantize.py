@@ -11,6 +11,7 @@ from tersor.cli import options
 
 
 def command(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Output: name.gguf, or a directory.", show_default=False)],
     recipe: Annotated[
@@ -80,6 +81,8 @@ def command(
     from tersor.pipeline import quantize
     from tersor.planning.sizes import parse_bytes
 
+    if calib is None:
+        options.refuse_given(context, ("samples", "seqlen", "seed"), "is for calibrated runs (--calib)")
     with progress() as report:
         result = quantize(
             model,
@@ -98,7 +101,7 @@ def command(
             force=force,
             threads=threads,
             verify=verify,
-            progress=lambda done, total, _: report("quantize", done, total),
+            progress=report,
             report=say,
         )
     if json:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     path: Annotated[str, typer.Argument(metavar="PATH", help="Hugging Face directory, .gguf file or hub id.", show_default=False)],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and stop; without it, chat line by line.")
@@ -52,6 +53,8 @@ def command(
     from tersor.engine import Request, load
     from tersor.errors import RecipeError
 
+    if temperature == 0:
+        options.refuse_given(context, ("top_k", "top_p", "min_p"), "chooses among tokens to draw from; give --temperature above 0")
     request = Request(
         max_tokens=max_tokens,
         temperature=temperature,

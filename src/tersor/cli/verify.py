@@ -58,7 +58,10 @@ def print_outcome(result: Verification) -> None:
 
 def print_verification(result: Verification) -> None:
     """Prints what was found, faults first."""
-    print(f"{result.path}: {result.verdict}")
+    from tersor.verification.record import MEANT_UNKNOWN
+
+    unknown = any(note.startswith(MEANT_UNKNOWN) for note in result.notes)
+    print(f"{result.path}: {result.verdict}" + (", as far as it can be: what was to be in it is not known" if unknown else ""))
     if result.reader and result.tensors:
         print(f"  {result.compared} of {len(result.tensors)} tensors read by {result.reader} to the bit as we read them")
     if result.logits is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tersor.evaluation.kl import Base, Divergence, check_same_vocabulary, divergence
@@ -36,11 +37,13 @@ def evaluate(
     """
     judged = _load(model, threads, activations, kv)
     name, content = read_text(text)
-    if against is None:
-        return perplexity(judged, cut(judged.tokenizer, name, content, window, stride, windows, bos), progress)
-    base = _load(against, threads, "float")
-    check_same_vocabulary(judged, base)
-    return divergence(judged, Base(base, cut(base.tokenizer, name, content, window, stride, windows, bos)), progress)
+    base = None if against is None else _load(against, threads, "float")
+    if base is not None:
+        check_same_vocabulary(judged, base)
+    cuts = cut((base or judged).tokenizer, name, content, window, stride, windows, bos)
+    if isinstance(model, (str, Path)):
+        cuts = replace(cuts, protocol=replace(cuts.protocol, activations=activations, kv=kv))
+    return perplexity(judged, cuts, progress) if base is None else divergence(judged, Base(base, cuts), progress)
 
 
 def _load(model: str | Path | LanguageModel, threads: int | None, activations: str = "int8", kv: str = "f16") -> LanguageModel:

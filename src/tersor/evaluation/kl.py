@@ -96,6 +96,8 @@ def divergence(model: LanguageModel, base: Base, progress: Callable[[int, int], 
     windows = base.windows
     cache = model.new_cache(windows.protocol.window)
     parts = []
+    if progress is not None:
+        progress(0, len(windows.tokens))
     for i, (tokens, first) in enumerate(zip(windows.tokens, windows.first)):
         cache.truncate(0)
         p_hidden, q_hidden = base.hidden(i), model.forward(tokens, cache)

@@ -45,6 +45,8 @@ def perplexity(model: LanguageModel, windows: Windows, progress: Callable[[int, 
     start = time.perf_counter()
     cache = model.new_cache(windows.protocol.window)
     parts = []
+    if progress is not None:
+        progress(0, len(windows.tokens))
     for i, (tokens, first) in enumerate(zip(windows.tokens, windows.first)):
         cache.truncate(0)
         hidden = model.forward(tokens, cache)

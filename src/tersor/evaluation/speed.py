@@ -161,6 +161,8 @@ def measure(
             loaded[name] = start()
         for contestant in loaded.values():
             contestant.run(prefill, 2)  # what grows with the prompt grows now
+        if progress is not None:
+            progress(0, repeats * len(loaded))
         for i in range(repeats):
             if meter is not None:
                 best = best.best(meter.measure())

@@ -31,6 +31,7 @@ class Protocol:
 
     window: tokens that the model sees at once, BOS included. stride: tokens from one window's start to the next. bos: whether each
     window begins with BOS. windows: how many were judged; scored: tokens that count; text_tokens: tokens of the whole text.
+    activations, kv: of the model that was judged (engine.load), empty when it came loaded.
     The first token of the first window never counts; of later windows those count that no window before has predicted, and
     never a window's first token.
     """
@@ -42,6 +43,8 @@ class Protocol:
     windows: int
     scored: int
     text_tokens: int
+    activations: str = ""
+    kv: str = ""
 
     def __str__(self) -> str:
         stride = "no overlap" if self.stride >= self.window - self.bos else f"stride {self.stride}"
@@ -49,7 +52,7 @@ class Protocol:
         return (
             f"{self.text}: {self.windows} windows of {self.window} tokens, {stride}, {bos} BOS, "
             f"{self.scored} of {self.text_tokens} tokens scored, the first of a window not counted"
-        )
+        ) + (f"; activations {self.activations}, cache {self.kv}" if self.activations else "")
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def cut(
     tokenizer does by itself. Raises RecipeError for settings that contradict each other, ModelError for a text shorter than one window.
     """
     if window < 3 or (stride is not None and not 1 <= stride <= window) or (windows is not None and windows < 1):
-        raise RecipeError(f"window {window}, stride {stride}, windows {windows}: need window >= 3, 1 <= stride <= window, windows >= 1")
+        given = f"window {window}, windows {windows}" + ("" if stride is None else f", stride {stride}")
+        raise RecipeError(f"{given}: need window >= 3, 1 <= stride <= window, windows >= 1 (0: the whole text)")
     ids = tokenizer.encode(text, bos=False)
     with_bos = _adds_bos(tokenizer) if bos is None else bos
     if with_bos and tokenizer.bos_id is None:

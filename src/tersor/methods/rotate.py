@@ -120,8 +120,9 @@ class RotatedCheckpoint(Checkpoint):
         if spec.tied and self._constant is None:
             description = replace(description, config={**description.config, "tie_word_embeddings": False})
             spec = replace(spec, tied=False)
-            self.note = f"rotate: the head is no longer the embedding, because the final norm's weight went into it: {HEAD} is"
-            self.note += f" {source.tensors[EMBEDDING].nbytes} bytes more at the embedding's {source.tensors[EMBEDDING].format}"
+            weights = int(np.prod(source.tensors[EMBEDDING].shape))
+            self.note = f"rotate: the head is no longer the embedding, because the final norm's weight went into it: {HEAD} is {weights}"
+            self.note += " weights more"
         self.description = description
         self._residual = residual(spec)
         self._norms = {*self._residual.readers.values(), NORM}

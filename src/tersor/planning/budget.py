@@ -49,7 +49,15 @@ class Fitted:
 def parse_budget(text: str | int, parameters: int) -> int:
     """Returns the bytes of `3.5GiB`, `90MB`, a number of bytes, or `4.25bpw`: bits per weight of the whole output. Raises RecipeError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*bpw\s*", str(text).lower())
-    return int(float(match[1]) * parameters / 8) if match else parse_bytes(str(text))
+    if match:
+        return int(float(match[1]) * parameters / 8)
+    try:
+        nbytes = parse_bytes(str(text))
+    except RecipeError:
+        raise RecipeError(f"budget {text!r} is none; write it like 3.5GiB, 90MB or, in bits per weight, 4.25bpw") from None
+    if nbytes <= 32:
+        raise RecipeError(f"budget {text} is {nbytes} bytes; for bits per weight write {text}bpw")
+    return nbytes
 
 
 def candidates(w: Array, uses: Sequence[Sensitivity], formats: Sequence[str]) -> list[Candidate]:

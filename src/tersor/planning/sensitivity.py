@@ -40,12 +40,16 @@ class Sensitivity:
 
 
 def measure(
-    spec: DecoderSpec, original: Callable[[str], QuantizedTensor], tokens: Array, seed: int = 0
+    spec: DecoderSpec,
+    original: Callable[[str], QuantizedTensor],
+    tokens: Array,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[Sensitivity, ...]]:
     """Returns the sensitivities of every matrix by name; a tied embedding has two, as table and as head.
 
     original: name -> tensor of the float model, held in float32. tokens: (n, s) int, n sequences, one at a time in memory.
-    seed: of the draws y. Raises RecipeError without torch.
+    seed: of the draws y. progress: called with (sequences done, sequences in all), first with 0. Raises RecipeError without torch.
     """
     require_torch("sensitivity")
     import torch
@@ -117,8 +121,11 @@ def measure(
         add("head", (spread, rows.square().sum(0)))
         hidden.backward(gradient.view_as(hidden))  # type: ignore[no-untyped-call]
 
-    for sequence in torch.from_numpy(np.ascontiguousarray(tokens, np.int64)):
+    tell = progress or (lambda done, total: None)
+    tell(0, len(tokens))
+    for i, sequence in enumerate(torch.from_numpy(np.ascontiguousarray(tokens, np.int64))):
         run(sequence[None])
+        tell(i + 1, len(tokens))
     n = tokens.size
     found: dict[str, tuple[Sensitivity, ...]] = {
         name: (Sensitivity(by_row / n, by_column / by_column.sum()),) for name, (by_row, by_column) in sums.items() if name in names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,9 @@ def plan(
     if context < 1 or (ram is not None and ram < 1):
         raise RecipeError(f"context {context}, ram {ram}: both must be at least 1")
     config, tensors = describe(model)
+    most = config.get("max_position_embeddings")
+    if isinstance(most, int) and context > most:
+        raise RecipeError(f"context {context}: the model's is {most}; count that many or fewer")
     spec_kv = kv_bytes_per_token(config)
     memory = ram or machine_ram()
     total = sum(prod(t.shape) for t in tensors.values())
@@ -153,6 +156,9 @@ def recipe_bytes(tensors: Mapping[str, TensorInfo], text: str, tied: bool = Fals
     as_gguf = gguf
     if as_gguf is None:
         as_gguf = not recipe.default.is_cast and all(CONTAINERS["gguf"].holds(f) for f in recipe.default.formats)
+    if tied and any(step.method.name == "rotate" for step in recipe.before):  # the final norm goes into the head (methods/rotate.py)
+        tensors = {**tensors, "lm_head.weight": replace(tensors["model.embed_tokens.weight"], name="lm_head.weight")}
+        tied = False
     total = 0
     for name, choice in recipe.assign(tensors, gguf=as_gguf, tied=tied).items():
         info = tensors[name]

@@ -12,6 +12,7 @@ from tersor.errors import ContainerError
 
 DIRECTORY_NAME = "verification.json"
 VERIFIED, FAILED, UNPROVEN = "verified", "failed", "not proven"
+MEANT_UNKNOWN = "nothing is known of what was meant"  # begins a note
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tersor.verification.independent import independent_reader
 from tersor.verification.lint import lint
 from tersor.verification.logits import compare_logits
 from tersor.verification.original import compare_with_original
-from tersor.verification.record import FAILED, Fault, Logits, Verification, proof_path, read_proof, write_proof
+from tersor.verification.record import FAILED, MEANT_UNKNOWN, Fault, Logits, Verification, proof_path, read_proof, write_proof
 
 COPIES = 4  # of the largest tensor as float32 that another reader and the comparison hold
 
@@ -65,7 +65,8 @@ def verify(
         expected = meant if meant is not None else None if proof is None else proof["tensors"] or None
         notes = []
         if expected is None:
-            notes.append("nothing is known of what was meant: no verification.json; give --against ORIGINAL")
+            advice = "" if against is not None else "; give --against ORIGINAL"
+            notes.append(f"{MEANT_UNKNOWN}: no verification.json{advice}")
         else:
             faults += _changed_values(expected, tensors)
         reader, compared, more, note = _read_independently(checkpoint, max_ram, progress)
@@ -141,6 +142,8 @@ def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: P
     label = reader.label
     left, agreeing = dict(checkpoint.tensors), 0
     faults: list[Fault] = []
+    if progress is not None:
+        progress("verify", 0, len(checkpoint.tensors))
     name, weights = "the start", reader.weights(checkpoint.path)
     while True:
         try:
@@ -160,7 +163,7 @@ def _read_independently(checkpoint: Checkpoint, max_ram: int | None, progress: P
         agreeing += fault is None
         checkpoint.release()
         if progress is not None:
-            progress("compare", len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
+            progress("verify", len(checkpoint.tensors) - len(left), len(checkpoint.tensors))
     faults += [Fault(name, f"we find it, {label} does not") for name in left]
     return label, agreeing, faults, []
 
