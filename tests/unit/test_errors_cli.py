@@ -138,7 +138,7 @@ def test_unknown_and_missing_tensors(tmp_path, capsys):
 
 def test_unknown_format_method_pattern_and_container(whole, tmp_path, capsys):
     quantize = ("quantize", whole / "model", "-o", tmp_path / "a.gguf")
-    assert "unknown format 'q4_9'; perhaps q4_0, " in refused(capsys, tmp_path, *quantize, "-r", "q4_9")
+    assert "unknown format 'q4_9'; perhaps q4_" in refused(capsys, tmp_path, *quantize, "-r", "q4_9")
     assert "unknown format 'zzz'; known: " in refused(capsys, tmp_path, *quantize, "-r", "zzz")
     assert "unknown method 'rnt'; known: " in refused(capsys, tmp_path, *quantize, "-r", "rnt:q4_0")
     assert "nearest: " in refused(capsys, tmp_path, *quantize, "-r", "q4_0, q_prj=q8_0")
@@ -250,6 +250,7 @@ def test_a_fault_of_ours_asks_for_a_report(whole, monkeypatch, capsys):
     ("arguments", "says"),
     [
         (("quantize", "-r", "q4_0", "--samples", 7), "--samples is for calibrated runs (--calib)"),
+        (("compare", "-r", "q4_0", "--seqlen", 7), "--seqlen is for calibrated recipes (--calib)"),
         (("quantize", "-r", "q4_0", "--device", "cuda"), "--device cuda is for calibrated runs (--calib)"),
         (("quantize", "-r", ""), "recipe '' is empty"),
         (("quantize", "-r", "gptq"), "names a method and no format; write method:format, like gptq:int4_g64"),
@@ -262,5 +263,5 @@ def test_a_fault_of_ours_asks_for_a_report(whole, monkeypatch, capsys):
 )
 def test_what_an_option_lacks_is_said(whole, tmp_path, capsys, arguments, says):
     command, *rest = arguments
-    out = ("-o", tmp_path / "a.gguf") if command == "quantize" else ()
+    out = ("-o", tmp_path / "a.gguf") if command in ("quantize", "compare") else ()
     assert says in refused(capsys, tmp_path, command, whole / "model", *out, *rest)

@@ -11,6 +11,7 @@ from tersor.cli import options
 
 
 def command(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Directory for models, results and page.", show_default=False)],
     recipes: Annotated[
@@ -48,6 +49,8 @@ def command(
     from tersor.comparison import DEFAULT_RECIPES, compare
 
     split = [part.strip() for text in recipes or [] for part in text.split(";") if part.strip()]
+    if calib is None:
+        options.refuse_given(context, ("samples", "seqlen", "seed"), "is for calibrated recipes (--calib)")
     with progress() as report:
         result = compare(
             model,
