@@ -46,9 +46,15 @@ def test_name_leads_back_to_an_equal_format(name):
 
 
 def test_unknown_names_list_the_known_ones():
-    for name in ("q9_k", "", "int", "nf5", "f8"):
+    for name in ("zzz", "", "what_64"):
         with pytest.raises(FormatError, match=r"unknown format .*known: .*int4_g64.*q4_k.*intB_gN"):
             get_format(name)
+
+
+@pytest.mark.parametrize(("name", "like"), [("q9_k", "q4_k"), ("int4", "int4_g64"), ("nf5", "nf4"), ("fp8", "fp8_c"), ("Q4", "q4_0")])
+def test_a_name_that_is_nearly_known_gets_the_nearest(name, like):
+    with pytest.raises(FormatError, match=rf"unknown format '{name}'; perhaps .*\b{like}\b.*docs/formats.md"):
+        get_format(name)
 
 
 @pytest.mark.parametrize("name", FORMATS)

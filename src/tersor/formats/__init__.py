@@ -30,7 +30,7 @@ def get_format(name: str) -> Format:
         found: Format | None = family.parse(name.lower())
         if found is not None:
             return found
-    like = [known for known in FORMATS if known.startswith(name.lower())][:6] or get_close_matches(name.lower(), FORMATS, 3)
+    like = [known for known in FORMATS if name and known.startswith(name.lower())][:6] or get_close_matches(name.lower(), FORMATS, 3)
     if like:
         raise FormatError(f"unknown format {name!r}; perhaps {', '.join(like)}; docs/formats.md names all")
     families = "intB_gN[s|m|z|o|so], intB_c[s|m|z], intB_t[s|m], binary_gN, ternary_gN for B in 1..6, 8 and N in 16..256, int8_row_xN;"
