@@ -166,8 +166,7 @@ def quantize(
     verify: open the output again, with a reader that is not ours where there is one, compare every value with what was to be written,
         and leave verification.json beside it (verification/verify.py; not the logits). What is wrong is in the result, not raised.
     progress: called with (what is being done, steps done, steps in all), at the beginning of each thing too.
-    report: called with what the doctor finds before a
-        calibrated run (calibration/doctor.py), and after every block.
+    report: called with what the doctor finds before a calibrated run (calibration/doctor.py), and after every block.
     Everything that can be checked is checked before the first byte is written; nothing is left behind under the final name on an error.
     Raises RecipeError, FormatError, ContainerError, ModelError (NaN or infinite weights, with tensor and position) and OutputError.
     """

@@ -40,7 +40,7 @@ def evaluate(
     base = None if against is None else _load(against, threads, "float")
     if base is not None:
         check_same_vocabulary(judged, base)
-    cuts = cut((base or judged).tokenizer, name, content, window, stride, windows, bos)
+    cuts = cut((judged if base is None else base).tokenizer, name, content, window, stride, windows, bos)
     if isinstance(model, (str, Path)):
         cuts = replace(cuts, protocol=replace(cuts.protocol, activations=activations, kv=kv))
     return perplexity(judged, cuts, progress) if base is None else divergence(judged, Base(base, cuts), progress)
