@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include "bindings/arrays.h"
+#include "methods/column_sums.h"
 #include "methods/feedback.h"
 
 namespace nb = nanobind;
@@ -56,6 +57,19 @@ void descend(const Matrix<float>& hessian, const Matrix<float>& step, const Matr
   tersor::descend(rows, columns, grid, hessian.data(), gradient.data(), indices.data(), changes.data());
 }
 
+template <typename T>
+using Sums = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void column_sums(const Matrix<float>& x, int64_t begin, int64_t end, Sums<double> squares, Sums<double> magnitudes,
+                 Sums<float> absmax) {
+  const int64_t rows = x.shape(0), columns = x.shape(1);
+  require(0 <= begin && begin <= end && end <= columns, "begin and end: need columns of x");
+  for (const size_t length : {squares.shape(0), magnitudes.shape(0), absmax.shape(0)})
+    require(static_cast<int64_t>(length) == columns, "squares, magnitudes and absmax: need one value per column");
+  nb::gil_scoped_release release;
+  tersor::column_sums(rows, columns, x.data(), begin, end, squares.data(), magnitudes.data(), absmax.data());
+}
+
 }  // namespace
 }  // namespace tersor::bindings
 
@@ -68,4 +82,9 @@ void bind_methods(nb::module_& m) {
   m.def("descend", &b::descend, nb::arg("hessian"), nb::arg("step"), nb::arg("offset"), nb::arg("group_of"),
         nb::arg("levels"), nb::arg("gradient"), nb::arg("indices"), nb::arg("changes"),
         "One sweep of coordinate descent over the columns of indices (rows, n); writes what their values moved by.");
+  m.def(
+      "column_sums", &b::column_sums, nb::arg("x"), nb::arg("begin"), nb::arg("end"), nb::arg("squares"),
+      nb::arg("magnitudes"), nb::arg("absmax"),
+      "Adds columns [begin, end) of x (rows, columns): x^2 and |x| to the float64 sums (columns,), the largest |x| to "
+      "absmax.");
 }

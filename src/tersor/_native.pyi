@@ -32,6 +32,7 @@ def feed_back(
     indices: Array,
     errors: Array,
 ) -> None: ...
+def column_sums(x: Array, begin: int, end: int, squares: Array, magnitudes: Array, absmax: Array) -> None: ...
 def descend(
     hessian: Array,
     step: Array,

@@ -50,6 +50,7 @@ from tersor.threads import blas_alone, each
 
 EXAMINED = 16  # samples that the doctor runs the layers on at most; fewer of a short run, whose price it would double else
 EXAMINED_LEAST, EXAMINED_SHARE = 4, 8  # at least so many, and one of so many
+EXAMINED_TOKENS = 256  # of each of them, its first: half the price of a sample, and its importance is told as well (doctor.py)
 
 Progress = Callable[[str, int, int], None]  # as pipeline.Progress
 
@@ -127,7 +128,8 @@ class Calibrator:
         """
         n = len(self._tokens)
         chosen = np.linspace(0, n - 1, min(n, EXAMINED, max(EXAMINED_LEAST, n // EXAMINED_SHARE))).astype(int)
-        all_tokens, self._tokens = self._tokens, self._tokens[chosen]
+        all_tokens, self._tokens = self._tokens, np.ascontiguousarray(self._tokens[chosen, :EXAMINED_TOKENS])
+        looked_at = self._tokens.shape
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
         self._work = Work(folder, {}, resume=False)
         self._work.kept = self._tokens.size if self._room.keeps else 0
@@ -147,7 +149,7 @@ class Calibrator:
         finally:
             self._tokens = all_tokens
             self._work.remove()
-        return examine(samples, self._spec.vocab_size, halves, examined=len(chosen))
+        return examine(samples, self._spec.vocab_size, halves, examined=looked_at)
 
     def _rounds(self, group: Sequence[str]) -> bool:
         """Returns whether any of the weights is rounded to a grid."""

@@ -122,6 +122,21 @@ def test_a_half_without_tokens_says_nothing() -> None:
     assert found.inputs[0].finite and found.inputs[0].spread == 2.0 and found.verdict == "bad"
 
 
+@pytest.mark.parametrize(
+    ("examined", "tokens", "told"),
+    [
+        (None, 200, "the samples"),
+        ((2, 4), 200, "the samples"),
+        ((1, 4), 400, "1 of the samples"),
+        ((1, 2), 800, "the first 2 tokens of 1 of"),
+    ],
+)
+def test_a_part_of_the_samples_stands_for_all(examined: tuple[int, int] | None, tokens: int, told: str) -> None:
+    found = examine(samples(), 70, [GOOD], examined=examined)
+    assert found.inputs[0].tokens == tokens
+    assert f"between the halves of {told}" in str(found)
+
+
 # What is refused
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from tersor import _native
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
 from tersor.threads import each
@@ -37,16 +38,12 @@ class StatisticsBuilder:
 
     def _add_panel(self, x: Array, unquantized: Array | None, panel: slice) -> None:
         """Adds the sums of some columns: of the Gram matrix the rows of these columns, up to its diagonal."""
-        own, ones = x[:, panel], np.ones(len(x), np.float32)
-        magnitudes = np.abs(own)
-        self._magnitudes[panel] += ones @ magnitudes
-        np.maximum(self._absmax[panel], magnitudes.max(axis=0, initial=0), out=self._absmax[panel])
+        _native.column_sums(x, panel.start, panel.stop, self._squares, self._magnitudes, self._absmax)
         if self._gram is not None:
-            products = np.matmul(own.T, x[:, : panel.stop], out=self._products[panel, : panel.stop])
-            self._gram[panel, : panel.stop] += products
-            self._squares[panel] += np.diagonal(products[:, panel])
-        else:
-            self._squares[panel] += ones @ np.square(magnitudes, out=magnitudes)
+            own, products = x[:, panel], self._products[panel]
+            np.matmul(own.T, x[:, : panel.start], out=products[:, : panel.start])
+            products[:, panel] = own.T @ own  # numpy makes half of it
+            self._gram[panel, : panel.stop] += products[:, : panel.stop]
         if self._cross is not None and unquantized is not None:
             self._cross[panel] += unquantized[:, panel].T @ x
 

@@ -1,0 +1,14 @@
+// What is summed up of the inputs of a linear layer, column by column, in one read.
+#pragma once
+
+#include <cstdint>
+
+namespace tersor {
+
+// Adds the rows of x, (rows, columns), columns [begin, end) of them: x^2 to squares, |x| to magnitudes, and their
+// largest to absmax; each (columns). Sums of 64 rows are made in float, those of all rows in double. A NaN is larger
+// than any number.
+void column_sums(int64_t rows, int64_t columns, const float* x, int64_t begin, int64_t end, double* squares,
+                 double* magnitudes, float* absmax);
+
+}  // namespace tersor

@@ -1,0 +1,53 @@
+"""The statistics of inputs beside sums from their definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tersor import _native
+from tersor.calibration.statistics import PANEL, StatisticsBuilder, check_statistics
+from tersor.errors import ModelError
+
+
+@pytest.mark.parametrize("columns", [1, 70, PANEL, 2 * PANEL + 33])
+def test_sums_are_those_of_the_definition(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    batches = [rng.standard_normal((n, columns)).astype(np.float32) * 3 for n in (1, 130, 65)]
+    builder, others = StatisticsBuilder(columns, gram=True, cross=True), [x + 1 for x in batches]
+    for x, y in zip(batches, others):
+        builder.add(x, y)
+    found = builder.result()
+    x, y = (np.concatenate(parts).astype(np.float64) for parts in (batches, others))
+    assert found.tokens == len(x)
+    for got, want in (
+        (found.gram, x.T @ x / len(x)),
+        (found.cross, y.T @ x / len(x)),
+        (found.mean_square, (x * x).mean(axis=0)),
+        (found.mean_abs, np.abs(x).mean(axis=0)),
+    ):
+        assert got is not None
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.absmax, np.abs(x).max(axis=0).astype(np.float32))
+
+
+def test_nan_and_infinity_reach_their_columns_and_no_others() -> None:
+    x = np.ones((200, 5), np.float32)
+    x[3, 1], x[199, 2], x[100, 4] = np.nan, -np.inf, np.nan
+    builder = StatisticsBuilder(5)
+    builder.add(x)
+    found = builder.result()
+    np.testing.assert_array_equal(found.absmax, np.array([1, np.nan, np.inf, 1, np.nan], np.float32))
+    np.testing.assert_array_equal(np.isfinite(found.mean_square), [True, False, False, True, False])
+    with pytest.raises(ModelError, match="layer: an input is nan in column 1"):
+        check_statistics(found, "layer", rounded=True)
+
+
+def test_column_sums_refuse_what_does_not_fit() -> None:
+    x, sums, largest = np.ones((2, 3), np.float32), np.zeros(3), np.zeros(3, np.float32)
+    for begin, end in ((-1, 2), (2, 1), (0, 4)):
+        with pytest.raises(ValueError, match="begin and end"):
+            _native.column_sums(x, begin, end, sums, sums, largest)
+    for wrong in ((np.zeros(2), sums, largest), (sums, np.zeros(4), largest), (sums, sums, largest[:2])):
+        with pytest.raises(ValueError, match="one value per column"):
+            _native.column_sums(x, 0, 3, *wrong)
