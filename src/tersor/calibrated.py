@@ -68,7 +68,7 @@ class BlockReport:
     resident: int  # bytes of this process
 
     def __str__(self) -> str:
-        errors = ", ".join(f"{name.split('.')[-2].removesuffix('_proj')} {100 * error:.2g}" for name, error in self.errors.items())
+        errors = " ".join(f"{name.split('.')[-2].removesuffix('_proj')} {100 * error:.2g}" for name, error in self.errors.items())
         where = f"block {self.index + 1} of {self.blocks}: output error in % {errors}"
         if self.trained is not None:
             where += "; trained: held-out error {:.3g} -> {:.3g}".format(*self.trained)
@@ -149,7 +149,8 @@ class Calibrator:
         finally:
             self._tokens = all_tokens
             self._work.remove()
-        return examine(samples, self._spec.vocab_size, halves, examined=looked_at)
+        hessian = any(step.method.needs == "gram" for step in self._recipe.steps)
+        return examine(samples, self._spec.vocab_size, halves, examined=looked_at, hessian=hessian)
 
     def _rounds(self, group: Sequence[str]) -> bool:
         """Returns whether any of the weights is rounded to a grid."""

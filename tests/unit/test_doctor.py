@@ -32,8 +32,8 @@ def samples(tokens: list[list[int]] | None = None, **provenance: Any) -> Samples
     return Samples(array, known | provenance)
 
 
-def check(*halves: Halves, experts: dict[str, int] | None = None, **provenance: Any) -> Examination:
-    return examine(samples(**provenance), 70, halves, experts)
+def check(*halves: Halves, experts: dict[str, int] | None = None, hessian: bool = True, **provenance: Any) -> Examination:
+    return examine(samples(**provenance), 70, halves, experts, hessian=hessian)
 
 
 GOOD = half(Q, [1.0, 2.0, 4.0], [1.02, 2.0, 4.0])
@@ -93,6 +93,11 @@ def test_rank() -> None:
     found = check(half(Q, [1.0] * 5, [1.0] * 5, 2), half(DOWN, [1.0] * 4, [1.0] * 4, 2), half(DOWN, [1.0] * 9, [1.0] * 9, 2))
     assert found.rank_limited == (5, 9) and found.verdict == "thin"
     assert found.reasons[1] == "a Hessian of 5, 9 columns cannot have full rank"
+
+
+def test_tokens_a_column_matter_to_recipes_with_a_hessian_alone() -> None:
+    found = check(half(Q, [1.0] * 5, [1.0] * 5, 2), hessian=False)
+    assert found.rank_limited == (5,) and (found.verdict, found.reasons, found.advice) == ("good", (), ())
 
 
 def test_repeated_samples() -> None:

@@ -57,7 +57,7 @@ class Examination:
     source: provenance of the samples. examined: samples that the layers were run on; length: the tokens of each that they were run on,
     its first. distinct: different tokens among all of them;
     vocabulary: tokens that the model knows. repeated: windows that are equal to an earlier one. experts: tokens that each expert
-    saw, by name.
+    saw, by name. hessian: whether the recipe asks for one, so that tokens a column matter.
     """
 
     verdict: str
@@ -72,6 +72,7 @@ class Examination:
     repeated: int
     inputs: tuple[InputHealth, ...]
     experts: Mapping[str, int]
+    hessian: bool
 
     @property
     def worst(self) -> tuple[InputHealth, ...]:
@@ -166,10 +167,11 @@ def examine(
     halves: Sequence[Halves],
     experts: Mapping[str, int] | None = None,
     examined: tuple[int, int] | None = None,
+    hessian: bool = False,
 ) -> Examination:
     """Returns what the samples are worth. halves: (name of the input, its statistics on the first and on the second half of the
     samples that were examined); the name is that of a layer that reads it, model.layers.0.self_attn.q_proj. examined: how many samples
-    these were, and of how many tokens, None = all. experts: tokens of each, by name."""
+    these were, and of how many tokens, None = all. experts: tokens of each, by name. hessian: whether the recipe asks for one."""
     tokens = samples.tokens
     examined = examined or tokens.shape
     inputs = tuple(_health(*half, tokens.size / prod(examined)) for half in halves)
@@ -186,6 +188,7 @@ def examine(
         repeated=len(tokens) - len(np.unique(tokens, axis=0)),
         inputs=inputs,
         experts=dict(experts or {}),
+        hessian=hessian,
     )
     return _judged(found)
 
@@ -208,21 +211,29 @@ def _judged(e: Examination) -> Examination:
     if e.expected_spread > THIN_SPREAD:
         need = ceil(e.examined * (e.spread / THIN_SPREAD) ** (1 / FALL))
         advice.append(f"--samples {need} would bring the difference to about {100 * THIN_SPREAD:.0f} %, if the text is of one kind")
-    wide = sorted({i.width for i in e.inputs if i.tokens < TOKENS_PER_COLUMN * i.width})
-    if wide:
-        least = min(i.tokens / i.width for i in e.inputs)
-        thin.append(f"inputs of {', '.join(map(str, wide))} columns saw few tokens, {least:.1f} a column")
-        advice.append(
-            f"methods with error feedback (gptq) want {TOKENS_PER_COLUMN} tokens a column: {TOKENS_PER_COLUMN * max(wide)} tokens"
-        )
-    if e.rank_limited:
-        thin.append(f"a Hessian of {', '.join(map(str, e.rank_limited))} columns cannot have full rank")
+    if e.hessian:
+        few, wish = _few_tokens(e)
+        thin += few
+        advice += wish
     if e.repeated:
         thin.append(f"{e.repeated} samples repeat an earlier one")
     if e.source["chat_template"] == "unused" and e.source["kind"] != "self":
         advice.append("the model has a chat template: if it is for chat, give conversations in a .jsonl file")
     verdict = "bad" if bad else "thin" if thin else "good"
     return replace(e, verdict=verdict, reasons=tuple(bad + thin), advice=tuple(advice))
+
+
+def _few_tokens(e: Examination) -> tuple[list[str], list[str]]:
+    """Returns why there are too few tokens a column for error feedback, and what it wants; nothing when there are enough."""
+    wide = sorted({i.width for i in e.inputs if i.tokens < TOKENS_PER_COLUMN * i.width})
+    if not wide:
+        return [], []
+    least = min(i.tokens / i.width for i in e.inputs)
+    reasons = [f"inputs of {', '.join(map(str, wide))} columns saw few tokens, {least:.1f} a column"]
+    if e.rank_limited:
+        reasons.append(f"a Hessian of {', '.join(map(str, e.rank_limited))} columns cannot have full rank")
+    need = TOKENS_PER_COLUMN * max(wide)
+    return reasons, [f"methods with error feedback (gptq) want {TOKENS_PER_COLUMN} tokens a column: {need} tokens"]
 
 
 def _bad(e: Examination) -> list[str]:
