@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -22,19 +21,14 @@ import numpy as np
 
 from benchmarks.quality_judge import save, summary
 from tersor import ops
-from tersor.calibration.blocks import DecoderWalk, Rows
 from tersor.calibration.imatrix import write_imatrix
-from tersor.calibration.statistics import StatisticsBuilder
 from tersor.containers import open_checkpoint
 from tersor.containers.gguf_file import GGUFFile
 from tersor.engine.tokenizer import Tokenizer
 from tersor.evaluation.kl import from_comparison
 from tersor.evaluation.text import Windows, cut, read_text
-from tersor.models import spec_of
-from tersor.models.layer import has_bias, read_vectors
-from tersor.models.spec import GROUPS
-from tersor.slabs import dequantize
-from tersor.tensor import Array, QuantizedTensor
+from tersor.importance import measured
+from tersor.tensor import Array
 
 WINDOW = 512
 FIRST = WINDOW // 2  # of the tokens that count
@@ -96,36 +90,8 @@ def importance(model: Path, tokens: Array, out: Path) -> Path:
     inputs, float32. model: a Hugging Face directory. The head is left out, as llama-imatrix does by itself."""
     if out.exists():
         return out
-    with open_checkpoint(model) as checkpoint, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        spec, folder = spec_of(checkpoint.description.config), Path(scratch)
-
-        def read(name: str) -> Array:
-            return np.array(dequantize(checkpoint.read(name)), np.float32)
-
-        def rows(name: str, width: int) -> Rows:
-            return Rows(folder / name, width)
-
-        states = rows("0", spec.hidden_size)
-        distinct, places = np.unique(tokens, return_inverse=True)
-        states.write(0, read("model.embed_tokens.weight")[distinct][places.ravel()] * np.float32(spec.embedding_scale))
-        statistics = {}
-        for i in range(len(spec.layers)):
-            weights = {name: read(name) for name in checkpoint.tensors if name.startswith(f"model.layers.{i}.")}
-            biases = [None] * len(GROUPS)
-            for j, names in enumerate(GROUPS):
-                if has_bias(spec, j):
-                    biases[j] = np.concatenate([weights[f"model.layers.{i}.{name}.bias"] for name in names])
-            after, vectors = rows(str(i + 1), spec.hidden_size), read_vectors(spec, i, weights.__getitem__)
-            walk = DecoderWalk(spec, i, vectors, biases, states, after, tokens.shape, rows, 4)
-            for group in walk.groups:
-                builder = StatisticsBuilder(weights[group[0]].shape[1])
-                for x in walk.inputs():
-                    builder.add(x)
-                statistics |= dict.fromkeys(group, builder.result())
-                walk.advance([QuantizedTensor("f32", weights[name].shape, {"values": weights[name]}) for name in group])
-            (folder / str(i)).unlink()
-            checkpoint.release()
-            states = rows(str(i + 1), spec.hidden_size)
+    with open_checkpoint(model) as checkpoint:
+        statistics = measured(checkpoint, tokens, out.with_name(out.name + ".states"))
         provenance = {"source": "calib.npy", "samples": tokens.shape[0], "seqlen": tokens.shape[1]}
         write_imatrix(out, statistics, checkpoint.description.config["model_type"], provenance)
     return out

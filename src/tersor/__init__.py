@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tersor.evaluation import evaluate as evaluate
     from tersor.formats import FORMATS as FORMATS
     from tersor.formats import get_format as get_format
+    from tersor.importance import imatrix as imatrix
     from tersor.inspection import inspect as inspect
     from tersor.pipeline import quantize as quantize
     from tersor.planning import plan as plan
@@ -40,6 +41,7 @@ _HOMES = {
     "convert": "tersor.conversion",
     "evaluate": "tersor.evaluation",
     "get_format": "tersor.formats",
+    "imatrix": "tersor.importance",
     "inspect": "tersor.inspection",
     "load": "tersor.engine",
     "open_checkpoint": "tersor.containers",

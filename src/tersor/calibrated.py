@@ -465,19 +465,23 @@ class Calibrator:
         return "model.embed_tokens.weight" if self._spec.tied else "lm_head.weight"
 
     def _head(self) -> Made:
-        """Returns the head, its input being the last block's states after the final norm."""
-        s, name = self._spec, self._head_name
+        """Returns the head, rounded."""
+        name, statistics = self._head_name, self._head_statistics()
+        check_statistics(statistics, name, rounded=True)
+        w = np.array(dequantize(self._checkpoint.read(name)), np.float32)
+        return self._judged(*self._round(name, w, statistics), w, statistics)
+
+    def _head_statistics(self) -> InputStatistics:
+        """Returns statistics of the head's input, the last block's states after the final norm."""
+        s = self._spec
         norm = dequantize(self._checkpoint.read("model.norm.weight")).reshape(-1) + np.float32(s.norm_offset)
         states = self._work.states("quantized", len(s.layers), s.hidden_size)
-        builder = StatisticsBuilder(s.hidden_size, gram=self._choices[name].step.method.needs == "gram")
+        builder = StatisticsBuilder(s.hidden_size, gram=self._choices[self._head_name].step.method.needs == "gram")
         step = self._room.sequences * self._tokens.shape[1]
         for begin in range(0, self._tokens.size, step):
             builder.add(ops.rms_norm(states.read(begin, min(begin + step, self._tokens.size)), norm, s.norm_eps))
         states.close()
-        statistics = builder.result()
-        check_statistics(statistics, name, rounded=True)
-        w = np.array(dequantize(self._checkpoint.read(name)), np.float32)
-        return self._judged(*self._round(name, w, statistics), w, statistics)
+        return builder.result()
 
     def _begin(self, work: Work) -> None:
         """Takes up a run where it stands."""

@@ -21,13 +21,14 @@ from tersor.evaluation.kl import Base, Divergence, divergence
 from tersor.evaluation.perplexity import Perplexity
 from tersor.evaluation.speed import Speed, TimedModel, measure
 from tersor.evaluation.text import Protocol, cut, read_text
-from tersor.pipeline import QuantizeResult, file_bytes, quantize, source_note, uses_calibration
+from tersor.pipeline import QuantizeResult, file_bytes, quantize, source_note
 from tersor.planning import machine_ram
 from tersor.recipe import KEEP, Recipe
 from tersor.report.page import comparison_page, comparison_plot
 from tersor.report.plot import Point
 from tersor.report.table import format_error, format_number, text_table
 from tersor.threads import set_threads
+from tersor.weighing import check_served, names_imatrix, uses_calibration
 
 HEADER = ("recipe", "bits/weight", "file MB", "perplexity", "KLD", "top-1", "prefill t/s", "decode t/s")
 
@@ -151,6 +152,9 @@ def compare(
     parsed = [Recipe.parse(recipe) for recipe in recipes]
     targets = [directory / output_name(recipe) for recipe in parsed]
     _check_outputs(parsed, targets, force)
+    if calib is not None and names_imatrix(calib):
+        for recipe in filter(uses_calibration, parsed):
+            check_served(recipe, calib)
     set_threads(threads)
     tell: Progress = progress or (lambda what, done, total: None)
     with open_checkpoint(model) as checkpoint:

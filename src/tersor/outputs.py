@@ -17,6 +17,7 @@ from tersor.targets import TARGETS, container_for
 from tersor.tensor import ModelDescription, TensorInfo
 
 if TYPE_CHECKING:
+    from tersor.calibration.imatrix import Imatrix
     from tersor.calibration.samples import Samples
 
 
@@ -66,7 +67,9 @@ def assigned(checkpoint: Checkpoint, container: Container, recipe: Recipe) -> tu
     return choices, plan_tensors(checkpoint.tensors, choices, container)
 
 
-def described(description: ModelDescription, plan: Sequence[TensorInfo], recipe: Recipe, samples: Samples | None) -> ModelDescription:
+def described(
+    description: ModelDescription, plan: Sequence[TensorInfo], recipe: Recipe, samples: Samples | Imatrix | None
+) -> ModelDescription:
     """Returns the description of the output: how it was made, and config.json's dtype, which loaders cast floats to, as most float values
     of the plan are stored."""
     values = {format: sum(prod(info.shape) for info in plan if info.format == format) for format in CASTS}

@@ -20,16 +20,15 @@ from tersor.containers.container import Checkpoint, Container, Writer
 from tersor.containers.gguf_split import stored_files
 from tersor.containers.output import check_output
 from tersor.errors import ContainerError, FormatError, ModelError, OutputError, RecipeError, unknown
-from tersor.formats import get_format
-from tersor.methods import Step
 from tersor.outputs import assigned, choose_container, container_name, described
 from tersor.planning.budget import parse_budget
-from tersor.recipe import CASTS, KEEP, Choice, Recipe, is_edge
+from tersor.recipe import CASTS, Choice, Recipe, is_edge
 from tersor.slabs import keep_tensor, quantize_tensor
 from tersor.targets import check_demands
-from tersor.tensor import ActivationScheme, ModelDescription, QuantizedTensor, TensorInfo
+from tersor.tensor import ActivationScheme, InputStatistics, ModelDescription, QuantizedTensor, TensorInfo
 from tersor.threads import set_threads
 from tersor.verification.record import DIRECTORY_NAME
+from tersor.weighing import Weighed, check_served, matched, names_imatrix, pairs, uses_calibration
 
 if TYPE_CHECKING:
     from tersor.calibrated import BlockReport
@@ -76,8 +75,8 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` wrote. note: what the source was stored in, when that was not float, and
-    what a fold cost. calibration: what it was calibrated on. verification: None when it was not asked for."""
+    """What `quantize` wrote. note: what the source was stored in, when that was not float, what a fold cost, and how many matrices an
+    importance matrix says nothing of. calibration: what it was calibrated on. verification: None when it was not asked for."""
 
     path: str
     container: str
@@ -155,7 +154,8 @@ def quantize(
     budget: what the whole output may take: bytes, `3.5GiB`, or `4.25bpw` (bits per weight). The recipe then names steps alone (None: clip),
         and every matrix gets the format with which the least divergence from the model is predicted (planning/budget.py); needs calib.
     calib: what to calibrate on, as calibration/samples.py says: a text file, JSONL, tokens, `pydoc`, `self`, `hub:NAME`; None: nothing.
-        samples, seqlen: so many sequences of so many tokens, drawn by seed.
+        samples, seqlen: so many sequences of so many tokens, drawn by seed. Or llama.cpp's importance matrix, GGUF or .dat: then nothing
+        is run, samples, seqlen and seed say nothing, and methods that need more than mean squares are refused (weighing.py).
     activations: what the file says about rounding inputs to 8 bits when it runs. None: nothing; `token`: one scale a token, from itself;
         an observer's name (minmax, percentile, mse, entropy): static scales, from the inputs that the quantized model shows on the
         calibration tokens. Only compressed-tensors can say it.
@@ -188,7 +188,16 @@ def quantize(
         if budget is None:
             choices, plan = assigned(checkpoint, container, parsed)
             check_demands(to, plan)
-        drawn = None if calib is None else draw(checkpoint, calib, samples, seqlen, seed, progress)
+        matrix, drawn, lacking = None, None, ""
+        importance: Mapping[str, InputStatistics] = {}
+        if calib is not None and names_imatrix(calib):
+            from tersor.calibration.imatrix import read_imatrix
+
+            shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+            matrix = read_imatrix(Path(calib), checkpoint.description.config.get("model_type", ""), shapes)
+            importance, lacking = matched(matrix, parsed, choices, plan, force)
+        elif calib is not None:
+            drawn = draw(checkpoint, calib, samples, seqlen, seed, progress)
         if budget is not None and drawn is not None:
             from tersor.fitting import fit
 
@@ -196,14 +205,15 @@ def quantize(
             parsed = fit(checkpoint, container, to, target, parsed, nbytes, drawn, max_ram, progress).recipe
             choices, plan = assigned(checkpoint, container, parsed)
             check_demands(to, plan)
-        description = described(checkpoint.description, plan, parsed, drawn)
+        learned = matrix or drawn
+        description = described(checkpoint.description, plan, parsed, learned)
         with _calibrated(
             checkpoint, parsed, choices, plan, drawn, target, container, max_ram, resume, device, force, progress, report
         ) as work:
             if activations is not None:
                 description = replace(description, activations=_scheme(activations, checkpoint, container, drawn, work))
             meant: dict[str, str] | None = {} if verify else None
-            results = _write(checkpoint, container, target, description, plan, choices, work, force, progress, meant)
+            results = _write(checkpoint, container, target, description, plan, choices, importance, work, force, progress, meant)
     finally:
         if opened is not model:
             opened.close()
@@ -216,18 +226,20 @@ def quantize(
         tuple(results),
         size,
         time.perf_counter() - start,
-        "; ".join(filter(None, (source_note(opened.tensors), checkpoint.note))),
-        {} if drawn is None else drawn.provenance,
+        "; ".join(filter(None, (source_note(opened.tensors), checkpoint.note, lacking))),
+        {} if learned is None else learned.provenance,
         verification,
     )
 
 
-def _frame(recipe: str | Recipe | None, container: str, calib: object, activations: str | None) -> Recipe:
+def _frame(recipe: str | Recipe | None, container: str, calib: str | Path | None, activations: str | None) -> Recipe:
     """Returns what a budget leaves open. Raises RecipeError for what a budget cannot go with."""
     from tersor.fitting import frame_of
 
     if calib is None:
         raise RecipeError("--budget judges formats by what they cost on text; give --calib FILE, --calib pydoc or --calib self")
+    if names_imatrix(calib):
+        raise RecipeError(f"--budget judges formats by their cost on text, and {calib} is an importance matrix; give a text, pydoc or self")
     if activations is not None:
         raise RecipeError("--budget does not count the scales of --activations; choose the formats by --recipe")
     return frame_of(None if recipe is None else str(recipe), container)
@@ -278,16 +290,23 @@ def _check_calibration(
         if activations not in OBSERVERS:
             raise RecipeError(unknown("activations", str(activations), ("token", *OBSERVERS)))
     needing = [step for step in recipe.steps if step.method.needs != "nothing"]
-    needing += [step for step, format in _pairs(recipe) if step.method.needs_for(format)]
-    if calib is None:
-        if needing:
-            raise RecipeError(f"{needing[0]} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
+    needing += [step for step, format in pairs(recipe) if step.method.needs_for(format)]
+    by_matrix = names_imatrix(calib)
+    if by_matrix and calib is not None:
+        check_served(recipe, calib)
         if static:
-            raise RecipeError(f"--activations {activations} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
-        for option, given in (("--max-ram", max_ram is not None), ("--resume", resume), (f"--device {device}", device == "cuda")):
-            if given:
-                raise RecipeError(f"{option} is for calibrated runs (--calib); without calibration a run keeps one tensor in memory")
-    elif not static and not uses_calibration(recipe):
+            raise RecipeError(
+                f"--activations {activations} needs the inputs, and {calib} has their mean squares; give a text, pydoc or self"
+            )
+    if calib is None and needing:
+        raise RecipeError(f"{needing[0]} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
+    if calib is None and static:
+        raise RecipeError(f"--activations {activations} needs calibration data; give --calib FILE, --calib pydoc or --calib self")
+    for option, given in (("--max-ram", max_ram is not None), ("--resume", resume), (f"--device {device}", device == "cuda")):
+        if given and (calib is None or by_matrix):
+            without = "by an importance matrix" if by_matrix else "without calibration"
+            raise RecipeError(f"{option} is for calibrated runs (--calib); {without} a run keeps one tensor in memory")
+    if calib is not None and not static and not uses_calibration(recipe):
         raise RecipeError(f"{recipe} has no use for calibration data; use clip or gptq, or leave --calib out")
 
 
@@ -305,24 +324,6 @@ def _scheme(activations: str, checkpoint: Checkpoint, container: Container, samp
         return work.read(name).tensor if work is not None and name in work else checkpoint.read(name)
 
     return ActivationScheme(input_scales(spec_of(checkpoint.description.config), read, samples.tokens, activations))
-
-
-def uses_calibration(recipe: Recipe) -> bool:
-    """Returns whether any step of the recipe needs calibration data, or can weigh errors by it."""
-    return any(step.method.needs != "nothing" for step in recipe.steps) or any(weighs(step, format) for step, format in _pairs(recipe))
-
-
-def weighs(step: Step, format: str) -> bool:
-    """Returns whether a rounding step makes use of importance in this format."""
-    if step.method.name == "clip" or step.method.needs_for(format):
-        return True
-    return step.method.needs == "nothing" and get_format(format).uses_importance
-
-
-def _pairs(recipe: Recipe) -> Iterator[tuple[Step, str]]:
-    for choice in (recipe.default, *(rule.choice for rule in recipe.rules)):
-        if not choice.is_cast:
-            yield from ((choice.step, format) for format in choice.formats if format != KEEP)
 
 
 @contextmanager
@@ -407,12 +408,13 @@ def _write(
     description: ModelDescription,
     plan: Sequence[TensorInfo],
     choices: Mapping[str, Choice],
+    importance: Mapping[str, InputStatistics],
     work: Work | None,
     force: bool,
     progress: Progress | None,
     meant: dict[str, str] | None,
 ) -> list[TensorResult]:
-    """Writes every tensor, and returns what became of each; meant gets the digests of their values."""
+    """Writes every tensor, and returns what became of each; meant gets the digests of their values. importance: of an importance matrix."""
     what, total, done = "quantize" if work is None else "write", sum(prod(info.shape) for info in plan), 0
     results = []
     if progress is not None:
@@ -439,17 +441,19 @@ def _write(
                 )
                 report(prod(info.shape))
                 continue
+            weighed = Weighed(choice.step, importance[info.name]) if info.name in importance else None
             if source.format == info.format and (choice.is_cast or source.format in CASTS):
                 tensor, error = keep_tensor(checkpoint, info, report), 0.0
             else:
-                tensor, error = quantize_tensor(checkpoint, source, info.format, choice.step, report)
+                tensor, error = quantize_tensor(checkpoint, source, info.format, weighed.step if weighed else choice.step, report)
             method = (
                 choice.method if info.format not in CASTS and not choice.is_cast else "keep" if source.format == info.format else "cast"
             )
             _note(meant, info.name, tensor, writer)
             writer.write(info.name, tensor)
             checkpoint.release()
-            results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error))
+            products = weighed.output_error if weighed else None
+            results.append(TensorResult(info.name, info.shape, source.format, info.format, method, tensor.nbytes, error, products))
     return results
 
 

@@ -101,7 +101,7 @@ class ModelDescription:
               chat_template.jinja, ...), as bytes.
     metadata: key-values of the source container with no Hugging Face counterpart, carried over verbatim when the
               target container is of the same kind (for GGUF: all key-values, as {key: (value_type, value)}).
-    provenance: how a quantized model was made, plain values: recipe, calibration (Samples.provenance). Empty otherwise.
+    provenance: how a quantized model was made, plain values: recipe, calibration (Samples.provenance, Imatrix.provenance). Empty otherwise.
     activations: what the source says about rounding inputs, None if nothing; only compressed-tensors can say it.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import gguf_bytes as g
-from tersor.calibration.imatrix import read_imatrix, write_imatrix
+from tersor.calibration.imatrix import is_imatrix, read_imatrix, write_imatrix
 from tersor.errors import ContainerError, ModelError, OutputError
 from tersor.tensor import InputStatistics
 
@@ -56,7 +57,7 @@ def statistics(mean_square: list[float], tokens: int = 8) -> InputStatistics:
 def read(tmp_path: Path, content: bytes, **options: Any) -> dict[str, InputStatistics]:
     path = tmp_path / "i.dat"
     path.write_bytes(content)
-    return read_imatrix(path, "llama", **options)
+    return dict(read_imatrix(path, "llama", **options).statistics)
 
 
 def refused(tmp_path: Path, content: bytes, **options: Any) -> str:
@@ -84,6 +85,46 @@ def test_reads_dat(tail: bytes, tmp_path: Path) -> None:
     assert found["lm_head.weight"].mean_square.tolist() == [0.5] and found["lm_head.weight"].tokens == 1536
 
 
+def test_provenance_is_what_the_file_says(tmp_path: Path) -> None:
+    entry = {NAME: [1.0]}
+    unsaid = {"source": None, "kind": "imatrix", "samples": None, "seqlen": None, "entries": 1}
+    odd = {
+        "general.type": (g.STRING, "imatrix"),
+        "imatrix.datasets": (g.STRING, "a"),
+        "imatrix.chunk_count": (g.STRING, "2"),
+        "imatrix.chunk_size": (g.U32, 2**31),
+    }
+    cases = [
+        (by_hand(entry, entry), unsaid | {"source": "a.txt", "samples": 2, "seqlen": 4}),
+        (by_hand(entry, entry, {"general.type": (g.STRING, "imatrix")}), unsaid),
+        (by_hand(entry, entry, odd), unsaid),
+        (legacy([(NAME, 1, [1.0])]), unsaid | {"source": "a.txt", "samples": 2}),
+        (legacy([(NAME, 1, [1.0])], b""), unsaid),
+        (legacy([(NAME, 1, [1.0])], struct.pack("<i", -1)), unsaid),
+    ]
+    for content, said in cases:
+        (tmp_path / "i.x").write_bytes(content)
+        found = read_imatrix(tmp_path / "i.x", "llama")
+        assert found.provenance == said | {"file": "i.x", "sha256": hashlib.sha256(content).hexdigest()}
+        assert set(found.statistics) == {Q}
+
+
+def test_sums_of_x_are_passed_over(tmp_path: Path) -> None:
+    tensors = [g.Tensor(f"{NAME}.{part}", 0, (1, 1), 32 * i) for i, part in enumerate(("in_sum", "in_sum2", "counts"))]
+    data = b"".join(struct.pack("<f", value) + bytes(28) for value in (-1.0, 6.0, 2.0))
+    assert read(tmp_path, g.gguf_bytes(PAIRS, tensors, data))[Q].mean_square.tolist() == [3.0]
+
+
+def test_what_is_an_importance_matrix(tmp_path: Path) -> None:
+    entry = {NAME: [1.0]}
+    contents = {"a.gguf": by_hand(entry, entry), "b": by_hand(entry, entry), "c.dat": legacy([(NAME, 1, [1.0])])}
+    others = {"d.dat": b"a text", "e.dat": b"a", "f.txt": contents["c.dat"], "g.dat": b"", "h.txt": b"GGU"}
+    for name, content in (contents | others).items():
+        (tmp_path / name).write_bytes(content)
+        assert is_imatrix(tmp_path / name) == (name in contents), name
+    assert not is_imatrix(tmp_path) and not is_imatrix(tmp_path / "nowhere.dat") and not is_imatrix("a\0b")
+
+
 def test_writes_what_the_gguf_package_reads(tmp_path: Path) -> None:
     path = tmp_path / "i.gguf"
     write_imatrix(path, {DOWN: statistics([0.5, 1.0], 6), Q: statistics([1.0, 0.0, 0.5])}, "llama", PROVENANCE)
@@ -98,7 +139,7 @@ def test_writes_what_the_gguf_package_reads(tmp_path: Path) -> None:
         "blk.1.ffn_down.weight.counts": ([[6.0]], [1, 1], "F32"),
     }
     assert [t.name for t in reader.tensors] == sorted(t.name for t in reader.tensors)  # as llama-imatrix orders them
-    again = read_imatrix(path, "llama")
+    again = read_imatrix(path, "llama").statistics
     assert again[Q].mean_square.tolist() == [1.0, 0.0, 0.5] and again[DOWN].tokens == 6
 
 
@@ -157,6 +198,9 @@ BAD_DAT = {
     "bad name": (legacy([("\x00", 1, [1.0])]), "'\\x00' is no tensor of this llama"),
     "truncated": (legacy([(NAME, 1, [1.0, 2.0])], b"")[:-1], "needs 8 bytes"),
     "nan": (legacy([(NAME, 1, [float("nan")])]), "negative or not finite"),
+    "half a count": (legacy([(NAME, 1, [1.0])], b"\1"), "the number of chunks at byte 39 needs 4 bytes"),
+    "half a length": (legacy([(NAME, 1, [1.0])], bytes(6)), "the length of the text's name at byte 43 needs 4 bytes"),
+    "long text name": (legacy([(NAME, 1, [1.0])], struct.pack("<ii", 1, 9)), "the text's name at byte 47 needs 9 bytes"),
 }
 
 
@@ -195,7 +239,7 @@ def test_damaged_copies_are_refused_or_read(content: bytes, tmp_path: Path) -> N
         damaged[at : at + 4] = struct.pack("<I", edge) if rng.random() < 0.7 else b""
         (tmp_path / "i.dat").write_bytes(damaged)
         try:
-            found = read_imatrix(tmp_path / "i.dat", "llama")
+            found = read_imatrix(tmp_path / "i.dat", "llama").statistics
         except ContainerError:
             refusals += 1
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tersor.cli import bench, compare, convert, eval, inspect, plan, quantize, run, verify
+from tersor.cli import bench, compare, convert, eval, imatrix, inspect, plan, quantize, run, verify
 
 app = typer.Typer(
     name="tersor",
@@ -22,6 +22,7 @@ app.command("compare")(compare.command)
 app.command("plan")(plan.command)
 app.command("bench")(bench.command)
 app.command("convert")(convert.command)
+app.command("imatrix")(imatrix.command)
 app.command("verify")(verify.command)
 app.command("run")(run.command)
 

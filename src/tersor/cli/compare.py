@@ -49,8 +49,7 @@ def command(
     from tersor.comparison import DEFAULT_RECIPES, compare
 
     split = [part.strip() for text in recipes or [] for part in text.split(";") if part.strip()]
-    if calib is None:
-        options.refuse_given(context, ("samples", "seqlen", "seed"), "is for calibrated recipes (--calib)")
+    options.refuse_sampling(context, calib, "is for calibrated recipes (--calib)")
     with progress() as report:
         result = compare(
             model,

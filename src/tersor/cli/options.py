@@ -37,7 +37,10 @@ To = Annotated[
 Calib = Annotated[
     str | None,
     typer.Option(
-        "--calib", metavar="SOURCE", help="Calibrate on a text, .jsonl or .npy file, pydoc, self, or hub:NAME.", show_default=False
+        "--calib",
+        metavar="SOURCE",
+        help="Calibrate on a text, .jsonl or .npy file, pydoc, self, or hub:NAME; clip also by an importance matrix (.gguf, .dat).",
+        show_default=False,
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", metavar="N", help="Sequences to calibrate on.")]
@@ -59,3 +62,12 @@ def refuse_given(context: typer.Context, names: tuple[str, ...], why: str) -> No
     for name in names:
         if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE":
             raise RecipeError(f"--{name.replace('_', '-')} {why}")
+
+
+def refuse_sampling(context: typer.Context, calib: str | None, why: str) -> None:
+    """Raises RecipeError when an option that draws samples was written down and calib is no text. why: of a run without calib."""
+    from tersor.weighing import names_imatrix
+
+    if calib is None or names_imatrix(calib):
+        why = why if calib is None else f"draws from a text; {calib} is an importance matrix, which was measured before"
+        refuse_given(context, ("samples", "seqlen", "seed"), why)

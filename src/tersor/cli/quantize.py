@@ -81,8 +81,7 @@ def command(
     from tersor.pipeline import quantize
     from tersor.planning.sizes import parse_bytes
 
-    if calib is None:
-        options.refuse_given(context, ("samples", "seqlen", "seed"), "is for calibrated runs (--calib)")
+    options.refuse_sampling(context, calib, "is for calibrated runs (--calib)")
     with progress() as report:
         result = quantize(
             model,

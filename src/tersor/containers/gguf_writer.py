@@ -186,7 +186,7 @@ def _provenance_keys(description: ModelDescription, plan: Iterable[TensorInfo]) 
     """Returns how the weights were made: the recipe, and the calibration both as JSON and under the keys that llama-quantize writes.
 
     Weights that come from a GGUF file as they are keep what it says of them. entries_count is the number of matrices whose inputs were
-    measured, those of the layers. No imatrix file is named, since there is none.
+    measured: those of an importance matrix, which is named then, or those of the layers.
     Source: llama.cpp tools/quantize/quantize.cpp (LLM_KV_QUANTIZE_IMATRIX_*).
     """
     made = description.provenance
@@ -194,10 +194,14 @@ def _provenance_keys(description: ModelDescription, plan: Iterable[TensorInfo]) 
         return {key: v for key, v in description.metadata.items() if key.startswith(_PROVENANCE) and key != "tersor.writer"}
     keys: dict[str, KeyValue] = {f"tersor.{name}": ("str", v if isinstance(v, str) else json.dumps(v)) for name, v in made.items()}
     if calibration := made.get("calibration"):
-        entries = sum(len(info.shape) > 1 and info.name.startswith("model.layers.") for info in plan)
-        keys["quantize.imatrix.dataset"] = ("str", str(calibration["source"]))
-        keys["quantize.imatrix.entries_count"] = ("i32", entries)
-        keys["quantize.imatrix.chunks_count"] = ("i32", int(calibration["samples"]))
+        of_layers = sum(len(info.shape) > 1 and info.name.startswith("model.layers.") for info in plan)
+        said = {
+            "file": ("str", calibration.get("file")),
+            "dataset": ("str", calibration["source"]),
+            "entries_count": ("i32", calibration.get("entries", of_layers)),
+            "chunks_count": ("i32", calibration["samples"]),
+        }
+        keys |= {f"quantize.imatrix.{name}": value for name, value in said.items() if value[1] is not None}
     return keys
 
 
