@@ -248,10 +248,11 @@ def test_comparing_refuses_before_the_first_recipe(home: Path, tmp_path: Path) -
     assert [row.quantized.calibration.get("kind") for row in made.rows if row.quantized] == ["imatrix", None]
 
 
-def test_measuring_refuses(home: Path, tmp_path: Path) -> None:
+def test_measuring_refuses(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"i\.gguf is an importance matrix already; give --calib a text, pydoc or self"):
         tersor.imatrix(home / "model", tmp_path / "i.gguf", home / "i.gguf")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"), monkeypatch.context() as early:
+        early.setattr("tersor.importance.draw", None)
         tersor.imatrix(home / "model", home / "i.gguf", "pydoc")
     with pytest.raises(RecipeError, match=r"--max-ram 0\.00 GiB is too little"):
         tersor.imatrix(home / "model", tmp_path / "i.gguf", home / "tokens.npy", **OPTIONS, max_ram=1 << 20)

@@ -75,6 +75,10 @@ def command(
     "gptq(act_order; refine=1):int4_g64".
 
     A calibrated run keeps what it has done in OUT.work, and --resume goes on from there.
+
+    --calib also takes llama.cpp's importance matrix (tersor imatrix and llama-imatrix write them): clip, and rtn in ggml's types, weigh
+    errors by it tensor by tensor, and nothing is run. Matrices that it lacks are rounded without it and counted in the note; steps that
+    need more than mean squares are refused.
     """
     from tersor.cli.printing import print_json, progress, say
     from tersor.cli.verify import fail_if_wrong, print_outcome
