@@ -1,13 +1,16 @@
-// Encoding and decoding of ggml's blocks: checks shapes, calls native/formats.
+// Whole arrays of floats, and encoding and decoding of ggml's blocks: checks shapes, calls native/formats.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
+#include "formats/floats.h"
 #include "formats/ggml.h"
 
 namespace nb = nanobind;
@@ -71,9 +74,46 @@ Result<uint8_t> encode(const std::string& name, Matrix<float> w, std::optional<V
   return out;
 }
 
+using Halves = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<nb::numpy, float, nb::ndim<1>, nb::c_contig>;
+
+template <void widen(const uint16_t*, int64_t, float*)>
+Floats widened(Halves values) {
+  float* data = new float[values.shape(0)];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  {
+    nb::gil_scoped_release release;
+    widen(values.data(), static_cast<int64_t>(values.shape(0)), data);
+  }
+  return Floats(data, {values.shape(0)}, owner);
+}
+
+float largest_magnitude(Vector w) {
+  nb::gil_scoped_release release;
+  return tersor::largest_magnitude(w.data(), static_cast<int64_t>(w.shape(0)));
+}
+
+std::pair<double, double> square_sums(Vector w, Vector decoded) {
+  if (w.shape(0) != decoded.shape(0))
+    throw nb::value_error(("square_sums: " + std::to_string(decoded.shape(0)) + " decoded values for " +
+                           std::to_string(w.shape(0)) + " weights")
+                              .c_str());
+  nb::gil_scoped_release release;
+  const tersor::SquareSums sums = tersor::square_sums(w.data(), decoded.data(), static_cast<int64_t>(w.shape(0)));
+  return {sums.w, sums.error};
+}
+
 }  // namespace
 
 void bind_formats(nb::module_& m) {
+  m.def("widen_f16", &widened<tersor::widen_f16>, "values"_a,
+        "Returns float32 (n,) of float16 bits, uint16 (n,); a NaN keeps its payload.");
+  m.def("widen_bf16", &widened<tersor::widen_bf16>, "values"_a, "Returns float32 (n,) of bfloat16 bits, uint16 (n,).");
+  m.def("largest_magnitude", &largest_magnitude, "w"_a,
+        "Returns the largest |w| of float32 (n,): 0 of nothing, NaN when there is one.");
+  m.def("square_sums", &square_sums, "w"_a, "decoded"_a,
+        "Returns the sums of w^2 and of (decoded - w)^2; float32 (n,) both, summed in float32 256 by 256, then in "
+        "float64.");
   m.def("ggml_decode", &decode, "name"_a, "blocks"_a, "columns"_a,
         "Returns float32 (rows, columns) of ggml blocks, uint8 (rows, row_bytes), of the type with this name.");
   m.def("ggml_encode", &encode, "name"_a, "w"_a, "importance"_a.none(),

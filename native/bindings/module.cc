@@ -4,7 +4,7 @@
 namespace nb = nanobind;
 
 void bind_base(nb::module_& m);       // bindings/base.cc: ISA and threads
-void bind_formats(nb::module_& m);    // bindings/formats.cc: encode and decode ggml blocks
+void bind_formats(nb::module_& m);    // bindings/formats.cc: float arrays, ggml blocks
 void bind_affine(nb::module_& m);     // bindings/affine.cc: bit packing, affine fit/encode/decode
 void bind_linear(nb::module_& m);     // bindings/linear.cc: packed weights, products, embedding
 void bind_attention(nb::module_& m);  // bindings/attention.cc: key-value cache, attention

@@ -130,6 +130,7 @@ int main() {
   const std::pair<const char*, void (*)()> tests[] = {
       {"threads", test_threads},
       {"float16", test_float16},
+      {"float arrays", test_float_arrays},
       {"formats", test_formats},
       {"linear", test_linear},
       {"elementwise", test_elementwise},

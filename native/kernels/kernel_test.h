@@ -60,6 +60,7 @@ std::vector<uint8_t> expect_same_bytes(const std::string& what, const std::funct
 
 void test_threads();
 void test_float16();
+void test_float_arrays();
 void test_formats();
 void test_linear();
 void test_attention();

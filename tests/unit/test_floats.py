@@ -1,12 +1,15 @@
 """f32, f16, bf16 against torch's conversions and hand cases."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from tersor import _native
 from tersor.errors import FormatError
 from tersor.formats import get_format
-from tersor.formats.floats import bf16_from_f32, f32_from_bf16
+from tersor.formats.floats import bf16_from_f32, f32_from_bf16, f32_from_f16
 
 
 def every_kind_of_float32():
@@ -87,3 +90,45 @@ def test_numbers_that_are_none_stay_so(name):
     f = get_format(name)
     back = f.dequantize(f.quantize(np.array([[np.nan, np.inf, -np.inf]], np.float32)))[0]
     assert np.isnan(back[0]) and back[1] == np.inf and back[2] == -np.inf
+
+
+def test_every_f16_is_widened_like_numpys_and_a_nan_keeps_its_payload():
+    bits = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
+    values, wide = bits.view(np.float16), f32_from_f16(bits.view(np.float16)).view(np.uint32)
+    nan = np.isnan(values)
+    assert (wide[~nan] == values.astype(np.float32).view(np.uint32)[~nan]).all()
+    payload = (bits[nan].astype(np.uint32) & 0x8000) << 16 | 0x7F800000 | (bits[nan].astype(np.uint32) & 0x3FF) << 13
+    assert (wide[nan] == payload).all()
+
+
+@pytest.mark.parametrize("dtype, widen", [(np.float16, f32_from_f16), (np.uint16, f32_from_bf16)])
+def test_halves_of_any_shape_and_place_are_widened(dtype, widen):
+    bits = np.random.default_rng(2).integers(0, 2**15 - 2**11, 240, dtype=np.uint16)  # finite in both types
+    for values in (bits, bits[:7], bits[:0], bits.reshape(4, 5, 12), bits.reshape(12, 20).T, bits[::3], bits[3]):
+        values = np.asarray(values)
+        want = values.view(np.float16).astype(np.float32) if dtype == np.float16 else (values.astype(np.uint32) << 16).view(np.float32)
+        assert widen(values.view(dtype)).shape == values.shape
+        assert np.array_equal(widen(values.view(dtype)), want)
+    raw = np.frombuffer(b"x" + bits.tobytes(), np.uint8)[1:].view(np.uint16)  # odd address, read-only
+    assert not raw.flags.aligned and np.array_equal(widen(raw.view(dtype)), widen(bits.view(dtype)))
+
+
+@pytest.mark.parametrize("size", [1, 7, 255, 256, 257, 100_001])
+def test_square_sums_against_exact_sums(size):
+    rng = np.random.default_rng(size)
+    w, decoded = rng.standard_normal((2, size)).astype(np.float32)
+    squares = math.fsum(float(x) ** 2 for x in w), math.fsum((float(y) - float(x)) ** 2 for x, y in zip(w, decoded, strict=True))
+    assert _native.square_sums(w, decoded) == pytest.approx(squares, rel=30 * 2**-24)
+
+
+def test_square_sums_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="square_sums: 4 decoded values for 3 weights"):
+        _native.square_sums(np.zeros(3, np.float32), np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("value, found", [(np.nan, np.nan), (-np.inf, np.inf), (np.inf, np.inf), (-7, 7), (2**-149, 2**-149)])
+def test_largest_magnitude(value, found):
+    for size in (1, 15, 40_000):
+        w = np.zeros(size, np.float32)
+        w[size // 2] = value
+        assert np.array_equal(_native.largest_magnitude(w), found, equal_nan=True)

@@ -54,7 +54,7 @@ def test_slabs_give_the_same_bytes(tmp_path, monkeypatch):
     model = tiny_model(tmp_path / "m", dtype="bf16")
     for recipe, name in (("q4_0", "a.gguf"), ("clip:int4_g32", "a")):
         quantize(model, tmp_path / name, recipe)
-        monkeypatch.setattr(slabs, "SLAB_BYTES", 4 * 64 * 7)  # 7 rows of 64 columns
+        monkeypatch.setattr(slabs, "SLAB_BYTES", 4 * 64 * 7)  # 7 rows of 64 columns a thread
         quantize(model, tmp_path / f"slabs-{name}", recipe)
         monkeypatch.undo()
         with open_checkpoint(tmp_path / name) as a, open_checkpoint(tmp_path / f"slabs-{name}") as b:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tersor import _native
 from tersor.errors import FormatError
 from tersor.formats.format import Format, as_rows
 from tersor.tensor import Array, Params, QuantizedTensor
@@ -51,8 +52,15 @@ def bf16_from_f32(w: Array) -> Array:
 
 def f32_from_bf16(bits: Array) -> Array:
     """Returns the float32 values of raw bfloat16 bits (uint16); exact."""
-    values: Array = (bits.astype(np.uint32) << 16).view(np.float32)
+    values: Array = _native.widen_bf16(np.require(bits, requirements=["C", "A"]).reshape(-1)).reshape(bits.shape)
     return values
+
+
+def f32_from_f16(values: Array) -> Array:
+    """Returns the float32 values of float16 values; exact, and a NaN keeps its payload."""
+    bits = np.require(values, np.float16, ["C", "A"]).view(np.uint16)
+    wide: Array = _native.widen_f16(bits.reshape(-1)).reshape(values.shape)
+    return wide
 
 
 def is_half(values: Array, is_bf16: bool = False) -> bool:
@@ -108,7 +116,7 @@ class FloatFormat(Format):
     def decode(self, codes: Array, params: Params) -> Array:
         if self.name == "bf16":
             return f32_from_bf16(codes)
-        return codes.astype(np.float32, copy=False)
+        return f32_from_f16(codes) if codes.dtype == np.float16 else codes.astype(np.float32, copy=False)
 
     def pack(self, codes: Array, params: Params, shape: tuple[int, ...] | None = None) -> QuantizedTensor:
         values = np.ascontiguousarray(codes, dtype=self.dtype).reshape(-1, codes.shape[-1])

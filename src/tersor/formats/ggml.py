@@ -126,7 +126,7 @@ class GgmlFormat(_Blocks):
 
     def _encode_rows(self, w: Array, importance: Array | None) -> Array:
         importance = check_importance(importance, w.shape[1], self.name)
-        largest = max(float(w.max(initial=0)), -float(w.min(initial=0)))
+        largest = _native.largest_magnitude(w.reshape(-1))
         if np.isfinite(largest) and largest > _LARGEST and self.name != "mxfp4":
             raise FormatError(f"{self.name}: tensor holds {largest:g}, beyond the {_LARGEST} of float16 scales; use bf16 or f32")
         blocks: Array = _native.ggml_encode(self.name, w, importance)
