@@ -32,17 +32,16 @@ static inline float f16_to_f32(uint16_t h) {
   return bits_to_float(sign | value | (magnitude >= 0x7c00 ? 0x7f800000 : 0));  // inf, NaN
 }
 
+// To nearest, ties to even; a NaN becomes the quiet one of its sign. Without branches, too.
 static inline uint16_t f32_to_f16(float f) {
-  const uint32_t bits = float_to_bits(f), magnitude = bits & 0x7fffffff;
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-  if (magnitude > 0x7f800000) return sign | 0x7e00;   // NaN
-  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // >= 65520 rounds to infinity
-  if (magnitude < 0x38800000) {                       // < 2^-14: subnormal, in units of 2^-24
-    // Adding 0.5 leaves the value in units of ulp(0.5) = 2^-24 in the low bits, rounded by the adder.
-    return sign | uint16_t(float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000);
-  }
-  const uint32_t odd = magnitude >> 13 & 1;
-  return sign | uint16_t((magnitude - 0x38000000 + 0xfff + odd) >> 13);
+  const uint32_t bits = float_to_bits(f), magnitude = bits & 0x7fffffff, odd = magnitude >> 13 & 1;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + odd) >> 13;
+  // Adding 0.5 leaves a subnormal in units of ulp(0.5) = 2^-24 in the low bits, rounded by the adder.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+  uint32_t half = magnitude < 0x38800000 ? subnormal : normal;  // < 2^-14
+  half = magnitude >= 0x477ff000 ? 0x7c00 : half;               // >= 65520 rounds to infinity
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;                // NaN
+  return uint16_t((bits >> 16 & 0x8000) | half);
 }
 
 static inline float bf16_to_f32(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }

@@ -88,6 +88,16 @@ Floats widened(Halves values) {
   return Floats(data, {values.shape(0)}, owner);
 }
 
+auto narrow_f16(Vector w) {
+  uint16_t* data = new uint16_t[w.shape(0)];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); });
+  {
+    nb::gil_scoped_release release;
+    tersor::narrow_f16(w.data(), static_cast<int64_t>(w.shape(0)), data);
+  }
+  return nb::ndarray<nb::numpy, uint16_t, nb::ndim<1>>(data, {w.shape(0)}, owner);
+}
+
 float largest_magnitude(Vector w) {
   nb::gil_scoped_release release;
   return tersor::largest_magnitude(w.data(), static_cast<int64_t>(w.shape(0)));
@@ -109,6 +119,7 @@ void bind_formats(nb::module_& m) {
   m.def("widen_f16", &widened<tersor::widen_f16>, "values"_a,
         "Returns float32 (n,) of float16 bits, uint16 (n,); a NaN keeps its payload.");
   m.def("widen_bf16", &widened<tersor::widen_bf16>, "values"_a, "Returns float32 (n,) of bfloat16 bits, uint16 (n,).");
+  m.def("narrow_f16", &narrow_f16, "w"_a, "Returns float16 bits, uint16 (n,), nearest to float32 (n,), ties to even.");
   m.def("largest_magnitude", &largest_magnitude, "w"_a,
         "Returns the largest |w| of float32 (n,): 0 of nothing, NaN when there is one.");
   m.def("square_sums", &square_sums, "w"_a, "decoded"_a,

@@ -23,6 +23,12 @@ void widen_bf16(const uint16_t* values, int64_t n, float* wide) {
   });
 }
 
+void narrow_f16(const float* w, int64_t n, uint16_t* halves) {
+  parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) halves[i] = f32_to_f16(w[i]);
+  });
+}
+
 // Without their sign, float32 numbers are in the order of their bits as integers: finite < infinity < NaN.
 float largest_magnitude(const float* w, int64_t n) {
   std::atomic<int32_t> largest{0};

@@ -53,6 +53,45 @@ void test_widen(const char* what, Widen widen, int exponent_bits) {
     check(widened(0x7be1, n) == bytes_of(want.data() + 0x7be1, 4 * size_t(n)), std::string(what) + " of few");
 }
 
+// Every float16, and what lies between it and the next: just below, at and just above the middle, where ties go to the
+// even one.
+void test_narrow() {
+  std::vector<float> values;
+  std::vector<uint16_t> want;
+  const auto add = [&](double x, uint32_t half, uint32_t sign) {
+    values.push_back(float(sign ? -x : x));
+    want.push_back(uint16_t(half | sign << 15));
+  };
+  const auto value = [](uint32_t half) {
+    const uint32_t bits = float32_bits(half, 5);
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return double(wide);
+  };
+  for (uint32_t sign = 0; sign < 2; ++sign)
+    for (uint32_t half = 0; half < 0x7c00; ++half) {
+      const double low = value(half), high = half == 0x7bff ? 65536 : value(half + 1), middle = (low + high) / 2;
+      add(low, half, sign);
+      add(std::nextafter(float(middle), 0.f), half, sign);
+      add(middle, half + (half & 1), sign);
+      add(std::nextafter(float(middle), 1e9f), half + 1, sign);
+    }
+  add(std::numeric_limits<double>::infinity(), 0x7c00, 1);
+  add(1e30, 0x7c00, 0);
+  values.push_back(std::numeric_limits<float>::quiet_NaN());
+  want.push_back(0x7e00);
+  const auto narrowed = [&](int64_t first, int64_t n) {
+    std::vector<uint16_t> halves(size_t(n + 1), 7);
+    narrow_f16(values.data() + first, n, halves.data());
+    check(halves.back() == 7, "narrow_f16 wrote beyond the end");
+    return bytes_of(halves.data(), 2 * size_t(n));
+  };
+  const Bytes all = expect_same_bytes("narrow_f16", [&] { return narrowed(0, int64_t(values.size())); });
+  check(all == bytes_of(want.data(), all.size()), "narrow_f16");
+  for (int64_t n = 0; n <= 40; ++n)
+    check(narrowed(4090, n) == bytes_of(want.data() + 4090, 2 * size_t(n)), "narrow_f16 of few");
+}
+
 float largest(const std::vector<float>& w) {
   float result = 0;
   expect_same_bytes("largest_magnitude", [&] {
@@ -112,6 +151,7 @@ void test_square_sums(int64_t n) {
 void test_float_arrays() {
   test_widen("widen_f16", widen_f16, 5);
   test_widen("widen_bf16", widen_bf16, 8);
+  test_narrow();
   test_largest();
   for (int64_t n = 0; n <= 40; ++n) test_square_sums(n);
   for (int64_t n : {255, 256, 257, 1000, 32'767, 32'768, 32'769, 200'001}) test_square_sums(n);

@@ -27,6 +27,7 @@ _LAYOUTS = {
     "bf16": "values: uint16 (rows, in)    sign 1 | exponent 8, bias 127 | mantissa 7 = the upper 16 bits of float32\n",
 }
 
+_F16_END = 65520.0  # rounds to infinity, and all beyond
 _PART_VALUES = 1 << 16  # looked at together by is_half
 
 
@@ -106,11 +107,12 @@ class FloatFormat(Format):
             return bf16_from_f32(w)
         if self.name == "f32":
             return np.ascontiguousarray(w, dtype=np.float32)
-        with np.errstate(over="ignore"):
-            values = np.ascontiguousarray(w).astype(np.float16)
-        lost = np.isinf(values) & np.isfinite(w)
-        if lost.any():
-            raise FormatError(f"f16: tensor holds {w[lost].ravel()[0]:g}, beyond float16's largest 65504; use bf16 or f32")
+        w = np.ascontiguousarray(w, dtype=np.float32)
+        values: Array = _native.narrow_f16(w.reshape(-1)).view(np.float16).reshape(w.shape)
+        if not _native.largest_magnitude(w.reshape(-1)) < _F16_END:
+            lost = np.isinf(values) & np.isfinite(w)
+            if lost.any():
+                raise FormatError(f"f16: tensor holds {w[lost].ravel()[0]:g}, beyond float16's largest 65504; use bf16 or f32")
         return values
 
     def decode(self, codes: Array, params: Params) -> Array:
