@@ -300,6 +300,17 @@ def test_the_clock_of_a_thing_begins_with_its_first_report(capsys, monkeypatch):
     assert capsys.readouterr().err.splitlines() == ["a: 91 %, 90 s left", "a: done in 20.0 s", "b: 50 %, 7 s left", "a: 10 %, 81 s left"]
 
 
+def test_the_time_left_is_told_when_the_first_steps_took_a_while(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("tersor.cli.printing.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(_Lines, "last", 0.0)
+    lines = _Lines()
+    for seconds, done in ((0, 0), (1.5, 1), (5, 2)):
+        now[0] += seconds
+        lines.report("a", done, 1000)
+    assert capsys.readouterr().err.splitlines() == ["a: 0 %", "a: 0 %, 3244 s left"]
+
+
 def test_what_is_said_takes_the_place_of_progress(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("tersor.cli.printing.time.monotonic", lambda: now[0])

@@ -14,6 +14,7 @@ import pytest
 
 import gguf_bytes as g
 from tersor.calibration.imatrix import is_imatrix, read_imatrix, write_imatrix
+from tersor.containers import open_checkpoint
 from tersor.errors import ContainerError, ModelError, OutputError
 from tersor.tensor import InputStatistics
 
@@ -245,3 +246,15 @@ def test_damaged_copies_are_refused_or_read(content: bytes, tmp_path: Path) -> N
         else:
             assert all(np.isfinite(s.mean_square).all() and s.tokens > 0 for s in found.values())
     assert refusals > 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("imatrix", "an importance matrix, no model; give it to tersor quantize as --calib"), ("adapter", "adapter, no model")],
+)
+def test_it_is_no_model(tmp_path: Path, kind: str, says: str) -> None:
+    (tmp_path / "i.gguf").write_bytes(
+        by_hand({"blk.0.attn_q.weight": [1.0]}, {"blk.0.attn_q.weight": [1.0]}, PAIRS | {"general.type": (g.STRING, kind)})
+    )
+    with pytest.raises(ContainerError, match=f"i.gguf is {says}"):
+        open_checkpoint(tmp_path / "i.gguf")

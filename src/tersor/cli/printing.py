@@ -12,6 +12,7 @@ from typing import Any
 
 Report = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 LINE_SECONDS = 5.0  # between two plain lines about the same thing
+WARM_SECONDS = 2.0  # after which the first steps tell how long the others will take
 
 
 def print_json(value: Any) -> None:
@@ -85,7 +86,8 @@ class _Lines:
             print(f"{what}: done in {now - begun:.1f} s", file=sys.stderr, flush=True)
         elif now - _Lines.last >= LINE_SECONDS and done > before and now > begun:
             left = (now - begun) * (total - done) / (done - before)
-            print(f"{what}: {100 * done // total} %, {left:.0f} s left", file=sys.stderr, flush=True)
+            known = f", {left:.0f} s left" if now - begun >= WARM_SECONDS else ""
+            print(f"{what}: {100 * done // total} %{known}", file=sys.stderr, flush=True)
         else:
             return
         _Lines.last = now

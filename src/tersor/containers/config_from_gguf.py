@@ -54,8 +54,14 @@ class _Keys:
 
 
 def read_architecture(where: str, metadata: Mapping[str, KeyValue]) -> GGUFArchitecture:
-    """Returns the file's architecture. Raises ContainerError for an unknown one, listing the known."""
+    """Returns the file's architecture. Raises ContainerError for an unknown one, listing the known, and for a file that is no model."""
     _, name = metadata.get("general.architecture", ("str", None))
+    kind = metadata.get("general.type", ("str", "model"))[1]
+    if name is None and kind != "model":
+        what = (
+            "an importance matrix, no model; give it to tersor quantize as --calib" if kind == "imatrix" else f"{shorten(kind)}, no model"
+        )
+        raise ContainerError(f"{where} is {what}")
     if name not in ARCHITECTURES:
         raise ContainerError(f"{where}: {unknown('architecture', shorten(name), ARCHITECTURES)}")
     return ARCHITECTURES[name]
