@@ -441,6 +441,12 @@ def test_dequantize_gives_torchs_layers(tmp_path):
     torch.testing.assert_close(logits(plain), before, rtol=1e-4, atol=1e-4)
 
 
+def test_a_whole_model_goes_through_a_pickle(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "m"), quantization_config=TersorConfig("int4_g32s"))
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+
+
 # PEFT
 
 

@@ -12,8 +12,7 @@ which is most of what `generate` asks for, take one native call (step.py) on a c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import MethodType
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -163,7 +162,7 @@ def _replace(layer: Any, places: tuple[tuple[Any, str, Any], ...]) -> bool:
     if not _agrees(layer):
         del layer.tersor_plain
         return False
-    layer.forward = MethodType(_forward, layer)
+    layer.forward = partial(_forward, layer)  # which can be pickled
     return True
 
 

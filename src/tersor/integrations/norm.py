@@ -6,7 +6,7 @@ its class is named so and its own forward gives what the kernel gives; the modul
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def _offset(module: Any) -> float | None:
 
 def _replace(module: Any, offset: float) -> None:
     module.tersor_norm = (offset, _eps(module))
-    module.forward = MethodType(_forward, module)
+    module.forward = partial(_forward, module)  # which can be pickled
 
 
 def _forward(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,10 @@ def _always(options: object) -> bool:
     return True
 
 
+def _is_asymmetric(options: GptqOptions | None) -> bool:
+    return options is not None and options.asymmetric > 0
+
+
 def _gptq_workspace(rows: int, columns: int) -> int:
     from tersor import _native
 
@@ -36,9 +40,7 @@ _ALL = (
     Method("clip", "round", clip),
     Method("hqq", "round", hqq, options=HqqOptions),
     Method("llm_int8", "round", llm_int8, needs_for=chooses_columns),
-    Method(
-        "gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=lambda options: options is not None and options.asymmetric > 0
-    ),
+    Method("gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=_is_asymmetric),
     Method("autoround", "round", autoround_block, "samples", AutoroundOptions, compares=_always),
     Method("tune", "tune", tune_block, "samples", TuneOptions, compares=_always),
     Method("distill", "distill", tune_model, "samples", TuneOptions),

@@ -44,6 +44,10 @@ def rounding_workspace(rows: int, columns: int) -> int:
     return 20 * rows * columns
 
 
+def _never(what: object) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
     """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None.
@@ -59,8 +63,8 @@ class Method:
     needs: str = "nothing"
     options: type | None = None
     workspace: Callable[[int, int], int] = rounding_workspace
-    compares: Callable[[Any], bool] = lambda options: False
-    needs_for: Callable[[str], bool] = lambda format: False
+    compares: Callable[[Any], bool] = _never
+    needs_for: Callable[[str], bool] = _never
 
     def calibrates(self, format: str) -> bool:
         """Returns whether it cannot serve this format without calibration."""
