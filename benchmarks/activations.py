@@ -5,7 +5,7 @@
 The judge dequantizes FILE's weights by its own code and runs them in float32, so that nothing but the runtime's arithmetic differs. Windows
 of 512 tokens do not overlap, no BOS is added; the second half of each window counts, as in llama-perplexity. Ours: the default kernels on
 whole windows and token by token, and `activations="float"` likewise; llama.cpp on whole windows, when it is installed and FILE is a GGUF.
-Writes benchmarks/results/activations-TYPE.json; the exit code is 1 when a demand that it decides is not held.
+Writes benchmarks/results/ISA/activations-TYPE.json; the exit code is 1 when a demand that it decides is not held.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks context FILE [--threads 2] [--rounds 5] [--length 4096] [--decode 64]
 
 Ours with the float16 and the int8 cache, and llama.cpp, in turns; the prefix is filled by a prefill before every measurement.
-Writes benchmarks/results/context.json; the exit code is 1 when a demand that it decides is not held.
+Writes benchmarks/results/ISA/context.json; the exit code is 1 when a demand that it decides is not held.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m benchmarks engine FOLDER [--pieces matrix,peers,...] [--models synth,...] [--types q4_0,...] [--threads 1,2] [--rounds 5]
     python -m benchmarks engine --report
 
-FOLDER holds the models (benchmarks/models.py); what is missing is made there, or named. Every piece writes benchmarks/results/NAME.json and
-prints its table and the demands that it decides; the exit code is 1 when one of them is not held. Pieces:
+FOLDER holds the models (benchmarks/models.py); what is missing is made there, or named. Every piece writes
+benchmarks/results/ISA/NAME.json and prints its table and the demands that it decides; the exit code is 1 when one of them is not
+held. Pieces:
 
 matrix   each of --models in each of --types, ours and llama.cpp on the same file, each of --threads: MODEL-TYPE.json
 peers    SmolLM2 in 4 bits in every runtime

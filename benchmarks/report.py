@@ -21,20 +21,22 @@ PIECES = ("peers", "ladder", "avx2", "load", "product", "context")
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Writes one result file, floats with five digits."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    """Writes one result file, floats with five digits, into the folder of the kernels that ran: what they reach is not comparable."""
+    folder = RESULTS / result["isa"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
 
 
-def read(names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Returns the named results, by default all, by name."""
-    paths = sorted(RESULTS.glob("*.json")) if names is None else [RESULTS / f"{name}.json" for name in names]
+def read(isa: str, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Returns the named results of these kernels, by default all, by name."""
+    folder = RESULTS / isa
+    paths = sorted(folder.glob("*.json")) if names is None else [folder / f"{name}.json" for name in names]
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def judge(names: Sequence[str]) -> int:
-    """Prints the demands that these results decide. Returns 1 when one is not held."""
-    results = read(names)
+    """Prints the demands that these results of this machine decide. Returns 1 when one is not held."""
+    results = read(isa(), names)
     decided = [d for d in demands(_proven(results)) if d.value is not None]
     if decided:
         print("\n" + "\n".join(_demands(decided)))
@@ -42,10 +44,14 @@ def judge(names: Sequence[str]) -> int:
 
 
 def write() -> int:
-    """Puts all tables into the README and prints them. Returns 1 unless every demand is measured and held."""
-    results = read()
-    decided = list(demands(_proven(results)))
-    text = "\n".join(_page(results, decided))
+    """Puts all tables into the README, machine by machine, and prints them. Returns 1 unless every demand is measured and held on each."""
+    pages, decided = [], []
+    for folder in sorted((f for f in RESULTS.iterdir() if f.is_dir()), reverse=True):
+        results = read(folder.name)
+        here = list(demands(_proven(results)))
+        pages.append("\n".join((f"### Measured on {folder.name}", "", *_page(results, here))))
+        decided += here
+    text = "\n\n".join(pages)
     old = README.read_text()
     before, _, rest = old.partition(MARKS[0])
     _, found, after = rest.partition(MARKS[1])
@@ -55,6 +61,13 @@ def write() -> int:
     README.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
     print(text)
     return int(not all(d.held for d in decided))
+
+
+def isa() -> str:
+    """Returns the name of the kernels that run here, which names the folder of their results."""
+    from tersor import _native
+
+    return _native.isa()
 
 
 def _proven(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -69,8 +82,8 @@ def _proven(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def table(name: str) -> str:
-    """Returns the table of one saved result, with a line that says where it was measured."""
-    result = read([name])[name]
+    """Returns the table of one result of this machine, with a line that says where it was measured."""
+    result = read(isa(), [name])[name]
     return "\n".join((_where(result), *_table(name, result)))
 
 
@@ -78,11 +91,11 @@ def _page(results: dict[str, dict[str, Any]], decided: Sequence[Demand]) -> Iter
     for model, title in MODELS.items():
         found = {name: r for name, r in results.items() if name.startswith(f"{model}-")}
         if found:
-            yield from (f"### {title}, llama.cpp on the same file", "", *_wheres(found), *_matrix(found), "")
+            yield from (f"#### {title}, llama.cpp on the same file", "", *_wheres(found), *_matrix(found), "")
     for piece in (*PIECES, *(name for name in results if name.startswith("activations-"))):
         if piece in results:
-            yield from (f"### {piece}", "", _where(results[piece]), *_table(piece, results[piece]), "")
-    yield from ("### What must hold", "", *_demands(decided))
+            yield from (f"#### {piece}", "", _where(results[piece]), *_table(piece, results[piece]), "")
+    yield from ("#### What must hold", "", *_demands(decided))
 
 
 def _demands(decided: Sequence[Demand]) -> list[str]:

@@ -96,9 +96,9 @@ def test_a_short_run_decides_nothing(monkeypatch, capsys):
     short = {"rounds": 2, "prefill": 512, "decode": 128} | result(
         row("tersor", [1.0] * 3, [1.0] * 3), row("llama.cpp", [1.0] * 3, [1.0] * 3)
     )
-    monkeypatch.setattr("benchmarks.report.read", lambda names: {"synth-q4_0": short})
+    monkeypatch.setattr("benchmarks.report.read", lambda isa, names: {"synth-q4_0": short})
     assert judge(["synth-q4_0"]) == 0
     assert "decides nothing" in capsys.readouterr().out
-    monkeypatch.setattr("benchmarks.report.read", lambda names: {"synth-q4_0": short | {"rounds": 5}})
+    monkeypatch.setattr("benchmarks.report.read", lambda isa, names: {"synth-q4_0": short | {"rounds": 5}})
     assert judge(["synth-q4_0"]) == 1
     assert "not held" in capsys.readouterr().out
