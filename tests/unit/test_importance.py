@@ -78,9 +78,11 @@ def test_what_is_measured_are_the_inputs_that_transformers_computes(model_type: 
         )
 
 
+@pytest.mark.slow  # `make test-all` installs llama-cpp-python
 def test_llama_cpp_quantizes_by_it_what_it_refuses_to_without(tmp_path: Path) -> None:
     """IQ2_XXS needs an importance for every matrix of a block, found by its name and of its length."""
-    llama = pytest.importorskip("llama_cpp.llama_cpp")
+    from llama_cpp import llama_cpp as llama
+
     model = tiny_model(tmp_path / "model", hidden=256, intermediate=256, layers=1)
     tersor.convert(model, tmp_path / "f16.gguf", verify=False, dequantize="f16")
     tersor.imatrix(model, tmp_path / "i.gguf", "pydoc", samples=2, seqlen=16)
