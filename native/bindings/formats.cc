@@ -74,28 +74,17 @@ Result<uint8_t> encode(const std::string& name, Matrix<float> w, std::optional<V
   return out;
 }
 
-using Halves = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<nb::numpy, float, nb::ndim<1>, nb::c_contig>;
-
-template <void widen(const uint16_t*, int64_t, float*)>
-Floats widened(Halves values) {
-  float* data = new float[values.shape(0)];
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+// A new array of the same length, each value converted.
+template <typename From, typename To, void convert(const From*, int64_t, To*)>
+nb::ndarray<nb::numpy, To, nb::ndim<1>, nb::c_contig> converted(
+    nb::ndarray<const From, nb::ndim<1>, nb::c_contig, nb::device::cpu> values) {
+  To* data = new To[values.shape(0)];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<To*>(p); });
   {
     nb::gil_scoped_release release;
-    widen(values.data(), static_cast<int64_t>(values.shape(0)), data);
+    convert(values.data(), static_cast<int64_t>(values.shape(0)), data);
   }
-  return Floats(data, {values.shape(0)}, owner);
-}
-
-auto narrow_f16(Vector w) {
-  uint16_t* data = new uint16_t[w.shape(0)];
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); });
-  {
-    nb::gil_scoped_release release;
-    tersor::narrow_f16(w.data(), static_cast<int64_t>(w.shape(0)), data);
-  }
-  return nb::ndarray<nb::numpy, uint16_t, nb::ndim<1>>(data, {w.shape(0)}, owner);
+  return nb::ndarray<nb::numpy, To, nb::ndim<1>, nb::c_contig>(data, {values.shape(0)}, owner);
 }
 
 float largest_magnitude(Vector w) {
@@ -116,10 +105,12 @@ std::pair<double, double> square_sums(Vector w, Vector decoded) {
 }  // namespace
 
 void bind_formats(nb::module_& m) {
-  m.def("widen_f16", &widened<tersor::widen_f16>, "values"_a,
+  m.def("widen_f16", &converted<uint16_t, float, tersor::widen_f16>, "values"_a,
         "Returns float32 (n,) of float16 bits, uint16 (n,); a NaN keeps its payload.");
-  m.def("widen_bf16", &widened<tersor::widen_bf16>, "values"_a, "Returns float32 (n,) of bfloat16 bits, uint16 (n,).");
-  m.def("narrow_f16", &narrow_f16, "w"_a, "Returns float16 bits, uint16 (n,), nearest to float32 (n,), ties to even.");
+  m.def("widen_bf16", &converted<uint16_t, float, tersor::widen_bf16>, "values"_a,
+        "Returns float32 (n,) of bfloat16 bits, uint16 (n,).");
+  m.def("narrow_f16", &converted<float, uint16_t, tersor::narrow_f16>, "w"_a,
+        "Returns float16 bits, uint16 (n,), nearest to float32 (n,), ties to even.");
   m.def("largest_magnitude", &largest_magnitude, "w"_a,
         "Returns the largest |w| of float32 (n,): 0 of nothing, NaN when there is one.");
   m.def("square_sums", &square_sums, "w"_a, "decoded"_a,
