@@ -86,8 +86,10 @@ $(foreach package,$(QUANTIZERS),$(eval $(call QUANTIZER,$(package))))
 demo: .venv/.base
 	$(BIN)/python -m tersor.demo
 
+# Hypothesis draws the same examples each time here (its profile "ci"), so that a commit fails for what it changed;
+# `make test-all` draws new ones.
 test: .venv/.test
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --hypothesis-profile=ci
 
 test-all: .venv/.bench .peers/.gptqmodel
 	TERSOR_PYTHON_GPTQMODEL=$(CURDIR)/.peers/gptqmodel/bin/python $(BIN)/python -m pytest

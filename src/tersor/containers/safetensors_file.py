@@ -139,9 +139,10 @@ def parse_json(text: bytes, where: str, what: str) -> Any:
 
 
 def shorten(text: object, limit: int = 100) -> str:
-    """Returns str(text) cut to a length that fits an error message; hostile names may be megabytes long."""
+    """Returns str(text) as one line that fits an error message: cut, and without control characters; hostile names have megabytes."""
     full = text if isinstance(text, str) else str(text)
-    return full if len(full) <= limit else full[: limit - 3] + "..."
+    short = full if len(full) <= limit else full[: limit - 3] + "..."
+    return short if short.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
 
 
 def _check_header(path: Path, header: Any, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
