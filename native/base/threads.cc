@@ -16,9 +16,11 @@ namespace {
 // How long a thread polls before it sleeps: some 100 us, more than what lies between two tokens of a decoding model.
 constexpr int kSpins = 6000;
 
-// A loop is cut into at most so many parts per thread, claimed one by one: a thread that the system stops holds up no
-// more than the part that it is at.
-constexpr int kPartsPerThread = 16;
+// A loop is done in rounds of a part per thread: half of all, half of the rest, .. and in the last round all that is
+// left, claimed one by one. So a thread that the system stops, or that comes late, leaves most of its work to the
+// others, for a few claims: each costs as much as the products of a thousand weights, since the line of the counter
+// changes its CPU.
+constexpr int kMostRounds = 5;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -42,16 +44,19 @@ T wait_change(const std::atomic<T>& value, T old) {
 
 struct Job {
   int64_t n, grain;
-  int threads, parts;
+  int threads, rounds;
   internal::RangeFunction run;
   void* context;
 
-  // Claims one after the other are far apart: threads that write next to each other would share cache lines.
-  void run_claim(int claim) const {
-    const int64_t part = int64_t(claim % threads) * (parts / threads) + claim / threads;
+  int parts() const { return threads * rounds; }
+
+  void run_part(int part) const {
     const int64_t units = (n + grain - 1) / grain;
-    const int64_t begin = units * part / parts * grain;
-    const int64_t end = std::min(n, units * (part + 1) / parts * grain);
+    const int round = part / threads, i = part % threads;
+    const int64_t first = units - (units >> round), left = units - first;
+    const int64_t length = round + 1 < rounds ? left - (units >> (round + 1)) : left;
+    const int64_t begin = (first + length * i / threads) * grain;
+    const int64_t end = std::min(n, (first + length * (i + 1) / threads) * grain);
     if (begin < end) run(context, begin, end);
   }
 };
@@ -72,10 +77,10 @@ class Pool {
     claims_.store(uint64_t(++number_) << 32 | kNoPart, std::memory_order_relaxed);
     n_.store(job.n, std::memory_order_release);
     grain_.store(job.grain, std::memory_order_release);
-    parts_.store(job.parts, std::memory_order_release);
+    rounds_.store(job.rounds, std::memory_order_release);
     run_.store(job.run, std::memory_order_release);
     context_.store(job.context, std::memory_order_release);
-    remaining_.store(job.parts, std::memory_order_relaxed);
+    remaining_.store(job.parts(), std::memory_order_relaxed);
     claims_.store(uint64_t(number_) << 32, std::memory_order_release);
     ticket_.store(uint64_t(number_) << kThreadBits | uint64_t(job.threads), std::memory_order_release);
     ticket_.notify_all();
@@ -92,14 +97,16 @@ class Pool {
   // Claims and runs parts of a job until there are none left.
   void work_on(uint32_t number, const Job& job) {
     inside = true;
+    int done = 0;
     uint64_t claim = claims_.load(std::memory_order_acquire);
-    while (uint32_t(claim >> 32) == number && int(uint32_t(claim)) < job.parts) {
+    while (uint32_t(claim >> 32) == number && int(uint32_t(claim)) < job.parts()) {
       if (!claims_.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
-      job.run_claim(int(uint32_t(claim)));
-      if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) remaining_.notify_one();
+      job.run_part(int(uint32_t(claim)));
+      ++done;
       claim = claims_.load(std::memory_order_acquire);
     }
+    if (done > 0 && remaining_.fetch_sub(done, std::memory_order_acq_rel) == done) remaining_.notify_one();
     inside = false;
   }
 
@@ -111,7 +118,7 @@ class Pool {
       const Job job = {n_.load(std::memory_order_acquire),
                        grain_.load(std::memory_order_acquire),
                        threads,
-                       parts_.load(std::memory_order_acquire),
+                       rounds_.load(std::memory_order_acquire),
                        run_.load(std::memory_order_acquire),
                        context_.load(std::memory_order_acquire)};
       work_on(uint32_t(ticket >> kThreadBits), job);
@@ -119,7 +126,7 @@ class Pool {
   }
 
   std::atomic<int64_t> n_{0}, grain_{1};
-  std::atomic<int> parts_{0};
+  std::atomic<int> rounds_{0};
   std::atomic<internal::RangeFunction> run_{nullptr};
   std::atomic<void*> context_{nullptr};
   uint32_t number_ = 0;  // of the job, below 2^32; changed by the caller only
@@ -181,8 +188,9 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction run, void* context) {
   if (workers > 1 && !inside && !alone) {
     Pool& p = the_pool();
     if (std::unique_lock lock(p.mutex, std::try_to_lock); lock) {
-      const int parts = workers * int(std::min<int64_t>(kPartsPerThread, units / workers));
-      return p.run({n, grain, workers, parts, run, context});
+      int rounds = 1;  // while every part of the last is a unit or more
+      while (rounds < kMostRounds && units >> rounds >= workers) ++rounds;
+      return p.run({n, grain, workers, rounds, run, context});
     }
   }
   run(context, 0, n);

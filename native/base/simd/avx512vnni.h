@@ -95,7 +95,6 @@ using Dot = I;
 inline constexpr bool kDotIsInt = true;
 template <int kBits>
 inline constexpr int kDotSteps = 8;
-inline Dot dot_zero() { return {_mm512_setzero_si512()}; }
 inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c.a); }
 template <int N>
@@ -114,6 +113,7 @@ inline Dot dot(Dot s, Codes w, Four x) {
   return s;
 #endif
 }
+inline Dot dot(Codes w, Four x) { return dot({_mm512_setzero_si512()}, w, x); }
 inline I widen(Dot d) { return d; }
 inline I add(I x, I y) { return {_mm512_add_epi32(x.a, y.a)}; }
 inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -144,7 +144,9 @@ inline Signed load_signed(const uint8_t* p) {
   return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
 }
 inline void store_opened(uint8_t* p, Signed w) { store_codes(p, w); }
-inline Signed load_opened(const uint8_t* p) { return load_codes(p); }
+inline constexpr int kSignedBytes = 1;
+using Opened = Signed;
+inline Opened load_opened(const uint8_t* p) { return load_codes(p); }
 using Table = __m512i;
 inline Table load_table(const int8_t* p) {
   const __m128i t = _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));
@@ -152,6 +154,8 @@ inline Table load_table(const int8_t* p) {
 }
 inline Signed lookup(Table t, Codes c) { return {_mm512_shuffle_epi8(t, c.a)}; }
 inline I dot_signed(I s, Signed w, Four x) { return dot(s, w, x); }
+inline I dot_opened(I s, Opened w, const int8_t* x) { return dot_signed(s, w, load_four(x)); }
+inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 
 struct Pairs {
   __m512i a;
@@ -175,8 +179,9 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 #endif
 }
 
-inline constexpr int kIntTile = 8;   // 8 registers of sums, 8 of dots
-inline constexpr int kFineTile = 4;  // 8 registers of dots
+inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read
+inline constexpr int kIntTile = 8;    // 8 registers of sums, 8 of dots
+inline constexpr int kFineTile = 4;   // 8 registers of dots
 inline constexpr int kFloatTile = 12;
 
 inline constexpr int kWideRows = 6, kWideVectors = 4;  // 24 registers of sums each

@@ -121,7 +121,7 @@ using Dot = I;
 inline constexpr bool kDotIsInt = true;
 template <int kBits>
 inline constexpr int kDotSteps = 8;
-inline Dot dot_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}; }
+inline I int_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}; }
 inline Codes load_codes(const uint8_t* p) {
   return {vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)};
 }
@@ -151,6 +151,7 @@ inline I dot_signed(I s, Signed w, Four x) {
   return {vdotq_s32(s.a, w.a, x), vdotq_s32(s.b, w.b, x), vdotq_s32(s.c, w.c, x), vdotq_s32(s.d, w.d, x)};
 }
 inline Dot dot(Dot s, Codes w, Four x) { return dot_signed(s, as_signed(w), x); }
+inline Dot dot(Codes w, Four x) { return dot(int_zero(), w, x); }
 inline I widen(Dot d) { return d; }
 inline I add(I x, I y) { return TERSOR_QUARTERS2(vaddq_s32, x, y); }
 
@@ -179,7 +180,6 @@ inline I widen_low(const uint8_t* p) { return from_u8(vandq_u8(vld1q_u8(p), vdup
 inline I widen_high(const uint8_t* p) { return from_u8(vshrq_n_u8(vld1q_u8(p), 4)); }
 
 inline constexpr int kSignedBias = 0;
-inline I int_zero() { return dot_zero(); }
 inline Signed load_signed(const uint8_t* p) { return as_signed(load_codes(p)); }
 inline void store_opened(uint8_t* p, Signed w) {
   vst1q_s8((int8_t*)p, w.a);
@@ -187,7 +187,11 @@ inline void store_opened(uint8_t* p, Signed w) {
   vst1q_s8((int8_t*)p + 32, w.c);
   vst1q_s8((int8_t*)p + 48, w.d);
 }
-inline Signed load_opened(const uint8_t* p) { return load_signed(p); }
+inline constexpr int kSignedBytes = 1;
+using Opened = Signed;
+inline Opened load_opened(const uint8_t* p) { return load_signed(p); }
+inline I dot_opened(I s, Opened w, const int8_t* x) { return dot_signed(s, w, load_four(x)); }
+inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 using Table = int8x16_t;
 inline Table load_table(const int8_t* p) { return vld1q_s8(p); }
 inline Signed lookup(Table t, Codes c) {
@@ -225,6 +229,7 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 #undef TERSOR_QUARTERS1
 #undef TERSOR_QUARTERS2
 
+inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read
 inline constexpr int kIntTile = 4;    // 16 registers of sums, 8 of codes, the activations; of 32
 inline constexpr int kFineTile = 2;   // 16 registers of dots, 4 of codes, the activations
 inline constexpr int kFloatTile = 6;  // 24 registers of sums, 4 of weights, the activation

@@ -168,7 +168,6 @@ using Dot = I;
 inline constexpr bool kDotIsInt = true;  // Dot is I, so that a sum may begin with any number
 template <int kBits>
 inline constexpr int kDotSteps = 8;
-inline Dot dot_zero() { return I{}; }
 inline Codes load_codes(const uint8_t* p) {
   Codes r;
   memcpy(r.v, p, 64);
@@ -189,6 +188,7 @@ inline Dot dot(Dot sum, const Codes& w, const Four& x) {
   for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(w.v[i]) * x.v[i % 4];
   return sum;
 }
+inline Dot dot(const Codes& w, const Four& x) { return dot(Dot{}, w, x); }
 inline I widen(const Dot& d) { return d; }
 inline I add(I a, const I& b) {
   TERSOR_EACH a.v[i] += b.v[i];
@@ -246,9 +246,13 @@ using Signed = Codes;
 inline constexpr int kSignedBias = 0;
 inline I int_zero() { return I{}; }
 inline Signed load_signed(const uint8_t* p) { return load_codes(p); }
-// To bytes that load_opened reads faster than load_signed would.
+// Signed codes of a step as many rows are multiplied by them: 64 * kSignedBytes bytes that store_opened writes and
+// load_opened reads. dot_opened is dot_signed with four activations as int8 at x, or, where kSignedBytes is 2, as int16
+// in the order in which `widen_fours` puts them.
+inline constexpr int kSignedBytes = 1;
+using Opened = Signed;
 inline void store_opened(uint8_t* p, const Signed& w) { store_codes(p, w); }
-inline Signed load_opened(const uint8_t* p) { return load_codes(p); }
+inline Opened load_opened(const uint8_t* p) { return load_codes(p); }
 // 16 signed bytes, indexed by 4-bit codes.
 struct Table {
   uint8_t v[16];
@@ -266,6 +270,8 @@ inline I dot_signed(I sum, const Signed& w, const Four& x) {
   for (int i = 0; i < 64; ++i) sum.v[i / 4] += int32_t(int8_t(w.v[i])) * x.v[i % 4];
   return sum;
 }
+inline I dot_opened(const I& sum, const Opened& w, const int8_t* x) { return dot_signed(sum, w, load_four(x)); }
+inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 
 // Sixteen pairs of int16: of int8 in memory, or one pair for all.
 struct Pairs {
@@ -295,8 +301,9 @@ inline I dot_pairs(I sum, const Pairs& x, const Pairs& y) {
 #undef TERSOR_EACH
 
 // Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
-inline constexpr int kIntTile = 1;   // of 8-bit activations
-inline constexpr int kFineTile = 1;  // of 15-bit activations
+inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read
+inline constexpr int kIntTile = 1;    // of 8-bit activations
+inline constexpr int kFineTile = 1;   // of 15-bit activations
 inline constexpr int kFloatTile = 1;
 
 // Register tiles of attention: rows by vectors of 16, when the rows are few and when they are many.

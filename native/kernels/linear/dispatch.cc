@@ -53,6 +53,9 @@ float threshold_of(const Rounding& rounding) {
   return rounding.kind == kOutlier ? rounding.value : std::numeric_limits<float>::infinity();
 }
 
+// Whether many rows are multiplied by these codes as int16.
+bool in_words(const Kernels& kernels, const Layout& l) { return kernels.signed_bytes == 2 && code_class(l.code) == 2; }
+
 // What dots begin with for every unit of sum q.
 int32_t start_factor(const Kernels& kernels, const Layout& l) {
   return (l.second == kZero ? 0 : l.offset) - (code_class(l.code) == 2 ? kernels.signed_bias : 0);
@@ -103,7 +106,7 @@ struct FineScratch {
 
 // Tiles of quantized rows, each with room for entries of outliers: one for each chunk, or two of kOutlier.
 struct TileScratch {
-  std::vector<int8_t> codes;
+  std::vector<int8_t> codes, wide;  // wide: as int16
   std::vector<float> scale, scaled_sums;
   std::vector<int32_t> sums, start, chunk;
   std::vector<int64_t> entries;
@@ -138,21 +141,24 @@ struct TileScratch {
     });
   }
 
-  void prepare(const Layout& l, int32_t offset) {
+  void prepare(const Kernels& kernels, const Layout& l) {
+    const int32_t offset = start_factor(kernels, l);
+    int8_t* words = in_words(kernels, l) ? grown(wide, 2 * tiles * room * kChunk * kTileRows) : nullptr;
     int32_t* to = grown(start, tiles * room * 2 * kTileRows);
     float* scaled = grown(scaled_sums, tiles * room * 2 * kTileRows);
     parallel_for(tiles, std::max<int64_t>(1, kMinMacs / 8 / (room * kTileRows)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * room * kTileRows;
+        if (words) kernels.widen(&codes[first * kChunk], entries[t] * kChunk * kTileRows, words + 2 * first * kChunk);
         scale_sums(l, &sums[2 * first], &scale[first], entries[t], kTileRows, offset, to + 2 * first,
                    scaled + 2 * first);
       }
     });
   }
 
-  Tile tile(int64_t t) const {
-    const int64_t first = t * room;
-    return {&codes[first * kChunk * kTileRows],
+  Tile tile(int64_t t, bool words) const {
+    const int64_t first = t * room, code = first * kChunk * kTileRows;
+    return {words ? &wide[2 * code] : &codes[code],
             &scale[first * kTileRows],
             &start[first * 2 * kTileRows],
             &scaled_sums[first * 2 * kTileRows],
@@ -166,10 +172,10 @@ struct OpenScratch {
   std::vector<uint8_t> codes;
   std::vector<float> scale, second;
 
-  OpenPanel room(const Layout& l, int64_t chunks) {
+  OpenPanel room(const Layout& l, int64_t chunks, int bytes) {
     const int64_t scales = chunks * (l.group == 16 ? 32 : 16);
     // Aligned to cache lines, since every load is a whole one.
-    auto* at = grown(codes, chunks * 512 + 64);
+    auto* at = grown(codes, chunks * 512 * bytes + 64);
     return {at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64, grown(scale, scales), grown(second, scales)};
   }
 };
@@ -211,28 +217,32 @@ IntegerPanel low_panel_of(const Part& part, int64_t panel) {
 
 // How many tiles one panel after the other is multiplied by before the next tiles come: so many as stay in a core's L2,
 // but enough that opening a panel for each such block costs little.
-int64_t tiles_held(int64_t columns) {
+int64_t tiles_held(int64_t columns, int bytes) {
   constexpr int64_t kHeldBytes = 192 << 10, kLeast = 16;
-  return std::max(kLeast, kHeldBytes / (chunks_of(columns) * (kChunk + 12) * kTileRows));
+  return std::max(kLeast, kHeldBytes / (chunks_of(columns) * (kChunk * bytes + 12) * kTileRows));
 }
 
 void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, int64_t n, const Output& out) {
   const Layout& l = part.layout;
   const int kind = code_class(l.code);
-  x.prepare(l, start_factor(kernels, l));
+  const bool words = in_words(kernels, l);
+  x.prepare(kernels, l);
   const TileKernel kernel = kernels.tile[kind][l.group == 16][has_second(l)];
-  const int64_t held = tiles_held(part.columns), blocks = (x.tiles + held - 1) / held, panels = part.panel_count();
+  const int64_t held = tiles_held(part.columns, words ? 2 : 1), blocks = (x.tiles + held - 1) / held,
+                panels = part.panel_count();
   parallel_for(blocks * panels, 1, [&](int64_t begin, int64_t end) {
     static thread_local OpenScratch scratch;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t panel = unit % panels, first = unit / panels * held, last = std::min(x.tiles, first + held);
-      const OpenPanel open = scratch.room(l, chunks_of(part.columns));
+      const OpenPanel open = scratch.room(l, chunks_of(part.columns), words ? 2 : 1);
       for (const bool low : {false, true}) {
         if (low && !part.low_table) break;
         kernels.open(low ? low_panel_of(part, panel) : panel_of(part, panel), open);
-        for (int64_t t = first; t < last; ++t) {
-          const int64_t row = t * kTileRows;
-          kernel(open, x.tile(t), int(std::min<int64_t>(kTileRows, n - row)),
+        for (int64_t t = first; t < last; t += kTilesHeld) {
+          const int64_t count = std::min<int64_t>(kTilesHeld, last - t), row = t * kTileRows;
+          Tile tiles[kTilesHeld];
+          for (int64_t i = 0; i < count; ++i) tiles[i] = x.tile(t + i, words);
+          kernel(open, tiles, int(std::min(count * kTileRows, n - row)),
                  low ? out.low_finish(part, panel, row) : out.finish(part, panel, row));
         }
       }
@@ -326,6 +336,14 @@ const float* gather(const float* x, int64_t n, const std::vector<int32_t>& order
   return to;
 }
 
+// Panels that a thread takes at least: worth its waking, and such that the threads' shares do not differ by one such
+// piece.
+int64_t even_grain(int64_t panels, int64_t macs) {
+  const int64_t worth = std::max<int64_t>(1, panels * macs / kMinMacs);
+  const int64_t pieces = worth > threads() ? worth - worth % threads() : worth;
+  return std::max<int64_t>(1, (panels + pieces - 1) / pieces);
+}
+
 // y = the parts' product, of x (n, columns of the parts).
 void multiply_parts(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
   const int64_t columns = weight.inner();
@@ -351,8 +369,8 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
       if (fine_bits != quantized) fine_scratch.quantize(kernels, weight.rounding, x, n, columns, fine_bits);
       quantized = fine_bits;
       const FineActivations fine = fine_scratch.prepare(part.layout, start_factor(kernels, part.layout));
-      const int64_t grain = std::max<int64_t>(1, kMinMacs / (part.columns * kPanelRows * n));
-      parallel_for(part.panel_count(), grain, [&](int64_t begin, int64_t end) {
+      const int64_t macs = part.columns * kPanelRows * n;
+      parallel_for(part.panel_count(), even_grain(part.panel_count(), macs), [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
           kernels.fine(panel_of(part, panel), fine, int(n), out.finish(part, panel, 0));
           if (part.low_table) kernels.fine(low_panel_of(part, panel), fine, int(n), out.low_finish(part, panel, 0));

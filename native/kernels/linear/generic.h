@@ -34,6 +34,8 @@ inline constexpr int kKernelClass = kDotIsInt && kClass == 1 ? 0 : kClass;
       quantize_tile_rows,                                            \
       largest_below,                                                 \
       fine,                                                          \
+      kSignedBytes,                                                  \
+      widen_fours,                                                   \
       kSignedBias,                                                   \
       open,                                                          \
       {TERSOR_TILES(0), TERSOR_TILES(1), TERSOR_TILES(2)},           \

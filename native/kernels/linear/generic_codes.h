@@ -6,6 +6,10 @@
 namespace tersor::linear {
 namespace {
 
+// Bytes of a code in an open panel, and of an activation that it is multiplied by.
+template <int kClass>
+inline constexpr int kOpenBytes = kClass == 2 ? kSignedBytes : 1;
+
 // Step I of a chunk whose codes are unsigned, from its bit planes at p.
 template <Code kCode, int I>
 inline Codes unsigned_step(const uint8_t* p) {
@@ -80,7 +84,7 @@ inline void expand_scales(const Layout& l, const uint8_t* p, int64_t columns, fl
 template <Code kCode, int I = 0>
 inline void open_chunk(const uint8_t* p, const Table& table, uint8_t* out) {
   if constexpr (code_class(kCode) == 2)
-    store_opened(out + 64 * I, signed_step<kCode, I>(p, table));
+    store_opened(out + 64 * kSignedBytes * I, signed_step<kCode, I>(p, table));
   else
     store_codes(out + 64 * I, unsigned_step<kCode, I>(p));
   if constexpr (I < 7) open_chunk<kCode, I + 1>(p, table, out);
@@ -88,7 +92,8 @@ inline void open_chunk(const uint8_t* p, const Table& table, uint8_t* out) {
 
 template <Code kCode>
 void open_codes(const uint8_t* p, int64_t chunks, const Table& table, uint8_t* out) {
-  for (int64_t c = 0; c < chunks; ++c) open_chunk<kCode>(p + 64 * code_bits(kCode) * c, table, out + 512 * c);
+  constexpr int kBytes = kOpenBytes<code_class(kCode)>;
+  for (int64_t c = 0; c < chunks; ++c) open_chunk<kCode>(p + 64 * code_bits(kCode) * c, table, out + 512 * kBytes * c);
 }
 
 using OpenCodes = void (*)(const uint8_t* p, int64_t chunks, const Table& table, uint8_t* out);
@@ -103,9 +108,10 @@ void open(const IntegerPanel& panel, const OpenPanel& out) {
   const uint8_t* p = panel.blocks;
   alignas(64) float scale[16 * 16], second[16 * 16];  // of a block's groups
   const int parts = l.group == 16 ? 2 : 1;            // scales of a chunk
+  const int bytes = code_class(l.code) == 2 ? kSignedBytes : 1;
   for (int64_t first = 0; first < panel.chunks; first += kBlockChunks) {
     const int64_t chunks = panel.chunks - first < kBlockChunks ? panel.chunks - first : kBlockChunks;
-    kOpenCodes[l.code](p, chunks, table, out.codes + 512 * first);
+    kOpenCodes[l.code](p, chunks, table, out.codes + 512 * bytes * first);
     p += code_bytes(l, 32 * chunks);
     expand_scales(l, p, 32 * chunks, scale, second);
     p += scale_bytes(l, 32 * chunks);

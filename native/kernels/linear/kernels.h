@@ -31,6 +31,7 @@ inline constexpr int kFloatPanels = 4;  // panels of one call of a float kernel
 inline constexpr int kMaxRows = 96;     // activation rows of one call of a float kernel
 inline constexpr int kFineRows = 16;    // up to so many activation rows are quantized to 15 bits, more to 8 bits
 inline constexpr int kCoarseBits = 2;   // codes of so many bits or fewer see 15 bits in outliers only
+inline constexpr int kTilesHeld = 4;    // tiles of one call of a kernel
 inline constexpr int kTileRows = 8;     // rows of a tile of 8-bit activations; a multiple of every register tile
 
 // How a code becomes an integer. kU1: 0 or 2; kU2 .. kU6: unsigned; kS8: -128..127; kT4: table of 16 int8.
@@ -116,7 +117,8 @@ struct FineActivations {
 // bits: x ~ scale * q, scale = max|x| / 127. The entries that follow are the second 8 bits of chunks that hold outliers
 // of some row (the other rows are 0 there), scale = max|x| / 16256; of kOutlier both 8 bits of the outliers alone.
 struct Tile {
-  const int8_t* codes;   // (entries, 8 steps, kTileRows, 4)
+  const int8_t* codes;   // (entries, 8 steps, kTileRows, 4); as int16 where the kernels have signed_bytes 2 and the
+                         // codes are signed
   const float* scale;    // (entries, kTileRows)
   const int32_t* start;  // (entries, kTileRows), or (entries, 2, kTileRows) when groups are of 16: what dots begin with
   const float* sums;     // like start: scale * sum q; for layouts with a minimum
@@ -135,7 +137,7 @@ struct TileBuffers {
 
 // A panel whose codes are bytes and whose scales are float32: what many activation rows are multiplied by.
 struct OpenPanel {
-  uint8_t* codes;  // (chunks, 8 steps, 64)
+  uint8_t* codes;  // (chunks, 8 steps, 64); of signed codes (chunks, 8 steps, 64 * signed_bytes)
   float* scale;    // (chunks, 16), or (chunks, 2, 16) when groups are of 16
   float* second;   // like scale; minima; null when there are none
 };
@@ -152,8 +154,8 @@ struct Finish {
 
 // The panel times n rows, 1 <= n <= kFineRows.
 using FineKernel = void (*)(const IntegerPanel& panel, const FineActivations& x, int n, const Finish& finish);
-// The panel times the first n rows of a tile, 1 <= n <= kTileRows.
-using TileKernel = void (*)(const OpenPanel& panel, const Tile& x, int n, const Finish& finish);
+// The panel times the first n rows of some tiles, 1 <= n <= kTilesHeld * kTileRows.
+using TileKernel = void (*)(const OpenPanel& panel, const Tile* tiles, int n, const Finish& finish);
 // Some panels, up to kFloatPanels, panel_bytes apart, times n rows, 1 <= n <= kMaxRows; finish is of the first, but
 // counts the rows of all.
 using FloatKernel = void (*)(const void* panels, int64_t panel_bytes, int count, int64_t k, const float* x,
@@ -176,6 +178,9 @@ struct Kernels {
   // The largest magnitude below the threshold of k values.
   float (*largest_below)(const float* x, int64_t k, float threshold);
   FineKernel fine;
+  int signed_bytes;  // of a signed code (class 2) in an open panel, and of the activations that it is multiplied by
+  // Where that is 2: activations of a tile, n codes, to int16.
+  void (*widen)(const int8_t* codes, int64_t n, int8_t* to);
   int signed_bias;  // what `open` adds to signed codes (class 2); Tile::start makes up for it
   void (*open)(const IntegerPanel& panel, const OpenPanel& out);
   TileKernel tile[3][2][2];  // [code_class][group == 16][minima]

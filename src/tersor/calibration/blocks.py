@@ -30,31 +30,30 @@ class Rows:
         """An existing file is opened, another made. kept: n, to keep all rows in memory, first those of a whole file; 0 = in the file."""
         self.path = path
         self.width = width
-        self._rows = np.empty((kept, width), np.float32) if kept else None
-        self._known = 0  # rows of the kept ones that were written
-        if self._rows is None:
+        self._kept: dict[int, Array] | None = {} if kept else None  # by first row, as they were written: not copied
+        if self._kept is None:
             path.touch()
             self._file = path.open("r+b", buffering=0)
         elif path.exists():
-            stored = np.fromfile(path, np.float32, count=self._rows.size)
-            self._known = len(stored) // width
-            self._rows[: self._known] = stored[: self._known * width].reshape(-1, width)
+            stored = np.fromfile(path, np.float32, count=kept * width)
+            self._kept[0] = stored[: len(stored) // width * width].reshape(-1, width)
 
     def write(self, begin: int, rows: Array) -> None:
-        """Stores rows (k, width) at begin."""
-        if self._rows is not None:
-            self._rows[begin : begin + len(rows)] = rows
-            self._known = max(self._known, begin + len(rows))
+        """Stores rows (k, width) at begin, not to be changed by the caller from then on. Whoever writes anew writes the same batches."""
+        if self._kept is not None:
+            self._kept[begin] = np.ascontiguousarray(rows)
             return
         self._file.seek(begin * self.width * 4)
         _write_all(self._file, rows)
 
     def read(self, begin: int, end: int) -> Array:
         """Returns rows begin to end, not to be written to. Raises OutputError when they were never written whole."""
-        if self._rows is not None:
-            if end > self._known:
+        if self._kept is not None:
+            found = [part[max(begin - first, 0) : end - first] for first, part in sorted(self._kept.items()) if first < end]
+            parts = [part for part in found if len(part)]
+            if sum(map(len, parts)) != end - begin:
                 raise self._cut_off()
-            kept = self._rows[begin:end]
+            kept = parts[0][:] if len(parts) == 1 else np.concatenate(parts)
             kept.flags.writeable = False
             return kept
         rows = np.empty((end - begin, self.width), np.float32)
@@ -72,14 +71,15 @@ class Rows:
 
     def close(self) -> None:
         """Closes the file, which stays; what is kept in memory stays there."""
-        if self._rows is None:
+        if self._kept is None:
             self._file.close()
 
     def store(self) -> None:
         """Has everything on disk. Raises OSError when it does not get there."""
-        if self._rows is not None:
+        if self._kept is not None:
             with self.path.open("wb", buffering=0) as file:
-                _write_all(file, self._rows[: self._known])
+                for _, rows in sorted(self._kept.items()):
+                    _write_all(file, rows)
         sync(self.path)
 
 
