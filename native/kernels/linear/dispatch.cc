@@ -218,7 +218,7 @@ IntegerPanel low_panel_of(const Part& part, int64_t panel) {
 // How many tiles one panel after the other is multiplied by before the next tiles come: so many as stay in a core's L2,
 // but enough that opening a panel for each such block costs little.
 int64_t tiles_held(int64_t columns, int bytes) {
-  constexpr int64_t kHeldBytes = 192 << 10, kLeast = 16;
+  constexpr int64_t kHeldBytes = 256 << 10, kLeast = 16;
   return std::max(kLeast, kHeldBytes / (chunks_of(columns) * (kChunk * bytes + 12) * kTileRows));
 }
 
@@ -228,8 +228,8 @@ void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, in
   const bool words = in_words(kernels, l);
   x.prepare(kernels, l);
   const TileKernel kernel = kernels.tile[kind][l.group == 16][has_second(l)];
-  const int64_t held = tiles_held(part.columns, words ? 2 : 1), blocks = (x.tiles + held - 1) / held,
-                panels = part.panel_count();
+  const int64_t most = tiles_held(part.columns, words ? 2 : 1), blocks = (x.tiles + most - 1) / most;
+  const int64_t held = (x.tiles + blocks - 1) / blocks, panels = part.panel_count();
   parallel_for(blocks * panels, 1, [&](int64_t begin, int64_t end) {
     static thread_local OpenScratch scratch;
     for (int64_t unit = begin; unit < end; ++unit) {
