@@ -18,8 +18,7 @@ constexpr int kSpins = 6000;
 
 // A loop is done in rounds of a part per thread: half of all, half of the rest, .. and in the last round all that is
 // left, claimed one by one. So a thread that the system stops, or that comes late, leaves most of its work to the
-// others, for a few claims: each costs as much as the products of a thousand weights, since the line of the counter
-// changes its CPU.
+// others, for a few claims, each of which takes the counter's cache line from the CPU that claimed before.
 constexpr int kMostRounds = 5;
 
 inline void pause() {

@@ -218,8 +218,8 @@ inline I dot_signed(I s, Signed w, Four x) {
   return s;
 }
 
-// Codes and activations as int16, columns 0 and 2 of every row and columns 1 and 3: 4 instructions for 32 products as
-// with bytes, of which 2 want a multiplier instead of 3.
+// Codes and activations as int16, columns 0 and 2 of every row and columns 1 and 3: as many instructions as with bytes,
+// which need the signs of the codes put on the activations, but fewer for the multipliers.
 inline constexpr int kSignedBytes = 2;
 struct Opened {
   __m256i even_a, even_b, odd_a, odd_b;
