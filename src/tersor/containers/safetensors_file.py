@@ -142,7 +142,14 @@ def shorten(text: object, limit: int = 100) -> str:
     """Returns str(text) as one line that fits an error message: cut, and without control characters; hostile names have megabytes."""
     full = text if isinstance(text, str) else str(text)
     short = full if len(full) <= limit else full[: limit - 3] + "..."
-    return short if short.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+    return short if short.isprintable() else _Escaped("".join(c if c.isprintable() else ascii(c)[1:-1] for c in short))
+
+
+class _Escaped(str):
+    """Text whose control characters are escaped; repr only puts it in quotes and does not escape it once more."""
+
+    def __repr__(self) -> str:
+        return f"'{self}'"
 
 
 def _check_header(path: Path, header: Any, data_bytes: int) -> tuple[dict[str, str], dict[str, Entry]]:
