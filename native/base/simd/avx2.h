@@ -281,6 +281,7 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 }
 
 inline constexpr int kAheadBits = 1;  // of codes that are asked for before they are read
+
 inline constexpr int kIntTile = 4;    // 8 registers of sums, 4 of codes, the activations
 inline constexpr int kFineTile = 2;   // 8 registers of dots
 inline constexpr int kFloatTile = 6;  // 12 registers of sums, 2 of weights, the activation

@@ -180,8 +180,9 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 }
 
 inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read
-inline constexpr int kIntTile = 8;    // 8 registers of sums, 8 of dots
-inline constexpr int kFineTile = 4;   // 8 registers of dots
+
+inline constexpr int kIntTile = 8;   // 8 registers of sums, 8 of dots
+inline constexpr int kFineTile = 4;  // 8 registers of dots
 inline constexpr int kFloatTile = 12;
 
 inline constexpr int kWideRows = 6, kWideVectors = 4;  // 24 registers of sums each

@@ -230,6 +230,7 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 #undef TERSOR_QUARTERS2
 
 inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read
+
 inline constexpr int kIntTile = 4;    // 16 registers of sums, 8 of codes, the activations; of 32
 inline constexpr int kFineTile = 2;   // 16 registers of dots, 4 of codes, the activations
 inline constexpr int kFloatTile = 6;  // 24 registers of sums, 4 of weights, the activation

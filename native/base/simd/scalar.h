@@ -300,10 +300,11 @@ inline I dot_pairs(I sum, const Pairs& x, const Pairs& y) {
 
 #undef TERSOR_EACH
 
-// Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
 inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read
-inline constexpr int kIntTile = 1;    // of 8-bit activations
-inline constexpr int kFineTile = 1;   // of 15-bit activations
+
+// Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
+inline constexpr int kIntTile = 1;   // of 8-bit activations
+inline constexpr int kFineTile = 1;  // of 15-bit activations
 inline constexpr int kFloatTile = 1;
 
 // Register tiles of attention: rows by vectors of 16, when the rows are few and when they are many.

@@ -53,8 +53,8 @@ float threshold_of(const Rounding& rounding) {
   return rounding.kind == kOutlier ? rounding.value : std::numeric_limits<float>::infinity();
 }
 
-// Whether many rows are multiplied by these codes as int16.
-bool in_words(const Kernels& kernels, const Layout& l) { return kernels.signed_bytes == 2 && code_class(l.code) == 2; }
+// Bytes of a code, and of an activation, when many rows are multiplied by these codes.
+int open_bytes(const Kernels& kernels, const Layout& l) { return kernels.widen && code_class(l.code) == 2 ? 2 : 1; }
 
 // What dots begin with for every unit of sum q.
 int32_t start_factor(const Kernels& kernels, const Layout& l) {
@@ -106,7 +106,8 @@ struct FineScratch {
 
 // Tiles of quantized rows, each with room for entries of outliers: one for each chunk, or two of kOutlier.
 struct TileScratch {
-  std::vector<int8_t> codes, wide;  // wide: as int16
+  std::vector<int8_t> codes, wide;  // wide: the same as int16, if `widened`
+  bool widened = false;
   std::vector<float> scale, scaled_sums;
   std::vector<int32_t> sums, start, chunk;
   std::vector<int64_t> entries;
@@ -114,6 +115,7 @@ struct TileScratch {
 
   void quantize(const Kernels& kernels, const Rounding& rounding, const float* x, int64_t n, int64_t columns) {
     const int64_t chunks = chunks_of(columns);
+    widened = false;
     tiles = (n + kTileRows - 1) / kTileRows;
     room = (rounding.kind == kOutlier ? 3 : 2) * chunks;
     int8_t* c = grown(codes, tiles * room * kChunk * kTileRows);
@@ -143,22 +145,24 @@ struct TileScratch {
 
   void prepare(const Kernels& kernels, const Layout& l) {
     const int32_t offset = start_factor(kernels, l);
-    int8_t* words = in_words(kernels, l) ? grown(wide, 2 * tiles * room * kChunk * kTileRows) : nullptr;
+    const bool widen = open_bytes(kernels, l) == 2 && !widened;
+    int8_t* words = widen ? grown(wide, 2 * tiles * room * kChunk * kTileRows) : nullptr;
+    widened |= widen;
     int32_t* to = grown(start, tiles * room * 2 * kTileRows);
     float* scaled = grown(scaled_sums, tiles * room * 2 * kTileRows);
     parallel_for(tiles, std::max<int64_t>(1, kMinMacs / 8 / (room * kTileRows)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * room * kTileRows;
-        if (words) kernels.widen(&codes[first * kChunk], entries[t] * kChunk * kTileRows, words + 2 * first * kChunk);
+        if (widen) kernels.widen(&codes[first * kChunk], entries[t] * kChunk * kTileRows, words + 2 * first * kChunk);
         scale_sums(l, &sums[2 * first], &scale[first], entries[t], kTileRows, offset, to + 2 * first,
                    scaled + 2 * first);
       }
     });
   }
 
-  Tile tile(int64_t t, bool words) const {
+  Tile tile(int64_t t, int bytes) const {
     const int64_t first = t * room, code = first * kChunk * kTileRows;
-    return {words ? &wide[2 * code] : &codes[code],
+    return {bytes == 2 ? &wide[2 * code] : &codes[code],
             &scale[first * kTileRows],
             &start[first * 2 * kTileRows],
             &scaled_sums[first * 2 * kTileRows],
@@ -224,24 +228,23 @@ int64_t tiles_held(int64_t columns, int bytes) {
 
 void multiply_tiles(const Kernels& kernels, const Part& part, TileScratch& x, int64_t n, const Output& out) {
   const Layout& l = part.layout;
-  const int kind = code_class(l.code);
-  const bool words = in_words(kernels, l);
+  const int kind = code_class(l.code), bytes = open_bytes(kernels, l);
   x.prepare(kernels, l);
   const TileKernel kernel = kernels.tile[kind][l.group == 16][has_second(l)];
-  const int64_t most = tiles_held(part.columns, words ? 2 : 1), blocks = (x.tiles + most - 1) / most;
+  const int64_t most = tiles_held(part.columns, bytes), blocks = (x.tiles + most - 1) / most;
   const int64_t held = (x.tiles + blocks - 1) / blocks, panels = part.panel_count();
   parallel_for(blocks * panels, 1, [&](int64_t begin, int64_t end) {
     static thread_local OpenScratch scratch;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t panel = unit % panels, first = unit / panels * held, last = std::min(x.tiles, first + held);
-      const OpenPanel open = scratch.room(l, chunks_of(part.columns), words ? 2 : 1);
+      const OpenPanel open = scratch.room(l, chunks_of(part.columns), bytes);
       for (const bool low : {false, true}) {
         if (low && !part.low_table) break;
         kernels.open(low ? low_panel_of(part, panel) : panel_of(part, panel), open);
         for (int64_t t = first; t < last; t += kTilesHeld) {
           const int64_t count = std::min<int64_t>(kTilesHeld, last - t), row = t * kTileRows;
           Tile tiles[kTilesHeld];
-          for (int64_t i = 0; i < count; ++i) tiles[i] = x.tile(t + i, words);
+          for (int64_t i = 0; i < count; ++i) tiles[i] = x.tile(t + i, bytes);
           kernel(open, tiles, int(std::min(count * kTileRows, n - row)),
                  low ? out.low_finish(part, panel, row) : out.finish(part, panel, row));
         }

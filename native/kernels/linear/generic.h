@@ -34,7 +34,6 @@ inline constexpr int kKernelClass = kDotIsInt && kClass == 1 ? 0 : kClass;
       quantize_tile_rows,                                            \
       largest_below,                                                 \
       fine,                                                          \
-      kSignedBytes,                                                  \
       widen_fours,                                                   \
       kSignedBias,                                                   \
       open,                                                          \

@@ -117,8 +117,7 @@ struct FineActivations {
 // bits: x ~ scale * q, scale = max|x| / 127. The entries that follow are the second 8 bits of chunks that hold outliers
 // of some row (the other rows are 0 there), scale = max|x| / 16256; of kOutlier both 8 bits of the outliers alone.
 struct Tile {
-  const int8_t* codes;   // (entries, 8 steps, kTileRows, 4); as int16 where the kernels have signed_bytes 2 and the
-                         // codes are signed
+  const int8_t* codes;   // (entries, 8 steps, kTileRows, 4); as int16 where the panel's codes are
   const float* scale;    // (entries, kTileRows)
   const int32_t* start;  // (entries, kTileRows), or (entries, 2, kTileRows) when groups are of 16: what dots begin with
   const float* sums;     // like start: scale * sum q; for layouts with a minimum
@@ -137,7 +136,7 @@ struct TileBuffers {
 
 // A panel whose codes are bytes and whose scales are float32: what many activation rows are multiplied by.
 struct OpenPanel {
-  uint8_t* codes;  // (chunks, 8 steps, 64); of signed codes (chunks, 8 steps, 64 * signed_bytes)
+  uint8_t* codes;  // (chunks, 8 steps, 64); where the kernels widen signed codes as int16
   float* scale;    // (chunks, 16), or (chunks, 2, 16) when groups are of 16
   float* second;   // like scale; minima; null when there are none
 };
@@ -178,8 +177,7 @@ struct Kernels {
   // The largest magnitude below the threshold of k values.
   float (*largest_below)(const float* x, int64_t k, float threshold);
   FineKernel fine;
-  int signed_bytes;  // of a signed code (class 2) in an open panel, and of the activations that it is multiplied by
-  // Where that is 2: activations of a tile, n codes, to int16.
+  // Activations of a tile, n codes, to int16, where signed codes (class 2) are multiplied as such; else null.
   void (*widen)(const int8_t* codes, int64_t n, int8_t* to);
   int signed_bias;  // what `open` adds to signed codes (class 2); Tile::start makes up for it
   void (*open)(const IntegerPanel& panel, const OpenPanel& out);
