@@ -30,8 +30,13 @@ from benchmarks.memory import make as make_checkpoint
 from benchmarks.runtimes import NotHere, python_of
 
 TYPES = ("f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "q6_k", "q2_k", "iq4_xs", "int4_g64")
-MODELS = {"smollm2": (*TYPES, "iq4_nl"), "synth": (*TYPES, "int8_all", "int4_all", "int2_all"), "qwen": ("q4_k_m",)}  # in which types
+MODELS = {  # in which types
+    "smollm2": (*TYPES, "iq4_nl", "q4_0_pure"),
+    "synth": (*TYPES, "int8_all", "int4_all", "int2_all"),
+    "qwen": ("q4_k_m",),
+}
 LLAMA_TYPES = {"bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q4_k_m": 15, "q6_k": 18, "q2_k": 10, "iq4_xs": 30, "iq4_nl": 25}  # llama_ftype
+PURE = {"q4_0_pure": "q4_0"}  # the head in the same type, where llama.cpp's mixture gives it 6 or 8 bits
 RECIPES = {  # compressed-tensors directories, which only we run. A head that no rule names stays in 16 bits, a tied one must
     "int4_g64": "rtn:int4_g64",
     "int8_all": "rtn:int8_c, lm_head=int8_c",
@@ -105,10 +110,10 @@ def _make(folder: Path, name: str, kind: str, path: Path) -> None:
         convert(_path(folder, "smollm2", "q4_1"), part, dequantize=kind, force=True, verify=False)
     elif kind in RECIPES:
         quantize(_path(folder, name, "f16"), part, RECIPES[kind], force=True, verify=False)
-    elif kind in LLAMA_TYPES:
-        _llama_quantize(_path(folder, name, "f16"), part, LLAMA_TYPES[kind])
+    elif kind in LLAMA_TYPES or kind in PURE:
+        _llama_quantize(_path(folder, name, "f16"), part, LLAMA_TYPES[PURE.get(kind, kind)], pure=kind in PURE)
     else:
-        raise NotHere(f"{name} in {kind}: unknown; types are f16, {', '.join((*LLAMA_TYPES, *RECIPES))}")
+        raise NotHere(f"{name} in {kind}: unknown; types are f16, {', '.join((*LLAMA_TYPES, *PURE, *RECIPES))}")
     part.rename(path)
 
 
@@ -126,8 +131,11 @@ def _make_synth(tokenizer: Path, out: Path) -> None:
         convert(source, out, to="gguf", force=True, verify=False)
 
 
-def _llama_quantize(source: Path, out: Path, kind: int) -> None:
-    """Writes source in a llama_ftype by llama.cpp's own quantizer. Raises NotHere without llama-cpp-python, RuntimeError when it fails."""
+def _llama_quantize(source: Path, out: Path, kind: int, pure: bool) -> None:
+    """Writes source in a llama_ftype by llama.cpp's own quantizer; pure: every matrix in one type.
+
+    Raises NotHere without llama-cpp-python, RuntimeError when it fails.
+    """
     try:
         from llama_cpp import llama_cpp as c
     except ImportError:
@@ -135,7 +143,7 @@ def _llama_quantize(source: Path, out: Path, kind: int) -> None:
     silent = c.llama_log_callback(lambda level, text, data: None)
     c.llama_log_set(silent, ctypes.c_void_p(0))
     options = c.llama_model_quantize_default_params()
-    options.ftype, options.nthread = kind, os.cpu_count() or 1
+    options.ftype, options.pure, options.nthread = kind, pure, os.cpu_count() or 1
     code = c.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(options))
     if code:
         raise RuntimeError(f"llama_model_quantize: {source} to type {kind} gave {code}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.demands import Demand, demands, share
+from benchmarks.demands import Demand, counterpart, demands, share
 from benchmarks.speed import ratio
 
 RESULTS = Path(__file__).parent / "results"
@@ -215,15 +215,14 @@ def _ladder(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _rows(result: dict[str, Any]) -> Iterator[str]:
-    """Yields every lane of a result, and how much faster ours is: in the same type and threads, or else the first lane."""
+    """Yields every lane of a result, and how much faster our counterpart is."""
     columns = ("runtime", "type", "threads", "prefill t/s", "decode t/s", "ours is faster: prefill", "decode")
     yield from _head(*columns, "of int8 peak", "of bandwidth", "resident / peak MiB")
     ours = [r for r in result["rows"] if r["runtime"].startswith("tersor")]
     for r in result["rows"]:
         kind = "int4" if r["runtime"] in ("OpenVINO", "onnxruntime-genai") else "" if r["runtime"].startswith("transformers") else r["type"]
-        beside = [o for o in ours if o["threads"] == r["threads"]] if r not in ours else []
-        best = next((o for o in beside if o["type"] == r["type"]), beside[0] if beside else None)
-        times = " | ".join(f"{ratio(best[what], r[what]):.2f}x" if best else "" for what in ("prefill", "decode"))
+        beside = counterpart(r, ours) if r not in ours else None
+        times = " | ".join(f"{ratio(beside[what], r[what]):.2f}x" if beside else "" for what in ("prefill", "decode"))
         shares = (("prefill", "peak", "operations"), ("decode", "bandwidth", "token_bytes"))
         limits = " | ".join(_percent(share(result, r, *s)) if kind not in ("", "int4") else "" for s in shares)
         memory = f"{r['resident_mib']:.0f} / {r['peak_mib']:.0f}"

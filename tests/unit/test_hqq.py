@@ -71,9 +71,9 @@ def test_no_row_gets_worse_in_the_norm_that_is_minimized(name):
         assert after.sum() <= before.sum() * (1 + 1e-5)
 
 
-def test_minimum_forms_gain_clearly():
+def test_minima_and_zeros_between_the_codes_gain_clearly():
     w = weights(64, 768)
-    for name in ("int2_g32m", "int3_g64m"):
+    for name in ("int2_g32m", "int3_g64m", "int2_g32z", "int3_g64z"):
         assert miss(name, hqq(w, FORMATS[name]), w).sum() < 0.97 * miss(name, FORMATS[name].quantize(w), w).sum()
 
 
@@ -99,6 +99,6 @@ def test_bad_options_are_refused(bad):
 def test_a_group_of_zeros_stays_zero():
     w = weights(2, 128)
     w[0, :64] = 0
-    for name in ("int4_g64", "int4_g64m"):
+    for name in ("int4_g64", "int4_g64m", "int4_g64z"):
         f = get_format(name)
         assert not f.dequantize(hqq(w, f))[0, :64].any()

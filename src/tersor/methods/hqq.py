@@ -79,6 +79,8 @@ def _hqq_rows(w: Array, format: Format, options: HqqOptions) -> QuantizedTensor:
         zero = (codes.reshape(blocks.shape) - (blocks / s - shrunk)).mean(axis=-1, dtype=np.float64).astype(np.float32)
         if name == "min":
             params[name] = (-zero * s[..., 0]).astype(best.dtype)
+        elif best.dtype.kind == "f":
+            params[name] = zero.astype(best.dtype)
         else:
             params[name] = np.clip(np.rint(zero), 0, 2**format.bits - 1).astype(np.uint8)
         codes = format.encode(w, params)
