@@ -14,12 +14,12 @@
 namespace tersor {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kNeonDot};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kNeonDot};
 
 #if defined(__x86_64__)
 
 struct Features {
-  bool avx2 = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false;
 };
 
 // Register state that the operating system saves (XCR0): bit 1 SSE, 2 AVX, 5..7 AVX-512 (Intel SDM vol. 1, 13.3).
@@ -39,8 +39,12 @@ Features detect() {
   f.avx2 = (saved & 0x6) == 0x6 && fma && f16c && (b >> 5 & 1);
   const bool f512 = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   f.avx512vnni = f.avx2 && (saved & 0xe6) == 0xe6 && f512 && dq && bw && vl && vnni;
-#ifdef TERSOR_EMULATE_AVX512
-  f.avx512vnni = true;
+#ifdef TERSOR_AVXVNNI
+  const unsigned subleaves = a;
+  f.avxvnni = f.avx2 && subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
+#ifdef TERSOR_EMULATE
+  f.avxvnni = f.avx512vnni = true;
 #endif
   return f;
 }
@@ -48,6 +52,7 @@ Features detect() {
 bool supported(Isa isa) {
   static const Features features = detect();
   if (isa == Isa::kAvx2) return features.avx2;
+  if (isa == Isa::kAvxVnni) return features.avxvnni;
   if (isa == Isa::kAvx512Vnni) return features.avx512vnni;
   return isa == Isa::kScalar;
 }
@@ -105,6 +110,7 @@ Choice& the_choice() {
 
 const char* isa_name(Isa isa) {
   if (isa == Isa::kAvx2) return "avx2";
+  if (isa == Isa::kAvxVnni) return "avxvnni";
   if (isa == Isa::kAvx512Vnni) return "avx512vnni";
   if (isa == Isa::kNeonDot) return "neondot";
   return "scalar";

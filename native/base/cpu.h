@@ -9,9 +9,10 @@ namespace tersor {
 // In ascending order of speed.
 //   scalar:     plain C++, any CPU; the reference for the others
 //   avx2:       x86: AVX2 + FMA + F16C
+//   avxvnni:    x86: avx2 + AVX-VNNI
 //   avx512vnni: x86: avx2 + AVX-512 F, BW, VL, DQ, VNNI
 //   neondot:    ARM, 64 bits: ARMv8.2 with the int8 dot products sdot and udot
-enum class Isa { kScalar, kAvx2, kAvx512Vnni, kNeonDot };
+enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeonDot };
 
 // Name as in TERSOR_ISA.
 const char* isa_name(Isa isa);

@@ -1,7 +1,7 @@
 // Sixteen floats as one AVX-512 register. Names and meanings: base/simd/scalar.h. Include only from *x86_avx512vnni.cc.
 #pragma once
 
-#ifdef TERSOR_EMULATE_AVX512
+#ifdef TERSOR_EMULATE
 #include "base/simd/emulated_avx512.h"
 #else
 #include <immintrin.h>
@@ -106,7 +106,7 @@ inline Codes bits_of(Codes c, int mask) {
 }
 inline Codes join(Codes a, Codes b) { return {_mm512_or_si512(a.a, b.a)}; }
 inline Dot dot(Dot s, Codes w, Four x) {
-#ifdef TERSOR_EMULATE_AVX512
+#ifdef TERSOR_EMULATE
   return {_mm512_dpbusd_epi32(s.a, w.a, x)};
 #else  // from the intrinsic, GCC 12 copies every sum to another register and back
   asm("vpdpbusd %2, %1, %0" : "+v"(s.a) : "v"(w.a), "v"(x));
@@ -171,7 +171,7 @@ inline Pairs set_pair(const int16_t* p) {
   return {_mm512_set1_epi32(x)};
 }
 inline I dot_pairs(I s, Pairs x, Pairs y) {
-#ifdef TERSOR_EMULATE_AVX512
+#ifdef TERSOR_EMULATE
   return {_mm512_dpwssd_epi32(s.a, x.a, y.a)};
 #else  // from the intrinsic, GCC 12 copies every sum to another register and back
   asm("vpdpwssd %2, %1, %0" : "+v"(s.a) : "v"(x.a), "v"(y.a));

@@ -52,6 +52,12 @@ inline simde__m512i _mm512_cvtps_epi32(const simde__m512& v) {
 inline simde__m512 _mm512_cvtepi32_ps(const simde__m512i& v) {
   return emulate<simde__m512, float>([&](int i) { return lane_of<int32_t>(v, i); });
 }
+inline simde__m512i _mm512_cvtepi8_epi32(const simde__m128i& v) {
+  return emulate<simde__m512i, int32_t>([&](int i) { return lane_of<int8_t>(v, i); });
+}
+inline simde__m512i _mm512_cvtepu8_epi32(const simde__m128i& v) {
+  return emulate<simde__m512i, int32_t>([&](int i) { return lane_of<uint8_t>(v, i); });
+}
 inline simde__m512i _mm512_cvtepu16_epi32(const simde__m256i& v) {
   return emulate<simde__m512i, int32_t>([&](int i) { return lane_of<uint16_t>(v, i); });
 }

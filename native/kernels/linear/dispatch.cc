@@ -352,7 +352,7 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
   const int64_t columns = weight.inner();
   static thread_local FineScratch fine_scratch;
   static thread_local TileScratch tile_scratch;
-  const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
+  const Kernels& kernels = TERSOR_ACTIVE_BYTE_KERNELS();
   const bool integer = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return p.integer; });
   const auto part_output = [&](int64_t first_row, int64_t part_row) {
     const int64_t at = first_row * weight.rows + part_row;
@@ -406,7 +406,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
   multiply_parts(gather(x, n, weight.order, 0, columns, gathered), n, weight, residual, y);
   for (const Part& part : weight.apart) {
     const float* values = gather(x, n, weight.order, columns, part.columns, beside);
-    multiply_floats(TERSOR_ACTIVE_KERNELS(), part, values, n, Output{y, y, weight.rows});
+    multiply_floats(TERSOR_ACTIVE_BYTE_KERNELS(), part, values, n, Output{y, y, weight.rows});
   }
 }
 

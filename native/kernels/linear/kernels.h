@@ -191,6 +191,6 @@ static constexpr int code_class(Code code) { return code <= kU4 ? 0 : code <= kU
 // A minimum or a zero point makes the kernels add second * sum of the activations.
 static constexpr bool has_second(const Layout& layout) { return layout.second != kNone; }
 
-TERSOR_KERNEL_TABLES
+TERSOR_BYTE_KERNEL_TABLES
 
 }  // namespace tersor::linear

@@ -8,7 +8,7 @@
 namespace tersor::peak {
 
 int64_t multiply_bytes(int64_t rounds) {
-  const Kernels& kernels = TERSOR_ACTIVE_KERNELS();
+  const Kernels& kernels = TERSOR_ACTIVE_BYTE_KERNELS();
   uint8_t bytes[kBytes];
   for (int i = 0; i < kBytes; ++i) bytes[i] = uint8_t(i * 7 % 127);
   std::atomic<uint32_t> sink{0};

@@ -16,6 +16,6 @@ struct Kernels {
 
 inline constexpr int kBytes = 1024;  // that multiply may read
 
-TERSOR_KERNEL_TABLES
+TERSOR_BYTE_KERNEL_TABLES
 
 }  // namespace tersor::peak

@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#ifdef TERSOR_EMULATE_AVX512
+#ifdef TERSOR_EMULATE
 #include "base/simd/emulated_avx512.h"
 #else
 #include <immintrin.h>
