@@ -14,7 +14,7 @@
 namespace tersor {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kNeonDot};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kNeonDot, Isa::kNeonI8mm};
 
 #if defined(__x86_64__)
 
@@ -61,7 +61,8 @@ bool supported(Isa isa) {
 
 bool supported(Isa isa) {
   static const bool neondot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-  return isa == Isa::kScalar || (isa == Isa::kNeonDot && neondot);
+  static const bool neoni8mm = neondot && getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+  return isa == Isa::kScalar || (isa == Isa::kNeonDot && neondot) || (isa == Isa::kNeonI8mm && neoni8mm);
 }
 
 #else
@@ -113,6 +114,7 @@ const char* isa_name(Isa isa) {
   if (isa == Isa::kAvxVnni) return "avxvnni";
   if (isa == Isa::kAvx512Vnni) return "avx512vnni";
   if (isa == Isa::kNeonDot) return "neondot";
+  if (isa == Isa::kNeonI8mm) return "neoni8mm";
   return "scalar";
 }
 

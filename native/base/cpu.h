@@ -12,7 +12,8 @@ namespace tersor {
 //   avxvnni:    x86: avx2 + AVX-VNNI
 //   avx512vnni: x86: avx2 + AVX-512 F, BW, VL, DQ, VNNI
 //   neondot:    ARM, 64 bits: ARMv8.2 with the int8 dot products sdot and udot
-enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeonDot };
+//   neoni8mm:   ARM: neondot + smmla (I8MM; of ARMv8.6)
+enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeonDot, kNeonI8mm };
 
 // Name as in TERSOR_ISA.
 const char* isa_name(Isa isa);

@@ -4,7 +4,7 @@
 
 #include "base/cpu.h"
 
-// TERSOR_ACTIVE_KERNELS runs AVX2's on AVX-VNNI, which differs from it in products of bytes alone;
+// AVX-VNNI differs from AVX2 in products of bytes alone, and I8MM from sdot: elsewhere TERSOR_ACTIVE_KERNELS has those.
 // TERSOR_ACTIVE_BYTE_KERNELS is for tables with TERSOR_BYTE_KERNEL_TABLES.
 #if defined(__x86_64__)
 #define TERSOR_X86_KERNELS(avxvnni)                        \
@@ -15,8 +15,10 @@
 #define TERSOR_ACTIVE_KERNELS() TERSOR_X86_KERNELS(avx2_kernels)
 #define TERSOR_ACTIVE_BYTE_KERNELS() TERSOR_X86_KERNELS(avxvnni_kernels)
 #elif defined(__aarch64__)
-#define TERSOR_ACTIVE_KERNELS() (active_isa() == Isa::kNeonDot ? neondot_kernels : scalar_kernels)
-#define TERSOR_ACTIVE_BYTE_KERNELS TERSOR_ACTIVE_KERNELS
+#define TERSOR_ARM_KERNELS(neoni8mm) \
+  (active_isa() == Isa::kNeonDot ? neondot_kernels : active_isa() == Isa::kNeonI8mm ? neoni8mm : scalar_kernels)
+#define TERSOR_ACTIVE_KERNELS() TERSOR_ARM_KERNELS(neondot_kernels)
+#define TERSOR_ACTIVE_BYTE_KERNELS() TERSOR_ARM_KERNELS(neoni8mm_kernels)
 #else
 #define TERSOR_ACTIVE_KERNELS() (scalar_kernels)
 #define TERSOR_ACTIVE_BYTE_KERNELS TERSOR_ACTIVE_KERNELS

@@ -1,6 +1,6 @@
 // Declares the table of kernels of every instruction set that this build has; one is picked by base/isa_table.h. For
 // kernels.h files, within their namespace, after their struct Kernels: TERSOR_KERNEL_TABLES, or
-// TERSOR_BYTE_KERNEL_TABLES where products of bytes make AVX-VNNI a set of its own.
+// TERSOR_BYTE_KERNEL_TABLES where products of bytes make AVX-VNNI and NEON's I8MM sets of their own.
 #pragma once
 
 #if defined(__x86_64__)
@@ -15,7 +15,9 @@
 #define TERSOR_KERNEL_TABLES           \
   extern const Kernels scalar_kernels; \
   extern const Kernels neondot_kernels;
-#define TERSOR_BYTE_KERNEL_TABLES TERSOR_KERNEL_TABLES
+#define TERSOR_BYTE_KERNEL_TABLES \
+  TERSOR_KERNEL_TABLES            \
+  extern const Kernels neoni8mm_kernels;
 #else
 #define TERSOR_KERNEL_TABLES extern const Kernels scalar_kernels;
 #define TERSOR_BYTE_KERNEL_TABLES TERSOR_KERNEL_TABLES

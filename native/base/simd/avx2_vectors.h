@@ -175,6 +175,8 @@ inline I widen_high(const uint8_t* p) {
 
 inline I int_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 
+inline constexpr int kStepColumns = 4;
+
 struct Pairs {
   __m256i a, b;
 };

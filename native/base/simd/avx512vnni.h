@@ -157,6 +157,8 @@ inline I dot_signed(I s, Signed w, Four x) { return dot(s, w, x); }
 inline I dot_opened(I s, Opened w, const int8_t* x) { return dot_signed(s, w, load_four(x)); }
 inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 
+inline constexpr int kStepColumns = 4;
+
 struct Pairs {
   __m512i a;
 };

@@ -273,6 +273,11 @@ inline I dot_signed(I sum, const Signed& w, const Four& x) {
 inline I dot_opened(const I& sum, const Opened& w, const int8_t* x) { return dot_signed(sum, w, load_four(x)); }
 inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 
+// Columns of a step as many rows are multiplied: 4, or 8, where two steps of codes are joined to one. store_joined then
+// writes their 128 bytes, signed or below 64; joined_dots sums kSteps of those times the codes of kIntTile activation
+// rows at x, of kRows that are 8 bytes apart.
+inline constexpr int kStepColumns = 4;
+
 // Sixteen pairs of int16: of int8 in memory, or one pair for all.
 struct Pairs {
   int16_t v[32];

@@ -81,13 +81,26 @@ inline void expand_scales(const Layout& l, const uint8_t* p, int64_t columns, fl
   }
 }
 
+// Codes of step I, signed or not, as the code is.
+template <Code kCode, int I>
+inline auto step_codes(const uint8_t* p, const Table& table) {
+  if constexpr (code_class(kCode) == 2)
+    return signed_step<kCode, I>(p, table);
+  else
+    return unsigned_step<kCode, I>(p);
+}
+
 template <Code kCode, int I = 0>
 inline void open_chunk(const uint8_t* p, const Table& table, uint8_t* out) {
-  if constexpr (code_class(kCode) == 2)
-    store_opened(out + 64 * kSignedBytes * I, signed_step<kCode, I>(p, table));
+  const auto codes = step_codes<kCode, I>(p, table);
+  constexpr int kNext = I + kStepColumns / 4;
+  if constexpr (kStepColumns == 8)
+    store_joined(out + 64 * I, codes, step_codes<kCode, I + 1>(p, table));
+  else if constexpr (code_class(kCode) == 2)
+    store_opened(out + 64 * kSignedBytes * I, codes);
   else
-    store_codes(out + 64 * I, unsigned_step<kCode, I>(p));
-  if constexpr (I < 7) open_chunk<kCode, I + 1>(p, table, out);
+    store_codes(out + 64 * I, codes);
+  if constexpr (kNext < 8) open_chunk<kCode, kNext>(p, table, out);
 }
 
 template <Code kCode>

@@ -32,9 +32,10 @@ inline int32_t split(const F& x, const F& inverse, int8_t* high, int8_t* low) {
   return sum_int(q);
 }
 
-// Writes the 32 codes of a row where the tile has them: four columns a step, kTileRows rows apart.
-inline void spread(const int8_t* codes, int8_t* out) {
-  for (int step = 0; step < 8; ++step) memcpy(out + 4 * kTileRows * step, codes + 4 * step, 4);
+// Writes the 32 codes of a row to an entry of a tile: kStepColumns columns a step.
+inline void spread(const int8_t* codes, int row, int8_t* entry) {
+  constexpr int kColumns = kStepColumns;
+  for (int c = 0; c < 32; c += kColumns) memcpy(entry + kTileRows * c + kColumns * row, codes + c, kColumns);
 }
 
 // The largest magnitude of every chunk of a row. Returns the mean of their squares.
@@ -58,7 +59,8 @@ inline void invert(const float* largest, int64_t chunks, float range, float* inv
   }
 }
 
-// sums (2, kTileRows) of an entry: over each half of the 32 columns of every row. A line of 64 bytes is two steps.
+// sums (2, kTileRows) of an entry: over each half of the 32 columns of every row. A line of 64 bytes is two steps of
+// four columns, or one of eight.
 inline void sum_entry(const int8_t* codes, int32_t* sums) {
   static constexpr int8_t kOnes[4] = {1, 1, 1, 1};
   static_assert(kTileRows == 8);
@@ -68,7 +70,10 @@ inline void sum_entry(const int8_t* codes, int32_t* sums) {
     for (int line = 2 * half; line < 2 * half + 2; ++line)
       total = dot_signed(total, load_signed((const uint8_t*)codes + 64 * line), load_four(kOnes));
     store_int(lanes, total);
-    for (int row = 0; row < 8; ++row) sums[8 * half + row] = lanes[row] + lanes[8 + row] - 16 * kSignedBias;
+    for (int row = 0; row < 8; ++row) {
+      const int32_t both = kStepColumns == 4 ? lanes[row] + lanes[8 + row] : lanes[2 * row] + lanes[2 * row + 1];
+      sums[8 * half + row] = both - 16 * kSignedBias;
+    }
   }
 }
 
@@ -124,7 +129,7 @@ int64_t quantize_tile(const float* x, int64_t stride, int n, int64_t k, const Ti
       const F factor = set(inverse[c]);
       store_i8(bytes, round_to_int(mul(a, factor)));
       store_i8(bytes + 16, round_to_int(mul(b, factor)));
-      spread(bytes, to.codes + c * 32 * kTileRows + 4 * row);
+      spread(bytes, row, to.codes + c * 32 * kTileRows);
     }
   }
   for (int64_t c = 0; c < chunks; ++c) {
@@ -145,8 +150,8 @@ int64_t quantize_tile(const float* x, int64_t stride, int n, int64_t k, const Ti
       const F factor = set(kBoth / most);
       split(a, factor, high, low);
       split(b, factor, high + 16, low + 16);
-      spread(high, to.codes + c * 32 * kTileRows + 4 * row);
-      spread(low, codes + 4 * row);
+      spread(high, row, to.codes + c * 32 * kTileRows);
+      spread(low, row, codes);
       to.scale[e * kTileRows + row] = most / kBoth;
     }
   }

@@ -48,8 +48,8 @@ inline void put_outliers(const F& a, const F& b, int row, int64_t e, const TileB
   const F factor = set(kBoth / most);
   split(a, factor, high, low);
   split(b, factor, high + 16, low + 16);
-  spread(high, to.codes + e * 32 * kTileRows + 4 * row);
-  spread(low, to.codes + (e + 1) * 32 * kTileRows + 4 * row);
+  spread(high, row, to.codes + e * 32 * kTileRows);
+  spread(low, row, to.codes + (e + 1) * 32 * kTileRows);
   to.scale[e * kTileRows + row] = most / kHigh;
   to.scale[(e + 1) * kTileRows + row] = most / kBoth;
 }
@@ -76,7 +76,7 @@ int64_t quantize_tile_rows(const float* x, int64_t stride, int n, int64_t k, con
       if (largest_of(apart[row][0], apart[row][1]) > 0) rows |= 1 << row;
       store_i8(bytes, round_steps(low_a, steps[row]));
       store_i8(bytes + 16, round_steps(low_b, steps[row]));
-      spread(bytes, to.codes + c * 32 * kTileRows + 4 * row);
+      spread(bytes, row, to.codes + c * 32 * kTileRows);
       to.scale[c * kTileRows + row] = steps[row];
     }
     to.chunk[c] = int32_t(c);

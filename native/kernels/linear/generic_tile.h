@@ -17,7 +17,10 @@ namespace {
 // instruction set lacks is not compiled for it.
 template <int kClass, int kSteps, typename Int>
 inline void tile_dots(const uint8_t* codes, const int8_t* x, const int32_t* start, Int (&dots)[kIntTile]) {
-  if constexpr (kClass == 2 || kDotIsInt) {
+  if constexpr (kStepColumns == 8) {
+    joined_dots<kSteps / 2, kTileRows>(codes, x, dots);
+    for (int m = 0; m < kIntTile; ++m) dots[m] = add(dots[m], set_int(start[m]));
+  } else if constexpr (kClass == 2 || kDotIsInt) {
 #pragma GCC unroll 8
     for (int m = 0; m < kIntTile; ++m) dots[m] = set_int(start[m]);
 #pragma GCC unroll 1
@@ -64,7 +67,7 @@ inline void tile_rows(const OpenPanel& panel, const Tile& x, int row, int64_t fi
 #pragma GCC unroll 8
   for (int m = 0; m < kIntTile; ++m) sums[m] = row_sums[m];
   constexpr int kBytes = kOpenBytes<kClass>;
-  const int8_t* codes = x.codes + 4 * kBytes * (8 * kTileRows * first + row);
+  const int8_t* codes = x.codes + kBytes * (32 * kTileRows * first + kStepColumns * row);
   const float* x_scale = x.scale + kTileRows * first + row;
   for (int64_t e = first; e < last; ++e, codes += 32 * kBytes * kTileRows, x_scale += kTileRows) {
     const int64_t chunk = x.chunk[e];

@@ -117,7 +117,7 @@ struct FineActivations {
 // bits: x ~ scale * q, scale = max|x| / 127. The entries that follow are the second 8 bits of chunks that hold outliers
 // of some row (the other rows are 0 there), scale = max|x| / 16256; of kOutlier both 8 bits of the outliers alone.
 struct Tile {
-  const int8_t* codes;   // (entries, 8 steps, kTileRows, 4); as int16 where the panel's codes are
+  const int8_t* codes;   // (entries, 32 / kStepColumns, kTileRows, kStepColumns); as int16 where the panel's codes are
   const float* scale;    // (entries, kTileRows)
   const int32_t* start;  // (entries, kTileRows), or (entries, 2, kTileRows) when groups are of 16: what dots begin with
   const float* sums;     // like start: scale * sum q; for layouts with a minimum
@@ -136,7 +136,7 @@ struct TileBuffers {
 
 // A panel whose codes are bytes and whose scales are float32: what many activation rows are multiplied by.
 struct OpenPanel {
-  uint8_t* codes;  // (chunks, 8 steps, 64); where the kernels widen signed codes as int16
+  uint8_t* codes;  // (chunks, 8 steps, 64), or two steps joined to (16, 8); where the kernels widen, signed as int16
   float* scale;    // (chunks, 16), or (chunks, 2, 16) when groups are of 16
   float* second;   // like scale; minima; null when there are none
 };
