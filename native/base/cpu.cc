@@ -39,7 +39,7 @@ Features detect() {
   f.avx2 = (saved & 0x6) == 0x6 && fma && f16c && (b >> 5 & 1);
   const bool f512 = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   f.avx512vnni = f.avx2 && (saved & 0xe6) == 0xe6 && f512 && dq && bw && vl && vnni;
-#ifdef TERSOR_AVXVNNI
+#ifdef TERSOR_HAS_AVXVNNI
   const unsigned subleaves = a;
   f.avxvnni = f.avx2 && subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 #endif
