@@ -1,5 +1,5 @@
-// The float types, and float16 (IEEE 754 binary16) and bfloat16 to and from float32 in plain C++. Rounds to nearest,
-// ties to even.
+// The float types, and float16 (IEEE 754 binary16), bfloat16 and E4M3 to and from float32 in plain C++. Rounds to
+// nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 namespace tersor {
 
 // The float types that weights and caches are stored in.
-enum Float { kF32, kF16, kBF16, kFloats };
+enum Float { kF32, kF16, kBF16, kE4M3, kFloats };
 
-constexpr int float_bytes(Float type) { return type == kF32 ? 4 : 2; }
+constexpr int float_bytes(Float type) { return type == kF32 ? 4 : type == kE4M3 ? 1 : 2; }
 
 static inline float bits_to_float(uint32_t bits) {
   float f;
@@ -31,6 +31,12 @@ static inline float f16_to_f32(uint16_t h) {
   const uint32_t value = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
   return bits_to_float(sign | value | (magnitude >= 0x7c00 ? 0x7f800000 : 0));  // inf, NaN
 }
+
+// E4M3 (sign 1 | exponent 4 (bias 7) | fraction 3) as the float16 of value / 256, whose exponent has the same bits but
+// for the bias. Not of its NaN, 0x7f and 0xff, which becomes 480 / 256.
+static inline uint16_t e4m3_to_f16_256th(uint8_t x) { return uint16_t((x & 0x80) << 8 | (x & 0x7f) << 7); }
+
+static inline float e4m3_to_f32(uint8_t x) { return f16_to_f32(e4m3_to_f16_256th(x)) * 256; }
 
 // To nearest, ties to even; a NaN becomes the quiet one of its sign. Without branches, too.
 static inline uint16_t f32_to_f16(float f) {

@@ -48,6 +48,38 @@ void test_loads(Float type, int exponent_bits, int fraction_bits) {
       want);
 }
 
+// The same of E4M3, every value but its NaN; row r has the scale 2^r.
+void test_e4m3_loads() {
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  Expected want;
+  for (int i = 0; i < 256; ++i) {
+    const int exponent = i >> 3 & 15, fraction = i & 7;
+    if (exponent == 15 && fraction == 7) continue;
+    const double value = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+    const int power = int(codes.size()) % 20;
+    codes.push_back(uint8_t(i));
+    scales.push_back(std::ldexp(1.0f, power));
+    check(double(e4m3_to_f32(uint8_t(i))) == (i & 0x80 ? -value : value), "e4m3_to_f32");
+    want.add(std::ldexp(i & 0x80 ? -value : value, power), 0);
+  }
+  expect_everywhere(
+      "E4M3 loads",
+      [&] {
+        const auto rows = int64_t(codes.size());
+        linear::Weight weight;
+        weight.rows = rows;
+        weight.columns = 1;
+        weight.parts.push_back(
+            linear::pack_floats(kE4M3, {{{codes.data(), reinterpret_cast<const uint8_t*>(scales.data())}, rows}}, 1));
+        const float one = 1;
+        Result y(rows);
+        linear::multiply(&one, 1, weight, nullptr, y.data());
+        return y;
+      },
+      want);
+}
+
 // Around every float16: itself, the value midway to the next, and the float32 on either side of that.
 std::vector<float> hard_values() {
   std::vector<float> v;
@@ -113,6 +145,7 @@ void test_float16() {
   }
   test_loads(kF16, 5, 10);
   test_loads(kBF16, 8, 7);
+  test_e4m3_loads();
   test_stores();
 }
 

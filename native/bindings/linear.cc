@@ -28,13 +28,16 @@ namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-const char* const kFloatNames[] = {"f32", "f16", "bf16"};  // in the order of Float
-
 int find_float(const std::string& format) {
-  for (int i = 0; i < 3; ++i) {
-    if (format == kFloatNames[i]) return i;
-  }
-  return -1;
+  if (format == "f32") return kF32;
+  if (format == "f16") return kF16;
+  if (format == "bf16") return kBF16;
+  return format == "fp8_c" || format == "fp8_t" ? kE4M3 : -1;
+}
+
+std::vector<Field> float_fields(Float type, int64_t columns, bool shared_scale) {
+  if (type == kE4M3) return {{"codes", columns}, {"scale", 4, shared_scale}};
+  return {{"values", columns * float_bytes(type)}};
 }
 
 // A stored tensor as Python hands it over: (format, rows, columns, {field: uint8 (rows, bytes of a row)}).
@@ -43,15 +46,16 @@ struct Stored {
   int64_t rows, columns;
   std::optional<Scheme> scheme;  // of integer formats
   int floating;                  // of float formats, else -1
+  bool shared_scale;             // of E4M3
   std::vector<Bytes> owners;
   std::vector<const uint8_t*> fields;
 };
 
 Stored read_stored(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays) {
-  Stored t{format, rows, columns, linear::find_scheme(format, columns), find_float(format), {}, {}};
+  Stored t{format, rows, columns, linear::find_scheme(format, columns), find_float(format), format == "fp8_t", {}, {}};
   require(t.scheme || t.floating >= 0, format, ": no native kernel for ", columns, " columns");
   const std::vector<Field> need =
-      t.scheme ? t.scheme->fields : std::vector<Field>{{"values", columns * float_bytes(Float(t.floating))}};
+      t.scheme ? t.scheme->fields : float_fields(Float(t.floating), columns, t.shared_scale);
   for (const Field& field : need) {
     require(arrays.contains(field.name.c_str()), format, ": field '", field.name, "' is missing");
     t.owners.push_back(nb::cast<Bytes>(arrays[field.name.c_str()]));
@@ -138,8 +142,9 @@ Weight* pack(nb::list tensors, nb::object bias, const std::string& rounding, flo
     const Stored& first = stored[i];
     for (; i < stored.size() && stored[i].format == first.format; ++i)
       sources.push_back({stored[i].fields, stored[i].rows});
-    weight->parts.push_back(first.scheme ? linear::pack_integers(*first.scheme, sources, first.columns)
-                                         : linear::pack_floats(Float(first.floating), sources, first.columns));
+    weight->parts.push_back(
+        first.scheme ? linear::pack_integers(*first.scheme, sources, first.columns)
+                     : linear::pack_floats(Float(first.floating), sources, first.columns, first.shared_scale));
     linear::Part& part = weight->parts.back();
     if (!all_bias.empty()) {
       part.bias.assign(part.panel_count() * linear::kPanelRows, 0.0f);
@@ -162,6 +167,12 @@ void multiply(Array<const float, 2> x, const Weight& weight, Array<float, 2> y,
   }
   nb::gil_scoped_release release;
   linear::multiply(x.data(), n, weight, residual ? residual->data() : nullptr, y.data());
+}
+
+Stored read_embedding(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays) {
+  Stored t = read_stored(format, rows, columns, arrays);
+  require(t.floating != kE4M3, format, ": no native embedding");
+  return t;
 }
 
 void float_row(int type, const uint8_t* bytes, int64_t columns, float* out) {
@@ -200,7 +211,7 @@ void decode_rows(const Stored& t, const int32_t* tokens, int64_t n, float scale,
 
 void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays, Array<const int32_t, 1> tokens,
            float scale, Array<float, 2> out) {
-  const Stored t = read_stored(format, rows, columns, arrays);
+  const Stored t = read_embedding(format, rows, columns, arrays);
   const auto n = int64_t(tokens.shape(0));
   require_size("embed", "rows of out", int64_t(out.shape(0)), n);
   require_size("embed", "columns of out", int64_t(out.shape(1)), columns);
@@ -213,7 +224,7 @@ void embed(const std::string& format, int64_t rows, int64_t columns, nb::dict ar
 
 ops_bindings::Embed ops_bindings::embedding(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays,
                                             float scale) {
-  return [t = read_stored(format, rows, columns, arrays), scale](const int32_t* tokens, int64_t n, float* out) {
+  return [t = read_embedding(format, rows, columns, arrays), scale](const int32_t* tokens, int64_t n, float* out) {
     decode_rows(t, tokens, n, scale, out);
   };
 }
@@ -246,7 +257,8 @@ void bind_linear(nb::module_& m) {
       [](const std::string& format, int64_t columns) {
         return find_float(format) >= 0 || linear::find_scheme(format, columns).has_value();
       },
-      nb::arg("format"), nb::arg("columns"), "Whether pack and embed read this format for rows of this many columns.");
+      nb::arg("format"), nb::arg("columns"),
+      "Whether pack reads this format for rows of this many columns, and embed, but for fp8.");
   m.def("pack", &pack, nb::arg("tensors"), nb::arg("bias").none(), nb::arg("rounding") = "groups",
         nb::arg("value") = 0.0f, nb::arg("order") = nb::none(), nb::arg("apart") = nb::list(),
         nb::rv_policy::take_ownership,

@@ -15,16 +15,16 @@ import pytest
 from oracles import llm_int8_loops
 from tersor import _native, ops
 from tersor.errors import FormatError
-from tersor.formats import FORMATS, float_zero, get_format
+from tersor.formats import FORMATS, get_format
 from tersor.ops import reference
 from tersor.tensor import QuantizedTensor
 
 EPS = 2.0**-24  # half a unit in the last place of float32
 ROWS = 37  # two panels of 16 and a ragged one
 
-# Their table is rounded to 15 bits (nf4: by at most 7.1e-5 of a value) and absmax to float16's 11 when packed; fp8 and nvfp4_gs are
-# decoded to float16.
-AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq", "fp8_c", "fp8_t", "fp8_b128", "nvfp4_gs", *float_zero.EXAMPLES}
+# Their table is rounded to 15 bits (nf4: by at most 7.1e-5 of a value) and absmax to float16's 11 when packed; fp8_b128 is decoded to
+# float16.
+AS_HALF = {"nf4", "fp4", "nf4_dq", "fp4_dq", "fp8_b128"}
 
 # One format per kernel and columns that it can have; odd ones where the format allows.
 KERNELS = {
@@ -73,7 +73,9 @@ KERNELS = {
     "f32": ("f32", (1, 7, 33, 300)),
     "f16": ("f16", (1, 7, 33, 300)),
     "bf16": ("bf16", (1, 7, 33, 300)),
+    "e4m3": ("fp8_c", (1, 7, 33, 300)),
 }
+OTHERS = {"nvfp4_gs": "t4x16", "int4_g64z": "u4x64singlemin", "int8_cz": "s8x256singlemin", "fp8_t": "e4m3", "fp8_b128": "f16"}
 
 
 @pytest.fixture(params=_native.isas())
@@ -191,7 +193,7 @@ def test_every_kernel(kernel: str, isa: str) -> None:
     for columns in sizes:
         weight = ops.pack([make(name, ROWS, columns)])
         assert weight.kernel == f"{isa} {kernel}"
-        floats = name in ("f32", "f16", "bf16")
+        floats = name in ("f32", "f16", "bf16", "fp8_c")
         w = weights_inside(weight, 16) if name in AS_HALF else get_format(name).dequantize(make(name, ROWS, columns)).astype(np.float64)
         x = unaligned(normal(2, 33, columns))
         # Without a dot product in 16 bits this saturates: the largest codes times the largest activations.
@@ -215,7 +217,20 @@ def test_every_kernel(kernel: str, isa: str) -> None:
                     np.testing.assert_array_equal(ops.linear(unaligned(x[:n]), weight), largest[:n])
 
 
-@pytest.mark.parametrize(("name", "columns"), [("q4_1", 1568), ("f16", 1555), ("f32", 700), ("int8_c", 1555)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_kernels_that_formats_share(name: str) -> None:
+    assert ops.pack([make(name, ROWS, columns_of(name))]).kernel.split()[1] == OTHERS[name]
+
+
+def test_fp8_with_a_nan_is_multiplied_as_floats(isa: str) -> None:
+    tensor = make("fp8_c", ROWS, 64)
+    tensor.fields["codes"][3, 5] = 0x7F
+    weight = ops.pack([tensor])
+    assert weight.kernel.endswith(" f32")
+    assert np.flatnonzero(np.isnan(ops.linear(normal(1, 1, 64), weight))[0]).tolist() == [3]
+
+
+@pytest.mark.parametrize(("name", "columns"), [("q4_1", 1568), ("f16", 1555), ("fp8_c", 1555), ("f32", 700), ("int8_c", 1555)])
 def test_many_rows_and_columns(name: str, columns: int, isa: str) -> None:
     """More rows than a block, more columns than a block, and more panels than threads."""
     tensor = make(name, 70, columns)

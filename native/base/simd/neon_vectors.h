@@ -34,6 +34,16 @@ inline F load_n(const float* p, int n) {
 }
 inline float32x4_t from_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline F load_f16(const uint16_t* p) { return {from_f16(p), from_f16(p + 4), from_f16(p + 8), from_f16(p + 12)}; }
+inline F load_e4m3(const uint8_t* p) {
+  const uint8x16_t x = vld1q_u8(p);
+  uint16_t halves[16];
+  for (int i = 0; i < 2; ++i) {
+    const uint16x8_t wide = i ? vmovl_high_u8(x) : vmovl_u8(vget_low_u8(x));
+    const uint16x8_t sign = vandq_u16(vshlq_n_u16(wide, 8), vdupq_n_u16(0x8000));
+    vst1q_u16(halves + 8 * i, vorrq_u16(sign, vandq_u16(vshlq_n_u16(wide, 7), vdupq_n_u16(0x3f80))));
+  }
+  return load_f16(halves);
+}
 inline float32x4_t from_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline F load_bf16(const uint16_t* p) { return {from_bf16(p), from_bf16(p + 4), from_bf16(p + 8), from_bf16(p + 12)}; }
 inline void store(float* p, F x) {

@@ -10,6 +10,7 @@ template <Float kFloat>
 inline F load_as(const void* values, int64_t at) {
   if constexpr (kFloat == kF32) return load((const float*)values + at);
   if constexpr (kFloat == kF16) return load_f16((const uint16_t*)values + at);
+  if constexpr (kFloat == kE4M3) return load_e4m3((const uint8_t*)values + at);  // / 256
   return load_bf16((const uint16_t*)values + at);
 }
 

@@ -50,6 +50,11 @@ inline F load_f16(const uint16_t* p) {
   TERSOR_EACH r.v[i] = f16_to_f32(p[i]);
   return r;
 }
+inline F load_e4m3(const uint8_t* p) {  // / 256, and not of NaN: base/float16.h
+  F r;
+  TERSOR_EACH r.v[i] = f16_to_f32(e4m3_to_f16_256th(p[i]));
+  return r;
+}
 inline F load_bf16(const uint16_t* p) {
   F r;
   TERSOR_EACH r.v[i] = bf16_to_f32(p[i]);

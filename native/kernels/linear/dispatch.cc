@@ -300,7 +300,7 @@ std::string Weight::kernel() const {
   static const char* const kCodeNames[] = {"u1", "u2", "u3", "u4", "u5", "u6", "s8", "t4"};
   static const char* const kScaleNames[] = {"", "single", "super", "nibble"};
   static const char* const kSecondNames[] = {"", "min", "zero"};
-  static const char* const kFloatNames[] = {"f32", "f16", "bf16"};
+  static const char* const kFloatNames[] = {"f32", "f16", "bf16", "e4m3"};
   std::string text = isa_name(active_isa());
   for (size_t i = 0; i < parts.size(); ++i) {
     const Part& p = parts[i];

@@ -26,19 +26,19 @@ inline constexpr int kKernelClass = kDotIsInt && kClass == 1 ? 0 : kClass;
       tile<kKernelClass<code_class>, 2, false>, tile<kKernelClass<code_class>, 2, true>    \
     }                                                                                      \
   }
-#define TERSOR_LINEAR_KERNELS                                        \
-  {                                                                  \
-      quantize_fine,                                                 \
-      quantize_tile,                                                 \
-      quantize_fine_row,                                             \
-      quantize_tile_rows,                                            \
-      largest_below,                                                 \
-      fine,                                                          \
-      widen_fours,                                                   \
-      kSignedBias,                                                   \
-      open,                                                          \
-      {TERSOR_TILES(0), TERSOR_TILES(1), TERSOR_TILES(2)},           \
-      {float_panels<kF32>, float_panels<kF16>, float_panels<kBF16>}, \
+#define TERSOR_LINEAR_KERNELS                                                             \
+  {                                                                                       \
+      quantize_fine,                                                                      \
+      quantize_tile,                                                                      \
+      quantize_fine_row,                                                                  \
+      quantize_tile_rows,                                                                 \
+      largest_below,                                                                      \
+      fine,                                                                               \
+      widen_fours,                                                                        \
+      kSignedBias,                                                                        \
+      open,                                                                               \
+      {TERSOR_TILES(0), TERSOR_TILES(1), TERSOR_TILES(2)},                                \
+      {float_panels<kF32>, float_panels<kF16>, float_panels<kBF16>, float_panels<kE4M3>}, \
   }
 
 }  // namespace

@@ -43,6 +43,7 @@ const Case kCases[] = {
     {"f32", false, kF32, {}},
     {"f16", false, kF16, {}},
     {"bf16", false, kBF16, {}},
+    {"fp8_c", false, kE4M3, {}},
 };
 
 Part make_part(const Case& c, int64_t rows, int64_t columns) {

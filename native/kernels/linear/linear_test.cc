@@ -68,11 +68,12 @@ Matrix ggml_matrix(const std::string& format, int64_t rows, int64_t columns) {
   return m;
 }
 
-enum class Kind { kZero, kSymmetric, kMinimum, kBinary, kTernary };
+enum class Kind { kZero, kSymmetric, kMinimum, kFloatZero, kBinary, kTernary };
 
 // Codes in a bit stream, a scale per group of a row (or one for all), and a zero point or a minimum; floats are
 // float16, or float32 when the format's name ends in f.
-//   zero: (q - z) s   symmetric: (q - 2^(bits - 1)) s   minimum: q s + m   binary: (2q - 1) s   ternary: (q - 1) s
+//   zero and float zero: (q - z) s   symmetric: (q - 2^(bits - 1)) s   minimum: q s + m
+//   binary: (2q - 1) s   ternary: (q - 1) s
 Matrix stream_matrix(const std::string& format, int64_t rows, int64_t columns, int bits, int64_t group, Kind kind,
                      bool per_tensor = false) {
   Random random{uint32_t(rows * 1000 + columns + bits)};
@@ -97,6 +98,7 @@ Matrix stream_matrix(const std::string& format, int64_t rows, int64_t columns, i
       m.w[r * columns + k] = kind == Kind::kZero        ? (q - float(zero[g])) * s
                              : kind == Kind::kSymmetric ? (q - float(1 << (bits - 1))) * s
                              : kind == Kind::kMinimum   ? q * s + minima[g]
+                             : kind == Kind::kFloatZero ? (q - minima[g]) * s
                              : kind == Kind::kBinary    ? (2 * q - 1) * s
                                                         : (q - 1) * s;
     }
@@ -108,7 +110,7 @@ Matrix stream_matrix(const std::string& format, int64_t rows, int64_t columns, i
     for (int64_t r = 0; r < stored / per_row; ++r) pack_row(&zero[r * per_row], per_row, bits, &zeros[r * zero_bytes]);
     m.fields.push_back(zeros);
   }
-  if (kind == Kind::kMinimum) m.fields.push_back(minimum);
+  if (kind == Kind::kMinimum || kind == Kind::kFloatZero) m.fields.push_back(minimum);
   return m;
 }
 
@@ -123,6 +125,40 @@ Matrix int8_row_matrix(int64_t rows, int64_t columns) {
     m.fields[1].insert(m.fields[1].end(), bytes, bytes + 4);
     for (int64_t k = 0; k < columns; ++k) m.w.push_back(float(int8_t(m.fields[0][r * columns + k])) * (scb / 127.0f));
   }
+  return m;
+}
+
+// w = e2m1 (e4m3 / global), a scale for 16 columns and one for all.
+Matrix nvfp4_matrix(int64_t rows, int64_t columns) {
+  static constexpr float kMagnitudes[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  Random random{uint32_t(rows * 1000 + columns)};
+  const float global = 437.3f;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(&global);
+  Matrix m{"nvfp4_gs", rows,
+           columns,    {random.bytes(rows * columns / 2), random.bytes(rows * columns / 16), {bytes, bytes + 4}},
+           {},         {},
+           true};
+  for (uint8_t& scale : m.fields[1]) scale &= 0x77;  // positive, not NaN
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const int code = m.fields[0][i / 2] >> 4 * (i % 2) & 15;
+    const float value = (code & 8 ? -1.0f : 1.0f) * kMagnitudes[code & 7];
+    m.w.push_back(value * (e4m3_to_f32(m.fields[1][i / 16]) / global));
+  }
+  return m;
+}
+
+// w = e4m3 s, a float32 s a row.
+Matrix fp8_matrix(int64_t rows, int64_t columns) {
+  Random random{uint32_t(rows * 1000 + columns)};
+  Matrix m{"fp8_c", rows, columns, {random.bytes(rows * columns), {}}, {}, {}, false};
+  for (uint8_t& q : m.fields[0]) q &= 0xf7;  // not NaN
+  for (int64_t r = 0; r < rows; ++r) {
+    const float scale = 0.001f * float(1 + random.below(9));
+    const auto* bytes = reinterpret_cast<const uint8_t*>(&scale);
+    m.fields[1].insert(m.fields[1].end(), bytes, bytes + 4);
+    for (int64_t k = 0; k < columns; ++k) m.w.push_back(e4m3_to_f32(m.fields[0][r * columns + k]) * scale);
+  }
+  m.magnitude = m.w;
   return m;
 }
 
@@ -187,7 +223,7 @@ void read_scheme(Matrix& m, const linear::Scheme& s) {
 // ---- Products ----
 
 linear::Part pack(const Matrix& m, const std::vector<float>& bias) {
-  const Float type = m.format == "f32" ? kF32 : m.format == "f16" ? kF16 : kBF16;
+  const Float type = m.format == "f32" ? kF32 : m.format == "f16" ? kF16 : m.format == "bf16" ? kBF16 : kE4M3;
   linear::Part part = m.integer
                           ? linear::pack_integers(*linear::find_scheme(m.format, m.columns), {m.source()}, m.columns)
                           : linear::pack_floats(type, {m.source()}, m.columns);
@@ -357,11 +393,13 @@ void test_linear() {
       test_matrix(stream_matrix(grouped + "sf", 16, 2 * group, bits, group, Kind::kSymmetric));
       test_matrix(stream_matrix(grouped + "m", 17, 5 * group, bits, group, Kind::kMinimum));
       test_matrix(stream_matrix(grouped + "mf", 17, 5 * group, bits, group, Kind::kMinimum));
+      test_matrix(stream_matrix(grouped + "z", 17, 2 * group, bits, group, Kind::kFloatZero));
     }
     for (int64_t columns : {1, 31, 32, 33, 70}) {  // no group, any length
       test_matrix(stream_matrix(name + "_c", 33, columns, bits, columns, Kind::kZero));
       test_matrix(stream_matrix(name + "_ts", 7, columns, bits, columns, Kind::kSymmetric, true));
       test_matrix(stream_matrix(name + "_cmf", 5, columns, bits, columns, Kind::kMinimum));
+      test_matrix(stream_matrix(name + "_czf", 5, columns, bits, columns, Kind::kFloatZero));
     }
   }
   test_matrix(stream_matrix("binary_g64", 33, 192, 1, 64, Kind::kBinary));
@@ -381,6 +419,9 @@ void test_linear() {
     for (int64_t columns : {1, 15, 16, 17, 33, 300}) test_matrix(float_matrix(type, 33, columns));
     test_matrix(float_matrix(type, 1, 64));
   }
+  for (int64_t columns : {1, 15, 16, 17, 33, 300}) test_matrix(fp8_matrix(33, columns));
+  test_matrix(nvfp4_matrix(33, 48));
+  test_matrix(nvfp4_matrix(5, 512));
   Matrix q4 = ggml_matrix("q4_k", 40, 256), q8 = ggml_matrix("q8_0", 20, 256), f16 = float_matrix(kF16, 7, 256);
   read_scheme(q4, *linear::find_scheme("q4_k", 256));
   read_scheme(q8, *linear::find_scheme("q8_0", 256));

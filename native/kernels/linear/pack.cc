@@ -17,7 +17,7 @@ struct PanelCodes {
   int64_t scales, groups;
   std::vector<uint8_t> codes, submin;
   std::vector<int8_t> sub;
-  std::vector<float> scale, second;
+  std::vector<float> scale, second, factor;
 
   PanelCodes(const Scheme& s, int64_t source_columns)
       : scheme(s),
@@ -28,11 +28,12 @@ struct PanelCodes {
         submin(16 * groups),
         sub(16 * groups),
         scale(16 * scales),
-        second(16 * scales) {}
+        second(16 * scales),
+        factor(16) {}
 
   RowCodes row(int i) {
-    return {codes.data() + i * columns, scale.data() + i * scales, second.data() + i * scales, sub.data() + i * groups,
-            submin.data() + i * groups};
+    return {codes.data() + i * columns, scale.data() + i * scales,  second.data() + i * scales,
+            sub.data() + i * groups,    submin.data() + i * groups, factor.data() + i};
   }
   void clear_row(int i) {
     std::fill_n(codes.begin() + i * columns, columns, uint8_t(0));
@@ -40,25 +41,29 @@ struct PanelCodes {
     std::fill_n(second.begin() + i * scales, scales, 0.0f);
     std::fill_n(sub.begin() + i * groups, groups, int8_t(0));
     std::fill_n(submin.begin() + i * groups, groups, uint8_t(0));
+    factor[i] = 1;
   }
 };
 
 // Takes a factor out of a row's scales so that float16 holds what is left, and returns it. One common scale becomes the
 // factor. Else it is the power of two that brings the largest scale or minimum to [2^14, 2^15): what was float16 stays
-// exact. Other scales stay: d and dmin of kSuper and kNibbles are float16 already, and kSingles holds all.
+// exact. Other scales stay: d and dmin of kSuper and kNibbles are float16 already, and kSingles holds all. The row's
+// own factor is taken out first.
 float normalize(const Layout& l, const RowCodes& row, int64_t scales) {
   if (l.scales != kHalves) return 1;
+  const float own = *row.factor;
+  for (int64_t g = 0; own != 1 && g < scales; ++g) row.scale[g] /= own;
   if (l.second != kMin && std::all_of(row.scale, row.scale + scales, [&](float x) { return x == row.scale[0]; })) {
     const float common = row.scale[0];
     std::fill_n(row.scale, scales, 1.0f);
-    return common;
+    return common * own;
   }
   float largest = 0;
   for (int64_t g = 0; g < scales; ++g) {
     largest = std::max(largest, std::fabs(row.scale[g]));
     if (l.second == kMin) largest = std::max(largest, std::fabs(row.second[g]));
   }
-  if (!(largest > 0) || !std::isfinite(largest)) return 1;
+  if (!(largest > 0) || !std::isfinite(largest)) return own;
   // Within float32's normal numbers, both for the factor and for its inverse.
   const int exponent = std::clamp(std::ilogb(largest) - 14, -126, 126);
   const float inverse = std::ldexp(1.0f, -exponent);
@@ -66,7 +71,7 @@ float normalize(const Layout& l, const RowCodes& row, int64_t scales) {
     row.scale[g] *= inverse;
     if (l.second == kMin) row.second[g] *= inverse;
   }
-  return std::ldexp(1.0f, exponent);
+  return std::ldexp(1.0f, exponent) * own;
 }
 
 uint32_t four(const uint8_t* p) {
@@ -203,7 +208,7 @@ Part pack_integers(const Scheme& s, const std::vector<Source>& sources, int64_t 
   return part;
 }
 
-Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns) {
+Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns, bool shared_scale) {
   const RowWalk walk(sources);
   const int64_t rows = walk.rows(), panels = (rows + kPanelRows - 1) / kPanelRows, size = float_bytes(type),
                 panel_size = columns * kPanelRows * size;
@@ -220,6 +225,10 @@ Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns
         }
         const auto [source, source_row] = walk.find(row);
         const uint8_t* in = source.fields[0] + source_row * columns * size;
+        if (type == kE4M3) {
+          memcpy(&part.scale[row], source.fields[1] + (shared_scale ? 0 : 4 * source_row), 4);
+          part.scale[row] *= 256;
+        }
         for (int64_t k = 0; k < columns; ++k) memcpy(out + (k * kPanelRows + i) * size, in + k * size, size);
       }
     }

@@ -17,7 +17,7 @@ struct Source {
 // The rows of tensors of one scheme, one after the other.
 Part pack_integers(const Scheme& scheme, const std::vector<Source>& sources, int64_t columns);
 
-// Rows of float32, float16 or bfloat16 values; the one field of a source.
-Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns);
+// Rows of floats, the first field of a source; of E4M3 the second is the float32 scale of a row, or, shared, of all.
+Part pack_floats(Float type, const std::vector<Source>& sources, int64_t columns, bool shared_scale = false);
 
 }  // namespace tersor::linear

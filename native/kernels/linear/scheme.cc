@@ -8,7 +8,7 @@ RowCodes RowBuffer::row(const Scheme& scheme, int64_t columns) {
   second_.resize(scheme.scales(columns));
   sub_.resize(scheme.groups(columns));
   submin_.resize(scheme.groups(columns));
-  return {codes_.data(), scale_.data(), second_.data(), sub_.data(), submin_.data()};
+  return {codes_.data(), scale_.data(), second_.data(), sub_.data(), submin_.data(), &factor_};
 }
 
 std::optional<Scheme> find_scheme(const std::string& format, int64_t columns) {

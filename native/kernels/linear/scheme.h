@@ -19,13 +19,16 @@ struct Field {
 
 // The integers of one row. `codes`: columns values, as the layout's Code makes integers of them (kS8: two's complement;
 // kT4: indices of the table). Scales of kHalves and kSingles: `scale` and `second`, one per group. Of the others:
-// `scale` (d) and `second` (dmin), one per 256 columns, and `sub` and `submin`, one per group.
+// `scale` (d) and `second` (dmin), one per 256 columns, and `sub` and `submin`, one per group. `factor`: what all
+// scales of the row have in common, so that float16 holds the rest of those of kHalves exactly; 1 unless there is such
+// a one.
 struct RowCodes {
   uint8_t* codes;
   float* scale;
   float* second;
   int8_t* sub;
   uint8_t* submin;
+  float* factor;
 };
 
 // A format whose weights are small integers times a scale: w as in kernels.h (Second).
@@ -66,6 +69,7 @@ class RowBuffer {
   std::vector<uint8_t> codes_, submin_;
   std::vector<int8_t> sub_;
   std::vector<float> scale_, second_;
+  float factor_ = 1;
 };
 
 // The scheme of a format for rows of this many columns, or nothing when the format has none (it is then decoded to

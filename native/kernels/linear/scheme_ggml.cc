@@ -221,8 +221,9 @@ constexpr Type kTypes[] = {
 void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   const int64_t scales = s.scales(s.block_values), groups = s.groups(s.block_values);
   for (int64_t i = 0; i < columns / s.block_values; ++i) {
-    s.block(fields[0] + i * s.block_bytes, {row.codes + i * s.block_values, row.scale + i * scales,
-                                            row.second + i * scales, row.sub + i * groups, row.submin + i * groups});
+    s.block(fields[0] + i * s.block_bytes,
+            {row.codes + i * s.block_values, row.scale + i * scales, row.second + i * scales, row.sub + i * groups,
+             row.submin + i * groups, row.factor});
   }
 }
 

@@ -91,7 +91,8 @@ void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, con
   const int64_t groups = 256 / t.group;
   for (int64_t i = 0; i < columns / 256; ++i) {
     t.block(fields[0] + i * t.bytes, t.table,
-            {row.codes + 256 * i, row.scale + i, row.second + i, row.sub + i * groups, row.submin + i * groups});
+            {row.codes + 256 * i, row.scale + i, row.second + i, row.sub + i * groups, row.submin + i * groups,
+             row.factor});
   }
 }
 

@@ -1,8 +1,10 @@
 // nf4 and fp4: a table of 16 real numbers times a float32 absmax of every 64 columns. The table is held in 15 bits, as
-// two tables of 8, so that products are those of two integer tables. Layout: docs/formats.md;
-// src/tersor/formats/lookup.py.
+// two tables of 8, so that products are those of two integer tables. nvfp4_gs: small integers times an E4M3 scale of
+// every 16 columns over one of the tensor. Layouts: docs/formats.md; src/tersor/formats/{lookup,nvfp4}.py.
+#include <cmath>
 #include <cstring>
 
+#include "base/float16.h"
 #include "kernels/linear/scheme.h"
 
 namespace tersor::linear {
@@ -43,9 +45,32 @@ void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, con
   memcpy(row.scale, fields[1], columns / 64 * sizeof(float));
 }
 
+constexpr int8_t kE2m1Table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
+
+// fields: codes, two a byte, the first in the low nibble; scale; global scale.
+void extract_nvfp4(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
+  for (int64_t i = 0; i < columns / 2; ++i) {
+    row.codes[2 * i] = fields[0][i] & 15;
+    row.codes[2 * i + 1] = fields[0][i] >> 4;
+  }
+  float global;
+  memcpy(&global, fields[2], 4);
+  for (int64_t g = 0; g < columns / 16; ++g) row.scale[g] = e4m3_to_f32(fields[1][g]) / global;
+  const float inverse = 1 / global;
+  *row.factor = std::isnormal(inverse) ? inverse : 1;
+}
+
 }  // namespace
 
 std::optional<Scheme> find_lookup_scheme(const std::string& format, int64_t columns) {
+  if (format == "nvfp4_gs" && columns % 16 == 0) {
+    Scheme s;
+    s.layout = {kT4, kHalves, kNone, 16, 0, kE2m1Table};
+    s.unit = 0.5f;
+    s.fields = {{"codes", columns / 2}, {"scale", columns / 16}, {"global_scale", 4, true}};
+    s.extract = extract_nvfp4;
+    return s;
+  }
   const bool nf4 = format == "nf4";
   if ((!nf4 && format != "fp4") || columns % 64 != 0) return {};
   Scheme s;

@@ -40,8 +40,9 @@ float single(const uint8_t* p, int64_t i) {
   return x;
 }
 
-// fields: codes, scale, then zero (bit stream) or min (like scale) as scheme.second says. kLoad: half or single.
-template <float (*kLoad)(const uint8_t*, int64_t)>
+// fields: codes, scale, then zero (bit stream) or min (like scale) as scheme.second says; kFloatZero: the last is a
+// zero, and -zero * scale the minimum. kLoad: half or single.
+template <float (*kLoad)(const uint8_t*, int64_t), bool kFloatZero = false>
 void extract_affine(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   unpack(fields[0], s.bits, columns, row.codes);
   if (s.layout.code == kS8) {
@@ -58,7 +59,8 @@ void extract_affine(const Scheme& s, const uint8_t* const* fields, int64_t colum
     const int64_t at = g * s.layout.group / stored;
     row.scale[g] = kLoad(fields[1], at);
     if (s.layout.second == kZero) row.second[g] = zeros[at];
-    if (s.layout.second == kMin) row.second[g] = kLoad(fields[2], at);
+    if (s.layout.second == kMin)
+      row.second[g] = kFloatZero ? -kLoad(fields[2], at) * row.scale[g] : kLoad(fields[2], at);
   }
 }
 
@@ -112,7 +114,7 @@ Scheme base(int bits, int64_t columns, int64_t source_group) {
   return s;
 }
 
-// intB_gN, intB_c and intB_t with "", "s" or "m", and "f" for float32 scales and minima.
+// intB_gN, intB_c and intB_t with "", "s", "m" or "z", and "f" for float32 scales, minima and zeros.
 std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   const int64_t bits = read_number(p);
   if (bits < 1 || bits > 8 || bits == 7 || *p != '_') return {};
@@ -133,7 +135,7 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
   s.fields[1].row_bytes = float_bytes * groups;
   if (wide) s.extract = extract_affine<single>;
   // One scale for a row becomes the row's factor (normalize), whatever its type.
-  if (wide && (!per_row || kind == "m")) s.layout.scales = kSingles;
+  if (kind == "z" || (wide && (!per_row || kind == "m"))) s.layout.scales = kSingles;
   const int half_range = 1 << (bits - 1);
   const bool is_signed = s.layout.code == kS8;
   if (kind == "") {
@@ -147,6 +149,11 @@ std::optional<Scheme> find_affine(const char* p, int64_t columns) {
     s.layout.second = kMin;
     s.layout.offset = is_signed ? 128 : 0;
     s.fields.push_back({"min", float_bytes * groups});
+  } else if (kind == "z") {
+    s.layout.second = kMin;
+    s.layout.offset = is_signed ? 128 : 0;
+    s.fields.push_back({"zero", float_bytes * groups});
+    s.extract = wide ? extract_affine<single, true> : extract_affine<half, true>;
   } else {
     return {};
   }

@@ -54,6 +54,11 @@ def f32_from_e4m3(codes: Array) -> Array:
     return values
 
 
+def has_nan(codes: Array) -> bool:
+    """Returns whether any of the raw E4M3 bits (uint8) is a NaN."""
+    return bool(((codes & np.uint8(0x7F)) == _NAN).any())
+
+
 def e4m3_from_f32(w: Array) -> Array:
     """Returns the raw E4M3 bits, uint8, nearest to w: float32, ties to even, beyond 448 the largest, -0 as +0, NaN as NaN.
 

@@ -14,6 +14,8 @@ import numpy as np
 from tersor import _native
 from tersor.errors import FormatError, unknown
 from tersor.formats import get_format
+from tersor.formats.float_zero import FloatZeroFormat
+from tersor.formats.fp8 import has_nan
 from tersor.formats.lookup import DoubleLookupFormat
 from tersor.formats.ordered import OrderedFormat
 from tersor.formats.outliers import OutlierFormat
@@ -24,6 +26,7 @@ Weight = _native.Weight
 
 OUTLIER_THRESHOLD = 6.0  # from this magnitude on, LLM.int8() keeps an input in 16 bits
 _ROUNDINGS = {"int8": "groups", "int8_token": "token", "int8_static": "tensor", "llm_int8": "outlier"}  # as the native side calls them
+_E4M3 = ("fp8_c", "fp8_t")  # multiplied as such; their NaN is not known there
 _CHUNK_VALUES = 1 << 24  # values decoded at a time, 64 MiB of float32
 
 
@@ -31,7 +34,8 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
     """Returns the tensors joined along rows and repacked for this CPU's kernels. bias: (rows of all,) float32 or None.
 
     Weights stay integers where the format is integers, or a table of 16, times a scale (all but float formats), in the bits
-    that the format has (nf4's and fp4's table in 15 bits, iq1 .. iq3 in 4-bit codes). activations says how `linear` rounds its
+    that the format has (nf4's and fp4's table in 15 bits, iq1 .. iq3 in 4-bit codes); fp8 stays 8 bits, but in blocks of 128 becomes
+    float16. activations says how `linear` rounds its
     input before such a product, a row being a token; float formats take it as it is.
 
     int8         finer than the others: per 32 values, to 15 bits (absmax / 16256) when there are at most 16 rows; to 8 bits
@@ -85,8 +89,11 @@ def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
 
 
 def embeds_natively(tensor: QuantizedTensor) -> bool:
-    """Returns whether the native reader decodes rows of this format to the last bit: of int8_row it multiplies in another order."""
-    return tensor.format != "int8_row" and bool(_native.has_scheme(tensor.format, tensor.columns))
+    """Returns whether the native reader decodes rows of this format to the last bit: of int8_row and of zeros that are floats it
+    computes the same in another order, and fp8 it does not embed."""
+    if tensor.format in ("int8_row", *_E4M3) or isinstance(get_format(tensor.format), FloatZeroFormat):
+        return False
+    return bool(_native.has_scheme(tensor.format, tensor.columns))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -208,7 +215,7 @@ def _packable(tensor: QuantizedTensor, activations: str) -> QuantizedTensor:
     fmt = get_format(tensor.format)
     if isinstance(fmt, DoubleLookupFormat):
         tensor = fmt.single(tensor)
-    if _native.has_scheme(tensor.format, tensor.columns):
+    if _native.has_scheme(tensor.format, tensor.columns) and not (tensor.format in _E4M3 and has_nan(tensor.fields["codes"])):
         return tensor
     halves = _decoded(tensor, np.float16)
     return halves if np.isfinite(halves.fields["values"]).all() else _decoded(tensor, np.float32)
