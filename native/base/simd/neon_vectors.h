@@ -34,15 +34,15 @@ inline F load_n(const float* p, int n) {
 }
 inline float32x4_t from_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline F load_f16(const uint16_t* p) { return {from_f16(p), from_f16(p + 4), from_f16(p + 8), from_f16(p + 12)}; }
+inline float16x8_t from_e4m3(uint16x8_t x) {
+  const uint16x8_t sign = vandq_u16(vshlq_n_u16(x, 8), vdupq_n_u16(0x8000));
+  return vreinterpretq_f16_u16(vorrq_u16(sign, vandq_u16(vshlq_n_u16(x, 7), vdupq_n_u16(0x3f80))));
+}
 inline F load_e4m3(const uint8_t* p) {
   const uint8x16_t x = vld1q_u8(p);
-  uint16_t halves[16];
-  for (int i = 0; i < 2; ++i) {
-    const uint16x8_t wide = i ? vmovl_high_u8(x) : vmovl_u8(vget_low_u8(x));
-    const uint16x8_t sign = vandq_u16(vshlq_n_u16(wide, 8), vdupq_n_u16(0x8000));
-    vst1q_u16(halves + 8 * i, vorrq_u16(sign, vandq_u16(vshlq_n_u16(wide, 7), vdupq_n_u16(0x3f80))));
-  }
-  return load_f16(halves);
+  const float16x8_t low = from_e4m3(vmovl_u8(vget_low_u8(x))), high = from_e4m3(vmovl_high_u8(x));
+  return {vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low), vcvt_f32_f16(vget_low_f16(high)),
+          vcvt_high_f32_f16(high)};
 }
 inline float32x4_t from_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline F load_bf16(const uint16_t* p) { return {from_bf16(p), from_bf16(p + 4), from_bf16(p + 8), from_bf16(p + 12)}; }

@@ -10,6 +10,9 @@
 
 namespace tersor::linear {
 
+// The values of E2M1, doubled: of mxfp4 and both forms of NVFP4.
+inline constexpr int8_t kE2m1Table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
 // A field of a stored tensor, as bytes of one row; shared: the same bytes for all rows (per-tensor formats).
 struct Field {
   std::string name;

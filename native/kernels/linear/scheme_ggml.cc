@@ -10,7 +10,6 @@ namespace tersor::linear {
 namespace {
 
 constexpr int8_t kIq4Table[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-constexpr int8_t kE2m1Table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
 
 float half(const uint8_t* p) {
   uint16_t h;
@@ -177,11 +176,7 @@ void q2_0(const uint8_t* b, const RowCodes& r) {
 }
 
 // UE4M3: exponent bits 6..3 with bias 7, mantissa bits 2..0, 0x7f reads as 0; halved since the table is doubled.
-float ue4m3_half(uint8_t x) {
-  if (x == 0x7f) return 0;
-  const int exponent = x >> 3 & 15, mantissa = x & 7;
-  return exponent == 0 ? std::ldexp(float(mantissa), -10) : std::ldexp(float(8 + mantissa), exponent - 11);
-}
+float ue4m3_half(uint8_t x) { return x == 0x7f ? 0 : 0.5f * e4m3_to_f32(x & 0x7f); }
 
 void nvfp4(const uint8_t* b, const RowCodes& r) {
   for (int g = 0; g < 4; ++g) {

@@ -45,8 +45,6 @@ void extract(const Scheme& s, const uint8_t* const* fields, int64_t columns, con
   memcpy(row.scale, fields[1], columns / 64 * sizeof(float));
 }
 
-constexpr int8_t kE2m1Table[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
-
 // fields: codes, two a byte, the first in the low nibble; scale; global scale.
 void extract_nvfp4(const Scheme& s, const uint8_t* const* fields, int64_t columns, const RowCodes& row) {
   for (int64_t i = 0; i < columns / 2; ++i) {

@@ -1,24 +1,13 @@
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
+#include "kernels/peak/arm_chains.h"
 #include "kernels/peak/kernels.h"
 
 namespace tersor::peak {
 namespace {
 
-constexpr int kChains = 16;
-
 // sdot: four products of bytes and their sum in each of 4 lanes.
 uint32_t multiply(int64_t rounds, const uint8_t* bytes) {
-  const int8_t* b = reinterpret_cast<const int8_t*>(bytes);
-  int32x4_t sums[kChains];
-  for (int i = 0; i < kChains; ++i) sums[i] = vreinterpretq_s32_s8(vld1q_s8(b + 16 * i));  // all different
-  const int8x16_t w = vld1q_s8(b + 16 * kChains), x = vld1q_s8(b + 16 * (kChains + 1));
-  for (int64_t r = 0; r < rounds; ++r) {
-    for (int i = 0; i < kChains; ++i) sums[i] = vdotq_s32(sums[i], w, x);
-  }
-  for (int i = 1; i < kChains; ++i) sums[0] = vaddq_s32(sums[0], sums[i]);
-  return uint32_t(vaddvq_s32(sums[0]));
+  return multiply_chains(rounds, bytes, [](int32x4_t s, int8x16_t w, int8x16_t x) { return vdotq_s32(s, w, x); });
 }
 
 }  // namespace
