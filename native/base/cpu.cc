@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -14,19 +18,31 @@
 namespace tersor {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kNeonDot, Isa::kNeonI8mm};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2,    Isa::kAvxVnni, Isa::kAvx512Vnni,
+                        Isa::kAmx,    Isa::kNeonDot, Isa::kNeonI8mm};
 
 #if defined(__x86_64__)
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
 };
 
-// Register state that the operating system saves (XCR0): bit 1 SSE, 2 AVX, 5..7 AVX-512 (Intel SDM vol. 1, 13.3).
+// Register state that the operating system saves (XCR0): bit 1 SSE, 2 AVX, 5..7 AVX-512, 17 and 18 tiles (Intel SDM
+// vol. 1, 13.3).
 uint64_t saved_state() {
   uint32_t low, high;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return uint64_t(high) << 32 | low;
+}
+
+// Asks Linux for the tiles' state, which a process has from then on (Linux, Documentation/arch/x86/xstate.rst).
+[[maybe_unused]] bool may_use_tiles() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 Features detect() {
@@ -39,12 +55,16 @@ Features detect() {
   f.avx2 = (saved & 0x6) == 0x6 && fma && f16c && (b >> 5 & 1);
   const bool f512 = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   f.avx512vnni = f.avx2 && (saved & 0xe6) == 0xe6 && f512 && dq && bw && vl && vnni;
+  [[maybe_unused]] const bool tiles = (saved & 0x60000) == 0x60000 && (d >> 24 & 1) && (d >> 25 & 1) && (d >> 22 & 1);
+  if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) a = 0;
 #ifdef TERSOR_HAS_AVXVNNI
-  const unsigned subleaves = a;
-  f.avxvnni = f.avx2 && subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  f.avxvnni = f.avx2 && (a >> 4 & 1);
+#endif
+#ifdef TERSOR_HAS_AMX
+  f.amx = f.avx512vnni && tiles && (a >> 5 & 1) && may_use_tiles();
 #endif
 #ifdef TERSOR_EMULATE
-  f.avxvnni = f.avx512vnni = true;
+  f.avxvnni = f.avx512vnni = f.amx = true;
 #endif
   return f;
 }
@@ -54,6 +74,7 @@ bool supported(Isa isa) {
   if (isa == Isa::kAvx2) return features.avx2;
   if (isa == Isa::kAvxVnni) return features.avxvnni;
   if (isa == Isa::kAvx512Vnni) return features.avx512vnni;
+  if (isa == Isa::kAmx) return features.amx;
   return isa == Isa::kScalar;
 }
 
@@ -113,6 +134,7 @@ const char* isa_name(Isa isa) {
   if (isa == Isa::kAvx2) return "avx2";
   if (isa == Isa::kAvxVnni) return "avxvnni";
   if (isa == Isa::kAvx512Vnni) return "avx512vnni";
+  if (isa == Isa::kAmx) return "amx";
   if (isa == Isa::kNeonDot) return "neondot";
   if (isa == Isa::kNeonI8mm) return "neoni8mm";
   return "scalar";

@@ -11,9 +11,10 @@ namespace tersor {
 //   avx2:       x86: AVX2 + FMA + F16C
 //   avxvnni:    x86: avx2 + AVX-VNNI
 //   avx512vnni: x86: avx2 + AVX-512 F, BW, VL, DQ, VNNI
+//   amx:        x86: avx512vnni + AVX-512 BF16 + AMX's tiles and their products of bfloat16 and int8
 //   neondot:    ARM, 64 bits: ARMv8.2 with the int8 dot products sdot and udot
 //   neoni8mm:   ARM: neondot + smmla (I8MM; of ARMv8.6)
-enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeonDot, kNeonI8mm };
+enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx, kNeonDot, kNeonI8mm };
 
 // Name as in TERSOR_ISA.
 const char* isa_name(Isa isa);

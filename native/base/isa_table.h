@@ -5,12 +5,13 @@
 #include "base/cpu.h"
 
 // AVX-VNNI differs from AVX2 in products of bytes alone, and I8MM from sdot: elsewhere TERSOR_ACTIVE_KERNELS has those.
-// TERSOR_ACTIVE_BYTE_KERNELS is for tables with TERSOR_BYTE_KERNEL_TABLES.
+// TERSOR_ACTIVE_BYTE_KERNELS is for tables with TERSOR_BYTE_KERNEL_TABLES. With AMX both are AVX-512's: what AMX adds
+// is a table of its own (linear's MatrixKernels).
 #if defined(__x86_64__)
 #define TERSOR_X86_KERNELS(avxvnni)                        \
   (active_isa() == Isa::kAvx2         ? avx2_kernels       \
    : active_isa() == Isa::kAvxVnni    ? avxvnni            \
-   : active_isa() == Isa::kAvx512Vnni ? avx512vnni_kernels \
+   : active_isa() >= Isa::kAvx512Vnni ? avx512vnni_kernels \
                                       : scalar_kernels)
 #define TERSOR_ACTIVE_KERNELS() TERSOR_X86_KERNELS(avx2_kernels)
 #define TERSOR_ACTIVE_BYTE_KERNELS() TERSOR_X86_KERNELS(avxvnni_kernels)

@@ -84,6 +84,11 @@ const std::vector<std::string>& isas() {
 
 std::vector<Result> expect_everywhere(const std::string& what, const std::function<Result()>& compute,
                                       const Expected& want) {
+  return expect_everywhere(what, compute, [&](const std::string&) -> const Expected& { return want; });
+}
+
+std::vector<Result> expect_everywhere(const std::string& what, const std::function<Result()>& compute,
+                                      const std::function<const Expected&(const std::string& isa)>& want) {
   std::vector<Result> results;
   for (const std::string& isa : isas()) {
     check(force_isa(isa).empty(), "force_isa " + isa);
@@ -91,7 +96,7 @@ std::vector<Result> expect_everywhere(const std::string& what, const std::functi
       set_threads(n);
       const Result got = compute();
       if (n == 1) {
-        expect_near(what + ", " + isa, got, want);
+        expect_near(what + ", " + isa, got, want(isa));
         results.push_back(got);
       } else {
         check(got.size() == results.back().size() && !memcmp(got.data(), results.back().data(), 4 * got.size()),

@@ -54,6 +54,9 @@ const std::vector<std::string>& isas();
 // Returns the result of each instruction set.
 std::vector<Result> expect_everywhere(const std::string& what, const std::function<Result()>& compute,
                                       const Expected& want);
+// The same where what is wanted depends on the instruction set.
+std::vector<Result> expect_everywhere(const std::string& what, const std::function<Result()>& compute,
+                                      const std::function<const Expected&(const std::string& isa)>& want);
 
 // Likewise for bytes, which must be the same everywhere. Returns them.
 std::vector<uint8_t> expect_same_bytes(const std::string& what, const std::function<std::vector<uint8_t>()>& compute);

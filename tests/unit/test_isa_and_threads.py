@@ -41,7 +41,7 @@ def test_force_isa() -> None:
             assert _native.isa() == isa
         with pytest.raises(ValueError, match="unknown instruction set 'sse9'; this CPU has: scalar"):
             _native.force_isa("sse9")
-        missing = {"avx2", "avxvnni", "avx512vnni", "neondot", "neoni8mm"} - set(_native.isas())
+        missing = {"avx2", "avxvnni", "avx512vnni", "amx", "neondot", "neoni8mm"} - set(_native.isas())
         for isa in missing:
             with pytest.raises(ValueError, match=f"this CPU cannot run instruction set '{isa}'; this CPU has: scalar"):
                 _native.force_isa(isa)

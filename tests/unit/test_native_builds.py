@@ -53,11 +53,11 @@ SIMDE = any((Path(folder) / "simde/x86/avx512.h").exists() for folder in ("/usr/
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SIMDE or "avx2" not in _native.isas(), reason="needs an AVX2 CPU and SIMDe (apt-get install libsimde-dev)")
-def test_kernels_on_emulated_avx512_and_avx_vnni() -> None:
+def test_kernels_on_emulated_amx_avx512_and_avx_vnni() -> None:
     build = ("cmake", "-S", ".", "-B", "build/emulated", "-DTERSOR_PYTHON=OFF", "-DTERSOR_EMULATE=ON")
     output_of(*build)
     output_of("cmake", "--build", "build/emulated", "--target", "kernel_test", "--parallel", str(os.cpu_count()))
-    for isa in ("avx512vnni", "avxvnni"):
+    for isa in ("amx", "avx512vnni", "avxvnni"):
         assert instruction_sets(output_of("build/emulated/kernel_test", TERSOR_ISA=isa)) == [isa]
 
 

@@ -10,24 +10,14 @@
 
 #include "base/isa_table.h"
 #include "base/threads.h"
-#include "kernels/linear/linear.h"
+#include "kernels/linear/dispatch.h"
 
 namespace tersor::linear {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kMinMacs = 1 << 17;          // multiply-adds worth a thread: about two microseconds
 constexpr int64_t kGatherValues = 1 << 14;     // values moved worth a thread
 constexpr int64_t kActivationBytes = 4 << 20;  // activations at a time, so that they stay in the outer cache
-
-// Everything that grows as needed and is kept from call to call.
-template <typename T>
-T* grown(std::vector<T>& v, int64_t size) {
-  if (int64_t(v.size()) < size) v.resize(size);
-  return v.data();
-}
-
-int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
 
 // Of every sum of q (over the halves of a chunk, `inner` values each): start = offset * sum and, where the layout has a
 // second number, scaled = scale * sum; for both halves, or for the whole chunk when groups are wider.
@@ -184,41 +174,6 @@ struct OpenScratch {
   }
 };
 
-IntegerPanel panel_of(const Part& part, int64_t panel) {
-  return {part.panels.data() + panel * part.panel_bytes, chunks_of(part.columns), part.layout};
-}
-
-// Where a part's outputs begin.
-struct Output {
-  const float* residual;
-  float* y;
-  int64_t stride;
-
-  Finish finish(const Part& part, int64_t panel, int64_t row) const {
-    const int64_t at = row * stride + panel * kPanelRows;
-    return {part.scale.data() + panel * kPanelRows,
-            part.bias.empty() ? nullptr : part.bias.data() + panel * kPanelRows,
-            residual ? residual + at : nullptr,
-            y + at,
-            stride,
-            int(std::min<int64_t>(kPanelRows, part.rows - panel * kPanelRows))};
-  }
-  // Of the second pass over a table finer than 8 bits, which adds to what the first has written.
-  Finish low_finish(const Part& part, int64_t panel, int64_t row) const {
-    Finish f = finish(part, panel, row);
-    f.scale = part.low_scale.data() + panel * kPanelRows;
-    f.bias = nullptr;
-    f.residual = f.y;
-    return f;
-  }
-};
-
-IntegerPanel low_panel_of(const Part& part, int64_t panel) {
-  IntegerPanel low = panel_of(part, panel);
-  low.layout.table = part.low_table;
-  return low;
-}
-
 // How many tiles one panel after the other is multiplied by before the next tiles come: so many as stay in a core's L2,
 // but enough that opening a panel for each such block costs little.
 int64_t tiles_held(int64_t columns, int bytes) {
@@ -352,6 +307,7 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
   const int64_t columns = weight.inner();
   static thread_local FineScratch fine_scratch;
   static thread_local TileScratch tile_scratch;
+  static thread_local MatrixScratch matrix_scratch;
   const Kernels& kernels = TERSOR_ACTIVE_BYTE_KERNELS();
   const bool integer = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return p.integer; });
   const auto part_output = [&](int64_t first_row, int64_t part_row) {
@@ -382,17 +338,27 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
     }
     return;
   }
-  const int64_t most = std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * columns) / kMaxRows) * kMaxRows;
+  const MatrixKernels* matrix = weight.rounding.kind == kGroups && integer ? matrix_kernels() : nullptr;
+  const int64_t most =
+      matrix ? kMatrixRows * kMatrixTiles
+             : std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * columns) / kMaxRows) * kMaxRows;
   for (int64_t first = 0; first < n; first += most) {
     const int64_t rows = std::min(most, n - first);
     const float* x_chunk = x + first * columns;
-    if (integer) tile_scratch.quantize(kernels, weight.rounding, x_chunk, rows, columns);
+    if (matrix)
+      matrix_scratch.round(*matrix, x_chunk, rows, columns);
+    else if (integer)
+      tile_scratch.quantize(kernels, weight.rounding, x_chunk, rows, columns);
     int64_t row = 0;
     for (const Part& part : weight.parts) {
       const Output out = part_output(first, row);
       row += part.rows;
-      part.integer ? multiply_tiles(kernels, part, tile_scratch, rows, out)
-                   : multiply_floats(kernels, part, x_chunk, rows, out);
+      if (!part.integer)
+        multiply_floats(kernels, part, x_chunk, rows, out);
+      else if (matrix)
+        multiply_matrix(*matrix, part, matrix_scratch, rows, out);
+      else
+        multiply_tiles(kernels, part, tile_scratch, rows, out);
     }
   }
 }

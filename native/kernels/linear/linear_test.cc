@@ -239,9 +239,12 @@ linear::Part pack(const Matrix& m, const std::vector<float>& bias) {
 //     are few and codes of many bits, else to 127: each is off by half a step. Stored scales are kept exactly.
 //   `isas`: between two instruction sets, which quantize alike, sum the same integers and round differently: per group
 //     of at least 16 columns four roundings, some more for each row; for floats two for each column.
+// Matrix tiles of bfloat16 (amx) have bounds of their own where they are used, for integers times many rows:
+//   `tiles`: from the exact product, both factors rounded to 8 bits: 2^-8 of each, and a little for both together.
+//   `tiles_isas`: from the others, which round activations to 8 bits.
 struct Problem {
   std::vector<float> x, bias, residual;
-  Expected oracle, isas;
+  Expected oracle = {}, isas = {}, tiles = {}, tiles_isas = {};
 };
 
 Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
@@ -249,7 +252,7 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
   const int64_t columns = parts[0].columns;
   int64_t rows = 0;
   for (const Matrix& m : parts) rows += m.rows;
-  Problem p{random.bells(n * columns), {}, {}, {}, {}};
+  Problem p{random.bells(n * columns), {}, {}};
   if (extras) p.bias = random.bells(rows), p.residual = random.bells(n * rows);
   for (int64_t i = 0; i < n; ++i) {
     const float* x = &p.x[i * columns];
@@ -262,13 +265,14 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
     int64_t row = 0;
     for (const Matrix& m : parts) {
       for (int64_t r = 0; r < m.rows; ++r, ++row) {
-        double y = 0, size = 0, steps = 0;
+        double y = 0, size = 0, steps = 0, halves = 0;
         for (int64_t k = 0; k < columns; ++k) {
           const double magnitude = std::fabs(double(m.magnitude[r * columns + k]));
           y += double(m.w[r * columns + k]) * double(x[k]);
           const double off = step[k] * (n > linear::kFineRows || m.coarse ? 0.501 : 0.501 * 127 / 16256);
           size += magnitude * (std::fabs(double(x[k])) + (m.integer ? step[k] : 0));
           steps += std::fabs(double(m.w[r * columns + k])) * off;
+          halves += std::fabs(double(m.w[r * columns + k]) * double(x[k])) * 1.01 / 128;
         }
         const double added = extras ? double(p.bias[row]) + double(p.residual[i * rows + row]) : 0;
         const double around = 4 * kRounding * (std::fabs(y) + std::fabs(added) + 1);
@@ -276,6 +280,9 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
             (m.integer ? 4 * double(columns) / 16 + 16 : 2 * double(columns) + 4) * kRounding * size + around;
         p.oracle.add(y + added, rounding + (m.integer ? steps : 0));
         p.isas.add(0, 2 * rounding);
+        const bool tiles = m.integer && n > linear::kFineRows;
+        p.tiles.add(y + added, tiles ? halves + rounding : p.oracle.bound.back());
+        p.tiles_isas.add(0, 2 * rounding + (tiles ? halves + steps : 0));
       }
     }
   }
@@ -300,9 +307,9 @@ void test_product(const std::string& what, const std::vector<Matrix>& parts, int
         linear::multiply(p.x.data(), n, weight, extras ? y.data() : nullptr, y.data());
         return y;
       },
-      p.oracle);
+      [&](const std::string& isa) -> const Expected& { return isa == "amx" ? p.tiles : p.oracle; });
   for (size_t i = 1; i < results.size(); ++i) {
-    Expected want = p.isas;
+    Expected want = isas()[i] == "amx" || isas()[0] == "amx" ? p.tiles_isas : p.isas;
     for (size_t k = 0; k < want.value.size(); ++k) want.value[k] = results[0][k];
     expect_near(what + ", " + isas()[i] + " against " + isas()[0], results[i], want);
   }

@@ -17,5 +17,9 @@ struct Kernels {
 inline constexpr int kBytes = 1024;  // that multiply may read
 
 TERSOR_BYTE_KERNEL_TABLES
+#if defined(TERSOR_HAS_AMX) && !defined(TERSOR_EMULATE)
+#define TERSOR_PEAK_OF_TILES
+extern const Kernels amx_kernels;
+#endif
 
 }  // namespace tersor::peak

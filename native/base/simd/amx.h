@@ -1,0 +1,75 @@
+// Matrix tiles (AMX): eight registers of 16 rows of 64 bytes, and their products of bfloat16. Intel SDM vol. 1, chapter
+// 18. Include only from *x86_amx.cc files.
+#pragma once
+
+#include "base/simd/avx512vnni.h"
+#ifdef TERSOR_EMULATE
+#include "base/simd/emulated_amx.h"
+#endif
+
+namespace tersor {
+namespace {
+
+#ifndef TERSOR_EMULATE
+
+// What every thread needs before it uses tiles; the state goes when this does, so that switches of threads stay cheap.
+class TilesInUse {
+ public:
+  TilesInUse() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t lines[16] = {};
+    } config;
+    for (int t = 0; t < 8; ++t) config.bytes[t] = 64, config.lines[t] = 16;
+    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+  }
+  ~TilesInUse() { asm volatile("tilerelease" ::: "memory"); }
+};
+
+template <int T>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+inline void load_tile(const void* p) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
+}
+template <int T>
+inline void store_tile(void* p) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
+}
+// sums[m][n] += sum over k of x[m][k] w[k][n]; w's line k / 2 holds the pair of k and k + 1 of every n.
+template <int kSums, int kX, int kW>
+inline void multiply_tiles_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kW));
+}
+// Two times 16 floats as 32 bfloat16.
+inline __m512i to_bf16(F x, F y) { return (__m512i)_mm512_cvtne2ps_pbh(y.a, x.a); }
+inline void store_bf16(uint16_t* p, F x, F y) { _mm512_storeu_si512(p, to_bf16(x, y)); }
+// The same with those of x at the even places, those of y at the odd ones.
+inline void store_bf16_pairs(uint16_t* p, F x, F y) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), to_bf16(x, y)));
+}
+
+#endif  // TERSOR_EMULATE
+
+// The codes of one of four columns, 16 rows.
+template <int kColumn>
+inline I column_of(Codes c) {
+  if constexpr (kColumn == 3) return {_mm512_srli_epi32(c.a, 24)};
+  const __m512i shifted = kColumn ? _mm512_srli_epi32(c.a, 8 * kColumn) : c.a;
+  return {_mm512_and_si512(shifted, _mm512_set1_epi32(255))};
+}
+
+// Entry i % 16 of a table of 16 floats.
+inline F lookup_float(F table, I i) { return {_mm512_permutexvar_ps(i.a, table.a)}; }
+template <int kBits>
+inline I shifted_right(Codes c) {
+  return {kBits ? _mm512_srli_epi32(c.a, kBits) : c.a};
+}
+
+}  // namespace
+}  // namespace tersor
