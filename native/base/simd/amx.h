@@ -3,6 +3,19 @@
 #pragma once
 
 #include "base/simd/avx512vnni.h"
+
+namespace tersor {
+namespace {
+
+// 32 bfloat16.
+struct Halves {
+  __m512i a;
+};
+inline void store_halves(uint16_t* p, Halves h) { _mm512_storeu_si512(p, h.a); }
+
+}  // namespace
+}  // namespace tersor
+
 #ifdef TERSOR_EMULATE
 #include "base/simd/emulated_amx.h"
 #endif
@@ -32,29 +45,43 @@ inline void clear_tile() {
   asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
 template <int T>
-inline void load_tile(const void* p) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
+inline void load_tile(const void* p, int64_t line = 64) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(line), "i"(T) : "memory");
 }
 template <int T>
-inline void store_tile(void* p) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t(64)), "i"(T) : "memory");
+inline void store_tile(void* p, int64_t line = 64) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(line), "i"(T) : "memory");
 }
 // sums[m][n] += sum over k of x[m][k] w[k][n]; w's line k / 2 holds the pair of k and k + 1 of every n.
 template <int kSums, int kX, int kW>
 inline void multiply_tiles_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kW));
 }
-// Two times 16 floats as 32 bfloat16.
-inline __m512i to_bf16(F x, F y) { return (__m512i)_mm512_cvtne2ps_pbh(y.a, x.a); }
-inline void store_bf16(uint16_t* p, F x, F y) { _mm512_storeu_si512(p, to_bf16(x, y)); }
-// The same with those of x at the even places, those of y at the odd ones.
-inline void store_bf16_pairs(uint16_t* p, F x, F y) {
+// The same of signed bytes, w's line k / 4 holding four k of every n, summed in int32.
+template <int kSums, int kX, int kW>
+inline void multiply_tiles_i8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kX), "i"(kW));
+}
+
+// Two times 16 floats as bfloat16, those of x first.
+inline Halves to_bf16(F x, F y) { return {(__m512i)_mm512_cvtne2ps_pbh(y.a, x.a)}; }
+// 0, 16, 1, 17, ..: from one vector after the other to pairs.
+inline Halves paired(Halves h) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), to_bf16(x, y)));
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), h.a)};
 }
 
 #endif  // TERSOR_EMULATE
+
+inline F first_half(Halves h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h.a)), 16))};
+}
+inline F second_half(Halves h) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h.a, 1)), 16))};
+}
+// What rounding x and y to h has left.
+inline Halves remainder(F x, F y, Halves h) { return to_bf16(sub(x, first_half(h)), sub(y, second_half(h))); }
 
 // The codes of one of four columns, 16 rows.
 template <int kColumn>

@@ -1,7 +1,8 @@
-// Matrix tiles in plain C++, for tests on CPUs without them. Names and meanings: base/simd/amx.h.
+// Matrix tiles in plain C++, for tests on CPUs without them. Names and meanings: base/simd/amx.h,
+// which includes this.
 #pragma once
 
-#include "base/simd/avx512vnni.h"
+#include "base/float16.h"
 
 namespace tersor {
 namespace {
@@ -15,12 +16,12 @@ void clear_tile() {
   memset(emulated_tiles[T], 0, 1024);
 }
 template <int T>
-void load_tile(const void* p) {
-  memcpy(emulated_tiles[T], p, 1024);
+void load_tile(const void* p, int64_t line = 64) {
+  for (int i = 0; i < 16; ++i) memcpy(emulated_tiles[T] + 64 * i, (const char*)p + i * line, 64);
 }
 template <int T>
-void store_tile(void* p) {
-  memcpy(p, emulated_tiles[T], 1024);
+void store_tile(void* p, int64_t line = 64) {
+  for (int i = 0; i < 16; ++i) memcpy((char*)p + i * line, emulated_tiles[T] + 64 * i, 64);
 }
 template <int kSums, int kX, int kW>
 void multiply_tiles_bf16() {
@@ -38,18 +39,29 @@ inline uint32_t rounded_bits(float x) {
   const uint32_t bits = float_to_bits(x);
   return bits + 0x7fff + (bits >> 16 & 1);
 }
-// Two times 16 floats as 32 bfloat16.
-inline void store_bf16(uint16_t* p, F x, F y) {
+template <int kSums, int kX, int kW>
+void multiply_tiles_i8() {
+  auto* sums = reinterpret_cast<uint32_t*>(emulated_tiles[kSums]);
+  const auto* x = reinterpret_cast<const int8_t*>(emulated_tiles[kX]);
+  const auto* w = reinterpret_cast<const int8_t*>(emulated_tiles[kW]);
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 16; ++n) {
+      for (int k = 0; k < 64; ++k) sums[16 * m + n] += uint32_t(x[64 * m + k] * w[64 * (k / 4) + 4 * n + k % 4]);
+    }
+  }
+}
+inline Halves to_bf16(F x, F y) {
   float values[32];
+  uint16_t halves[32];
   store(values, x), store(values + 16, y);
-  for (int i = 0; i < 32; ++i) p[i] = uint16_t(rounded_bits(values[i]) >> 16);
+  for (int i = 0; i < 32; ++i) halves[i] = uint16_t(rounded_bits(values[i]) >> 16);
+  return {_mm512_loadu_si512(halves)};
 }
-// The same with those of x at the even places, those of y at the odd ones.
-inline void store_bf16_pairs(uint16_t* p, F x, F y) {
-  uint16_t values[32];
-  store_bf16(values, x, y);
-  for (int i = 0; i < 16; ++i) p[2 * i] = values[i], p[2 * i + 1] = values[16 + i];
+inline Halves paired(Halves h) {
+  uint16_t values[32], pairs[32];
+  store_halves(values, h);
+  for (int i = 0; i < 32; ++i) pairs[i] = values[i % 2 * 16 + i / 2];
+  return {_mm512_loadu_si512(pairs)};
 }
-
 }  // namespace
 }  // namespace tersor

@@ -122,9 +122,12 @@ std::vector<float> held_nibbles(const std::vector<float>& x, int kv_heads, int h
 // 2^(score - largest) relatively by what its score and the largest one do, by one rounding of their difference, and by
 // 2^x. The sums may be rescaled for each 64 keys (6 roundings). An error e of the weights p moves the mean by
 // sum p e |v - mean|. With an int8 cache, queries are rotated (16 additions, then one for each doubling) and rounded to
-// 16 bits per group of dimensions, and weights times the values' scales to 16 bits per 64 keys.
+// 16 bits per group of dimensions, and weights times the values' scales to 16 bits per 64 keys. Matrix tiles take both
+// factors of every product to 2^-16 and leave out as much: kTileRoundings.
+constexpr double kTileRoundings = 2 * 0x1p-16 / kRounding;
+
 void expect_head(const float* query, const Sequence& sequence, int64_t stride, int64_t at, int64_t first, int64_t end,
-                 float scale, const Shape& s, Type type, Expected& want) {
+                 float scale, const Shape& s, Type type, bool tiles, Expected& want) {
   const bool integer = attention::is_integer(type);
   std::vector<double> q, score, error, weight;
   for (int d = 0; d < s.head_dim; ++d) q.push_back(double(query[d]) * double(scale));
@@ -142,7 +145,8 @@ void expect_head(const float* query, const Sequence& sequence, int64_t stride, i
     for (size_t d = 0; d < q.size(); ++d) {
       const double term = q[d] * double(key[d]);
       sum += term;
-      e += kRounding * ((s.head_dim + (integer ? 30 : 4)) * std::fabs(q[d]) * double(reach[d]));
+      e += kRounding *
+           ((s.head_dim + (integer ? 30 : 4) + (tiles ? kTileRoundings : 0)) * std::fabs(q[d]) * double(reach[d]));
       if (!integer) continue;
       double top = 0;  // of the query's group, rounded to 32767 steps
       for (size_t i = d / attention::kKeyGroup * attention::kKeyGroup;
@@ -164,7 +168,7 @@ void expect_head(const float* query, const Sequence& sequence, int64_t stride, i
     error[j] += largest_error + kRounding * (kExp + 2 * (largest - score[j]));
     total += weight[j];
   }
-  const double roundings = 2 * double(score.size()) + 32;
+  const double roundings = 2 * double(score.size()) + 32 + (tiles ? kTileRoundings : 0);
   for (int d = 0; d < s.head_dim; ++d) {
     double mean = 0, magnitude = 0, moved = 0, rounded = 0;
     const auto value = [&](size_t j) { return double(sequence.held_values[(first + int64_t(j)) * stride + at + d]); };
@@ -213,7 +217,7 @@ void test_shape(const Shape& s, Type type) {
   for (const auto& [before, n] : s.sequences) rows += n;
   const std::vector<float> queries = random.bells(rows * query_stride);
   std::vector<Sequence> sequences;
-  Expected want;
+  Expected want, tiles;
   int64_t row = 0;
   for (const auto& [before, n] : s.sequences) {
     const int64_t count = (before + n) * stride;
@@ -236,8 +240,12 @@ void test_shape(const Shape& s, Type type) {
     for (int64_t i = 0; i < n; ++i, ++row) {
       const int64_t end = before + i + 1, first = s.window > 0 ? std::max<int64_t>(0, end - s.window) : 0;
       for (int h = 0; h < s.heads; ++h) {
-        expect_head(&queries[row * query_stride + int64_t(h) * s.head_dim], sequence, held_stride,
-                    int64_t(h / (s.heads / s.kv_heads)) * width_of(s.head_dim), first, end, scale, s, type, want);
+        for (Expected* each : {&want, &tiles}) {
+          const bool many = each == &tiles && type == attention::kFloat16 && n >= attention::kManyQueries;
+          expect_head(&queries[row * query_stride + int64_t(h) * s.head_dim], sequence, held_stride,
+                      int64_t(h / (s.heads / s.kv_heads)) * width_of(s.head_dim), first, end, scale, s, type, many,
+                      *each);
+        }
       }
     }
     sequences.push_back(std::move(sequence));
@@ -261,7 +269,9 @@ void test_shape(const Shape& s, Type type) {
     return out;
   };
   const std::string what = "attention, head_dim " + std::to_string(s.head_dim) + ", type " + std::to_string(type);
-  const std::vector<Result> results = expect_everywhere(what, [&] { return attend(true); }, want);
+  const std::vector<Result> results = expect_everywhere(
+      what, [&] { return attend(true); },
+      [&](const std::string& isa) -> const Expected& { return isa == "amx" ? tiles : want; });
   if (sequences.size() == 1) return;
   const Result alone = attend(false);  // the last instruction set of expect_everywhere is still in use
   check(!memcmp(alone.data(), results.back().data(), 4 * alone.size()), what + ": other bits beside other sequences");
@@ -277,7 +287,9 @@ void test_attention() {
       test_shape({6, 2, 32, {{before, 5}}, 0, 0}, type);
       test_shape({4, 1, 32, {{before, 18}}, 7, 2}, type);
     }
+    for (int head_dim : {1, 16, 17, 33, 80, 130}) test_shape({2, 1, head_dim, {{70, 20}}, 0, 0}, type);
     test_shape({9, 3, 64, {{0, 100}}, 0, 0}, type);
+    test_shape({2, 2, 64, {{200, 40}, {3, 2}, {0, 17}}, 50, 0}, type);
     test_shape({9, 3, 64, {{1300, 1}}, 0, 0}, type);     // cut along the keys
     test_shape({100, 1, 16, {{600, 2}}, 550, 5}, type);  // more heads of one key than a tile has rows
     test_shape({4, 2, 64, {{30, 1}, {0, 7}, {700, 1}, {65, 2}}, 0, 0}, type);

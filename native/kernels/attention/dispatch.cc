@@ -49,6 +49,7 @@ struct Tile {
   int64_t first_row, first_query;  // in the queries and in the sequence
   int queries;
   int64_t begin, end;
+  bool many;  // it is of a span of kManyQueries or more
 
   int rows() const { return queries * heads; }
   int64_t first_chunk() const { return begin / kChunk; }
@@ -77,7 +78,10 @@ struct Problem {
   }
 
   // Floats of the state of a tile's rows.
-  static int64_t state_size(const Tile& t) { return int64_t(t.rows()) * (t.cache->width + 16) + kMaxRows; }
+  static int64_t state_size(const Tile& t) {
+    const int padded = (t.rows() + 15) / 16 * 16;  // attend_many
+    return int64_t(padded) * (t.cache->width + 16) + kMaxRows;
+  }
   static State state_at(const Tile& t, float* at) {
     float* totals = at + kMaxRows;
     return {at, totals, totals + int64_t(t.rows()) * 16};
@@ -93,7 +97,7 @@ struct Problem {
       const int64_t begin = first_of(cache, q) / kKeys * kKeys, end = end_of(cache, q + count - 1);
       for (int h = 0; h < heads;) {
         const int together = std::min(group, share - h % share);
-        tiles.push_back({&cache, h / share, h, together, span.row + q, q, count, begin, end});
+        tiles.push_back({&cache, h / share, h, together, span.row + q, q, count, begin, end, span.n >= kManyQueries});
         h += together;
       }
     }
@@ -114,7 +118,8 @@ struct Problem {
     const Queries rows{t.rows(), q, first, end, softcap * kLog2e};
     for (int64_t at = std::max(t.begin, start), piece_end; at < stop; at = piece_end) {
       const Head head = t.cache->piece(layer, t.kv_head, at, piece_end);
-      kernels.attend[t.cache->type](head, rows, at, std::min(stop, piece_end), state, scratch);
+      (t.many ? kernels.attend_many : kernels.attend)[t.cache->type](head, rows, at, std::min(stop, piece_end), state,
+                                                                     scratch);
     }
   }
 
@@ -312,7 +317,8 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
 void attend(std::span<const Span> spans, int layer, const Rows& queries, int heads, float scale, float softcap,
             int64_t window, float* out) {
   static thread_local Plan plan;
-  const Problem problem{TERSOR_ACTIVE_KERNELS(), layer, queries, heads, scale, softcap, window, out};
+  const Problem problem{
+      TERSOR_OR_TILE_KERNELS(TERSOR_ACTIVE_KERNELS()), layer, queries, heads, scale, softcap, window, out};
   const int64_t macs = plan.cut(problem, spans);
   const auto n = int64_t(plan.units.size());
   const int64_t useful = std::min<int64_t>({n, threads(), std::max<int64_t>(1, macs / kMinMacs)});

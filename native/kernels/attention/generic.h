@@ -239,6 +239,18 @@ void soften(const Queries& q, int row, int64_t at, float* scores, const State& s
   store(state.total + 16 * row, total);
 }
 
+// The same of some rows, 16 * panels scores of each, kKeys apart.
+inline void soften_rows(const Queries& q, int row, int rows, int64_t at, int panels, float* scores, const State& state,
+                        int width) {
+  static_assert(kKeys == 64);
+  for (int m = 0; m < rows; ++m, scores += kKeys) {
+    if (panels == 4) soften<4>(q, row + m, at, scores, state, width);
+    if (panels == 3) soften<3>(q, row + m, at, scores, state, width);
+    if (panels == 2) soften<2>(q, row + m, at, scores, state, width);
+    if (panels == 1) soften<1>(q, row + m, at, scores, state, width);
+  }
+}
+
 // The sum of x times float16 values, n of each, a multiple of 16.
 inline float dot_halves(const float* x, const uint16_t* halves, int n) {
   F total = zero();
@@ -290,15 +302,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
     p.x_stride = stride;
     multiply<Floats<kType, false>>(p, rows, panels);
   }
-  const int64_t at = b.at + 16 * first;
-  for (int m = 0; m < rows; ++m) {
-    float* one = scores + int64_t(m) * kKeys;
-    static_assert(kKeys == 64);
-    if (panels == 4) soften<4>(q, row + m, at, one, state, head.width);
-    if (panels == 3) soften<3>(q, row + m, at, one, state, head.width);
-    if (panels == 2) soften<2>(q, row + m, at, one, state, head.width);
-    if (panels == 1) soften<1>(q, row + m, at, one, state, head.width);
-  }
+  soften_rows(q, row, rows, b.at + 16 * first, panels, scores, state, head.width);
 }
 
 // Rounds weights times the values' scales, panels of 16 keys `groups` scales apart, to 16 bits; returns the codes'
@@ -646,11 +650,13 @@ void blend(float* x, float a, const float* y, float b, int n) {
   for (int i = 0; i < n; i += 16) store(x + i, fma(load(x + i), fa, mul(load(y + i), fb)));
 }
 
-#define TERSOR_ATTENTION_KERNELS                                       \
-  {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>, attend<kInt4>}, \
-   {append<kFloat32>, append<kFloat16>, append<kInt8>, append<kInt4>}, \
-   {load_floats, load_floats, load_codes, load_code_sums},             \
-   finish,                                                             \
+#define TERSOR_ATTENTION_KERNELS TERSOR_ATTENTION_KERNELS_WITH(attend<kFloat16>)
+#define TERSOR_ATTENTION_KERNELS_WITH(attend_many_halves)                \
+  {{attend<kFloat32>, attend<kFloat16>, attend<kInt8>, attend<kInt4>},   \
+   {attend<kFloat32>, attend_many_halves, attend<kInt8>, attend<kInt4>}, \
+   {append<kFloat32>, append<kFloat16>, append<kInt8>, append<kInt4>},   \
+   {load_floats, load_floats, load_codes, load_code_sums},               \
+   finish,                                                               \
    blend}
 
 }  // namespace

@@ -74,12 +74,21 @@ inline constexpr float kLowest = -1e30f;  // the largest score of no keys
 inline constexpr float kMasked = -2e30f;  // a score that is not seen; 2^(kMasked - kLowest) = 0
 
 // Floats of working memory, which begins at a multiple of 64 bytes, as caches and states do.
-constexpr int64_t scratch_floats(int head_dim, int width) { return int64_t(kKeys) * (kMaxRows + head_dim + width); }
+constexpr int64_t scratch_floats(int head_dim, int width) {
+  const int padded = (head_dim + 31) / 32 * 32;
+  return int64_t(kKeys) * (kMaxRows + padded + width) + kMaxRows * padded;
+}
+
+inline constexpr int kManyQueries = 17;  // of one sequence: from here on attend_many
 
 struct Kernels {
   // Adds keys [begin, end) to the state, which the caller began; begin is a multiple of kKeys.
   void (*attend[kTypes])(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state,
                          float* scratch);
+  // The same for many queries, of which a tile may hold some only. Has other bits where products are of matrix tiles;
+  // then it reads and writes `out` up to a multiple of 16 rows.
+  void (*attend_many[kTypes])(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state,
+                              float* scratch);
   // Writes a key (head_dim) and a value at a position of a head's cache, counted from head.first.
   void (*append[kTypes])(const float* key, const float* value, int64_t position, const Head& head);
   // Writes a query (head_dim) times factor as attend wants it.
@@ -91,5 +100,6 @@ struct Kernels {
 };
 
 TERSOR_KERNEL_TABLES
+TERSOR_TILE_KERNEL_TABLE
 
 }  // namespace tersor::attention

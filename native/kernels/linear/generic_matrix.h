@@ -29,7 +29,7 @@ void round_rows(const float* x, int64_t stride, int n, int64_t k, int64_t tile, 
           a = left >= 16 ? load(values) : load_n(values, int(left));
           b = left >= 32 ? load(values + 16) : left > 16 ? load_n(values + 16, int(left - 16)) : zero();
         }
-        store_bf16(out + 32 * row, a, b);
+        store_halves(out + 32 * row, to_bf16(a, b));
       }
     }
   }
@@ -49,10 +49,11 @@ inline F code_floats(const uint8_t* p, const F& table) {
 template <Code kCode, int I, int kEnd>
 inline void decode_steps(const uint8_t* p, const F& table, const F& scale, const F& base, uint16_t* out) {
   if constexpr (I < kEnd) {
-    store_bf16_pairs(out + 64 * I, fma(code_floats<kCode, I, 0>(p, table), scale, base),
-                     fma(code_floats<kCode, I, 1>(p, table), scale, base));
-    store_bf16_pairs(out + 64 * I + 32, fma(code_floats<kCode, I, 2>(p, table), scale, base),
-                     fma(code_floats<kCode, I, 3>(p, table), scale, base));
+    const auto column = [&](auto floats) { return fma(floats, scale, base); };
+    store_halves(out + 64 * I, paired(to_bf16(column(code_floats<kCode, I, 0>(p, table)),
+                                              column(code_floats<kCode, I, 1>(p, table)))));
+    store_halves(out + 64 * I + 32, paired(to_bf16(column(code_floats<kCode, I, 2>(p, table)),
+                                                   column(code_floats<kCode, I, 3>(p, table)))));
     decode_steps<kCode, I + 1, kEnd>(p, table, scale, base, out);
   }
 }
@@ -142,14 +143,37 @@ inline void multiply_block(const uint16_t* x, int64_t x_tile, const uint16_t* w,
   if constexpr (M > 1 && N > 1) store_tile<3>(sums + 768);
 }
 
+// Asks the outer cache for what is decoded next, a share at a time, while something else is computed: it is a few lines
+// of each panel, too few for the CPU to foresee. There may be one panel, or none: asking for no memory does nothing.
+class Ahead {
+ public:
+  Ahead(const IntegerPanel& first, int64_t panel_bytes, const MatrixBlock& block, int64_t shares)
+      : at_(first.blocks + linear::panel_bytes(first.layout, kChunk * block.first)),
+        panel_bytes_(panel_bytes),
+        lines_(linear::panel_bytes(first.layout, kChunk * block.chunks) / 64 + 1),
+        end_(lines_ * kPanelsHeld),
+        share_((end_ + shares - 1) / shares) {}
+  void next_share() {
+    for (const int64_t end = done_ + share_ < end_ ? done_ + share_ : end_; done_ < end; ++done_)
+      __builtin_prefetch(at_ + done_ / lines_ * panel_bytes_ + done_ % lines_ * 64, 0, 2);
+  }
+
+ private:
+  const uint8_t* at_;
+  int64_t panel_bytes_, lines_, end_, share_, done_ = 0;
+};
+
 // One or two panels, decoded, times all rows.
 template <int N>
-void multiply_rows(const MatrixRows& x, const MatrixBlock& block, const uint16_t* w, bool begin, float* sums) {
+void multiply_rows(const MatrixRows& x, const MatrixBlock& block, const uint16_t* w, bool begin, float* sums,
+                   Ahead& ahead) {
   const int64_t x_tile = kTile * block.chunks;
   const uint16_t* tiles = x.tiles + kTile * block.first * x.count;
   int64_t t = 0;
-  for (; t + 2 <= x.count; t += 2, sums += 1024)
+  for (; t + 2 <= x.count; t += 2, sums += 1024) {
+    ahead.next_share();
     multiply_block<2, N>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
+  }
   if (t < x.count) multiply_block<1, N>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
 }
 
@@ -158,16 +182,18 @@ void matrix(const IntegerPanel& first, int64_t panel_bytes, int count, const int
   [[maybe_unused]] const TilesInUse in_use;
   alignas(64) uint16_t w[(2 * kBlockChunks - 1) * kTilesApart];
   const F table = code_table(first.layout, low_table);
-  const int64_t blocks = matrix_blocks(first.chunks), pair_sums = 1024 * ((x.count + 1) / 2);
+  const int64_t blocks = matrix_blocks(first.chunks), row_pairs = (x.count + 1) / 2, pair_sums = 1024 * row_pairs;
+  const auto panel = [&](int p) { return IntegerPanel{first.blocks + p * panel_bytes, first.chunks, first.layout}; };
   for (int64_t b = 0; b < blocks; ++b) {
     const MatrixBlock block = matrix_block(first.chunks, b);
     for (int p = 0; p < count; p += kPanelsHeld) {
       const int held = count - p < kPanelsHeld ? count - p : kPanelsHeld;
-      for (int i = 0; i < held; ++i) {
-        const IntegerPanel panel{first.blocks + (p + i) * panel_bytes, first.chunks, first.layout};
-        decode_columns(panel, table, block.first, block.chunks, w + i * kTile);
-      }
-      (held == 2 ? multiply_rows<2> : multiply_rows<1>)(x, block, w, b == 0, sums + p / kPanelsHeld * pair_sums);
+      for (int i = 0; i < held; ++i) decode_columns(panel(p + i), table, block.first, block.chunks, w + i * kTile);
+      // What comes next: the next panels, the first ones of the next block, or those after these, if there are any.
+      const int next = p + kPanelsHeld < count ? p + kPanelsHeld : b + 1 < blocks ? 0 : count;
+      const MatrixBlock next_block = next > p && next < count ? block : matrix_block(first.chunks, (b + 1) % blocks);
+      Ahead ahead(panel(next), panel_bytes, next_block, row_pairs);
+      (held == 2 ? multiply_rows<2> : multiply_rows<1>)(x, block, w, b == 0, sums + p / kPanelsHeld * pair_sums, ahead);
     }
   }
   for (int64_t row = 0; row < n; ++row) {

@@ -6,19 +6,8 @@
 #include "kernels/peak/peak.h"
 
 namespace tersor::peak {
-namespace {
-
-const Kernels& active_kernels() {
-#ifdef TERSOR_PEAK_OF_TILES
-  if (active_isa() == Isa::kAmx) return amx_kernels;
-#endif
-  return TERSOR_ACTIVE_BYTE_KERNELS();
-}
-
-}  // namespace
-
 int64_t multiply_bytes(int64_t rounds) {
-  const Kernels& kernels = active_kernels();
+  const Kernels& kernels = TERSOR_OR_TILE_KERNELS(TERSOR_ACTIVE_BYTE_KERNELS());
   uint8_t bytes[kBytes];
   for (int i = 0; i < kBytes; ++i) bytes[i] = uint8_t(i * 7 % 127);
   std::atomic<uint32_t> sink{0};

@@ -17,9 +17,6 @@ struct Kernels {
 inline constexpr int kBytes = 1024;  // that multiply may read
 
 TERSOR_BYTE_KERNEL_TABLES
-#if defined(TERSOR_HAS_AMX) && !defined(TERSOR_EMULATE)
-#define TERSOR_PEAK_OF_TILES
-extern const Kernels amx_kernels;
-#endif
+TERSOR_TILE_KERNEL_TABLE
 
 }  // namespace tersor::peak
