@@ -35,9 +35,11 @@ check-tools:
 	CXX=$(CXX) $(PIP) -e '.[test,lint]'
 	@touch $@
 
-# The peers of the benchmarks; llama-cpp-python compiles llama.cpp for this machine (about ten minutes on two cores).
+# The peers of the benchmarks; llama-cpp-python compiles llama.cpp for this machine (about ten minutes on two cores). On a CPU with AMX,
+# GCC 12 takes most stores to its tile configuration for dead (GCC's intrinsic reads 8 bytes of 64), and the first product faults.
+LLAMA_FLAGS := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DCMAKE_CXX_FLAGS="-fno-tree-dse -fno-dse")
 .venv/.bench: .venv/.test
-	$(PIP) -e '.[bench]'
+	CMAKE_ARGS='$(LLAMA_FLAGS)' $(PIP) -e '.[bench]'
 	@touch $@
 
 # Peers whose dependencies clash with ours, each in an environment of its own: `peers` run models (3 GB; the last two compile llama.cpp, for
@@ -79,7 +81,7 @@ $(foreach package,$(QUANTIZERS),$(eval $(call QUANTIZER,$(package))))
 # llama.cpp whose prompts are multiplied in float32 (`benchmarks containers`): needs libopenblas-dev and pkg-config.
 .peers/.llama-blas: | check-tools
 	$(PYTHON) -m venv .peers/llama-blas
-	CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" \
+	CMAKE_ARGS='-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS $(LLAMA_FLAGS)' \
 	  $(PEER_PIP) .peers/llama-blas/bin/python -m pip install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	@touch $@
 
