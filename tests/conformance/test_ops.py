@@ -150,7 +150,14 @@ def test_rope_forgets_nothing(isa: str) -> None:
 # queries are int16: steps of 3.5 / 32767, with sigma 3.5 / 32767 / sqrt(12) = 3e-5, times sqrt(80) keys of about 1 and the
 # scale 0.3 give a score sigma 8e-5; six of them. Weights of int16 add less. In an int4 cache they meet differences of keys.
 ATTENTION_ERROR = {"f16": 1e-5, "f32": 1e-5, "int8": 5e-4, "int4": 1e-3}
+# Matrix tiles leave out 2^-15 of the sum of a score's magnitudes, at most 80 * 0.64 * 0.3 on average: 5e-4, as above.
+TILE_ERROR = 5e-4
 DTYPES = tuple(ATTENTION_ERROR)
+
+
+def tiles(isa: str, dtype: str, n: int) -> bool:
+    """Whether n queries are multiplied by matrix tiles."""
+    return isa == "amx" and dtype == "f16" and n > 16
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,7 +176,7 @@ def test_attention(heads: tuple[int, int], dtype: str, isa: str) -> None:
             for cap, window in ((0.0, 0), (2.0, 0), (0.0, 13), (5.0, 530)) if n < 100 else ():
                 want = reference.attention(q, caches[1], 1, 0.3, cap, window)
                 got = ops.attention(q, caches[0], 1, 0.3, cap, window)
-                np.testing.assert_allclose(got, want, rtol=0, atol=ATTENTION_ERROR[dtype])
+                np.testing.assert_allclose(got, want, rtol=0, atol=TILE_ERROR if tiles(isa, dtype, n) else ATTENTION_ERROR[dtype])
             for cache in caches:
                 cache.advance(n)
                 if n == 40:
@@ -202,7 +209,8 @@ def test_attention_threads_and_views(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 130, 400])
 def test_a_row_of_attention_is_the_same_in_any_company(window: int, dtype: str, isa: str) -> None:
-    """Queries one by one, all together, and each with its own cache in a batch give the same bits."""
+    """Queries one by one, all together, and each with its own cache in a batch give the same bits; with matrix tiles all
+    together have bits of their own, whatever their number."""
     h, kv, d, n, start = 6, 2, 24, 45, 1010
     q, k, v = normal(1, n, h, d), normal(2, start + n, kv, d), normal(3, start + n, kv, d)
     together = ops.KVCache(2, kv, d, start + n, dtype)
@@ -216,6 +224,12 @@ def test_a_row_of_attention_is_the_same_in_any_company(window: int, dtype: str, 
         cache.advance(start + i)
         batch.append(cache)
     ops.append_batch(batch, 1, k[start:], v[start:])
+    if tiles(isa, dtype, n):
+        np.testing.assert_array_equal(ops.attention(q[:20], together, 1, 0.4, 5.0, window), want[:20])
+        alone = np.concatenate([ops.attention(q[i : i + 1], batch[i], 1, 0.4, 5.0, window) for i in range(n)])
+        np.testing.assert_allclose(alone, want, rtol=0, atol=TILE_ERROR)
+        want = alone
+    np.testing.assert_array_equal(ops.attention(q[:13], together, 1, 0.4, 5.0, window), want[:13])
     for i in range(n):
         np.testing.assert_array_equal(ops.attention(q[i : i + 1], batch[i], 1, 0.4, 5.0, window)[0], want[i])
     np.testing.assert_array_equal(same_for_any_threads(lambda: ops.attention_batch(q, batch, 1, 0.4, 5.0, window)), want)

@@ -155,6 +155,8 @@ def test_products_agree_with_the_reference(columns: int, count: int, activations
     tensors = [stored(f, random(rows, columns, seed=rows), outliers) for rows in (37, 5)]
     x, bias, residual = random(40, columns, seed=3), random(42, seed=4), random(40, 42, seed=5)
     x[:, outliers] *= 1000
+    plain = np.setdiff1d(np.arange(columns), outliers)
+    others = max((np.abs(x[:, plain]) @ np.abs(f.dequantize(t)[:, plain]).T).max() for t in tensors)  # the largest sum of magnitudes
     weight = ops.pack(tensors, bias, activations)
     assert (weight.rows, weight.columns) == (42, columns) and f"&f16x{count}" in weight.kernel
     assert weight.nbytes >= sum(t.nbytes for t in tensors)
@@ -163,7 +165,9 @@ def test_products_agree_with_the_reference(columns: int, count: int, activations
         inputs = np.ascontiguousarray(x[:n])
         got = ops.linear(inputs, weight, np.ascontiguousarray(residual[:n]))
         want = reference.linear(inputs, rounded, residual[:n])
-        np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-21 * 1000 * count**0.5 * 16)
+        # Matrix tiles round both factors of the other columns to 8 bits, the reference activations to 8.
+        halves = 2.0**-6 * others if isa == "amx" and activations == "int8" and n > 16 else 0
+        np.testing.assert_allclose(got, want, rtol=0, atol=2.0**-21 * 1000 * count**0.5 * 16 + halves)
         y = np.ascontiguousarray(residual[:n])
         _native.linear(inputs, weight, y, y)  # in place
         np.testing.assert_array_equal(y, got)

@@ -82,7 +82,7 @@ void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows
 // out (n, heads * head_dim) = softmax(scale * q k^T) v. Query i of a span is at position length + i and sees the keys
 // up to its own, only the last `window` if window > 0; softcap > 0: scores become softcap * tanh(score / softcap).
 // The caches have equally many kv heads and equal head dimensions. A row has the same bits whatever the other rows and
-// the threads are.
+// the threads are, but where Kernels::attend_many has others than attend.
 void attend(std::span<const Span> spans, int layer, const Rows& queries, int heads, float scale, float softcap,
             int64_t window, float* out);
 

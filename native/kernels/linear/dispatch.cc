@@ -307,7 +307,7 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
   const int64_t columns = weight.inner();
   static thread_local FineScratch fine_scratch;
   static thread_local TileScratch tile_scratch;
-  static thread_local MatrixScratch matrix_scratch;
+  static thread_local MatrixScratch one_part, all_parts;
   const Kernels& kernels = TERSOR_ACTIVE_BYTE_KERNELS();
   const bool integer = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return p.integer; });
   const auto part_output = [&](int64_t first_row, int64_t part_row) {
@@ -338,25 +338,28 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
     }
     return;
   }
-  const MatrixKernels* matrix = weight.rounding.kind == kGroups && integer ? matrix_kernels() : nullptr;
+  const MatrixKernels* matrix = n > kFineRows ? matrix_kernels() : nullptr;
+  const MatrixKernels* integer_matrix = weight.rounding.kind == kGroups ? matrix : nullptr;
+  const bool floating = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return !p.integer; });
   const int64_t most =
       matrix ? kMatrixRows * kMatrixTiles
              : std::max<int64_t>(1, kActivationBytes / ((integer ? 1 : 4) * columns) / kMaxRows) * kMaxRows;
   for (int64_t first = 0; first < n; first += most) {
     const int64_t rows = std::min(most, n - first);
     const float* x_chunk = x + first * columns;
-    if (matrix)
-      matrix_scratch.round(*matrix, x_chunk, rows, columns);
+    if (matrix && floating) all_parts.round(*matrix, x_chunk, rows, columns, true);
+    if (integer && integer_matrix)
+      one_part.round(*matrix, x_chunk, rows, columns, false);
     else if (integer)
       tile_scratch.quantize(kernels, weight.rounding, x_chunk, rows, columns);
     int64_t row = 0;
     for (const Part& part : weight.parts) {
       const Output out = part_output(first, row);
       row += part.rows;
-      if (!part.integer)
+      if (part.integer ? integer_matrix : matrix)
+        multiply_matrix(*matrix, part, part.integer ? one_part : all_parts, rows, out);
+      else if (!part.integer)
         multiply_floats(kernels, part, x_chunk, rows, out);
-      else if (matrix)
-        multiply_matrix(*matrix, part, matrix_scratch, rows, out);
       else
         multiply_tiles(kernels, part, tile_scratch, rows, out);
     }

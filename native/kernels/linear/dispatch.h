@@ -63,12 +63,12 @@ inline IntegerPanel low_panel_of(const Part& part, int64_t panel) {
 
 // ---- Many rows by matrix tiles ----
 
-// Rows of activations in bfloat16.
+// Rows of activations in bfloat16: in one part, as integers want them, or in all, as floats do.
 struct MatrixScratch {
   Bytes tiles{0};
   MatrixRows rows;
 
-  void round(const MatrixKernels& kernels, const float* x, int64_t n, int64_t columns);
+  void round(const MatrixKernels& kernels, const float* x, int64_t n, int64_t columns, bool all_parts);
 };
 
 // Those of the instruction set in use, or null.

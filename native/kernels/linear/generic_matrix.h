@@ -1,10 +1,12 @@
 // Products of many activation rows by matrix tiles of bfloat16 (MatrixKernels). Include after base/simd/amx.h.
 //
-// Both sides are rounded to bfloat16, 8 significant bits: each factor is off by at most 2^-8 of itself. Sums are
-// float32, over k in ascending order. Column block by column block, pairs of panels are decoded into the first cache
-// and multiplied by all rows; the sums wait in the second one.
+// With integers both sides are rounded to bfloat16, 8 significant bits: each factor is off by at most 2^-8 of itself.
+// Floats are sums of up to three bfloat16, which hold a float32 exactly. Sums are float32, over k in ascending order.
+// Column block by column block, pairs of panels are decoded into the first cache and multiplied by all rows; the sums
+// wait in the second one.
 #pragma once
 
+#include "base/simd/product.h"
 #include "kernels/linear/generic_codes.h"
 #include "kernels/linear/generic_finish.h"
 
@@ -15,21 +17,34 @@ inline constexpr int kTile = 512;  // values of a tile of bfloat16
 
 // ---- Activations ----
 
+// Rounds x and y to bfloat16, and what that leaves, kParts times, each to a line of the next tile.
+template <int kParts>
+inline void store_parts(uint16_t* to, F x, F y) {
+  const Halves h = to_bf16(x, y);
+  store_halves(to, h);
+  if constexpr (kParts > 1) store_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
+}
+// The same with those of x at the even places, those of y at the odd ones.
+template <int kParts>
+inline void store_paired_parts(uint16_t* to, F x, F y) {
+  const Halves h = to_bf16(x, y);
+  store_halves(to, paired(h));
+  if constexpr (kParts > 1) store_paired_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
+}
+
+inline F load_least(const float* p, int64_t n) { return n >= 16 ? load(p) : n > 0 ? load_n(p, int(n)) : zero(); }
+
+template <int kParts>
 void round_rows(const float* x, int64_t stride, int n, int64_t k, int64_t tile, int64_t tiles, uint16_t* to) {
-  const int64_t chunks = (k + kChunk - 1) / kChunk;
-  for (int64_t b = 0; b < matrix_blocks(chunks); ++b) {
-    const MatrixBlock block = matrix_block(chunks, b);
-    uint16_t* out = to + kTile * (block.first * tiles + tile * block.chunks);
-    for (int64_t c = block.first; c < block.first + block.chunks; ++c, out += kTile) {
-      const int64_t left = k - kChunk * c;
+  const MatrixBlocks blocks = matrix_blocks((k + kChunk - 1) / kChunk, kParts);
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const MatrixBlock block = blocks.at(b);
+    uint16_t* out = to + kParts * kTile * (block.first * tiles + tile * block.chunks);
+    for (int64_t c = block.first; c < block.first + block.chunks; ++c, out += kParts * kTile) {
       for (int row = 0; row < kMatrixRows; ++row) {
         const float* values = x + row * stride + kChunk * c;
-        F a = zero(), b = zero();
-        if (row < n) {
-          a = left >= 16 ? load(values) : load_n(values, int(left));
-          b = left >= 32 ? load(values + 16) : left > 16 ? load_n(values + 16, int(left - 16)) : zero();
-        }
-        store_halves(out + 32 * row, to_bf16(a, b));
+        const int64_t left = row < n ? k - kChunk * c : 0;
+        store_parts<kParts>(out + 32 * row, load_least(values, left), load_least(values + 16, left - 16));
       }
     }
   }
@@ -63,8 +78,10 @@ struct GroupScales {
   alignas(64) float scale[16 * 16], base[16 * 16];
 };
 
-// Chunks of one block of the layout, each to a tile; tiles are kTilesApart apart.
-inline constexpr int kPanelsHeld = 2, kTilesApart = kPanelsHeld * kTile;
+inline constexpr int kPanelsHeld = 2;                    // decoded together
+inline constexpr int kTilesApart = kPanelsHeld * kTile;  // from a chunk of integers to the next
+
+// Chunks of one block of the layout, each to a tile.
 
 template <Code kCode>
 void decode_chunks(const uint8_t* p, int64_t chunks, int group, const F& table, const GroupScales& s, uint16_t* out) {
@@ -112,11 +129,23 @@ void decode_columns(const IntegerPanel& panel, const F& table, int64_t first, in
   }
 }
 
+// Columns of a panel of floats, w[k][16], in kParts parts each; those that miss are 0.
+template <Float kFloat, int kParts>
+void decode_floats(const void* panel, int64_t k, const MatrixBlock& block, uint16_t* out) {
+  for (int64_t c = block.first; c < block.first + block.chunks; ++c, out += kPanelsHeld * kParts * kTile) {
+    for (int64_t i = kChunk * c; i < kChunk * (c + 1); i += 2) {
+      const F x = i < k ? load_as<kFloat>(panel, 16 * i) : zero(),
+              y = i + 1 < k ? load_as<kFloat>(panel, 16 * i + 16) : zero();
+      store_paired_parts<kParts>(out + 16 * (i - kChunk * c), x, y);
+    }
+  }
+}
+
 // ---- Products ----
 
-// Adds the chunks of a block to the sums of M row tiles and N panels: x (M tiles x_tile apart, chunks), w (chunks, 2),
-// sums (2, 2) of 16 x 16.
-template <int M, int N>
+// Adds the chunks of a block to the sums of M row tiles and N panels: x (M tiles x_tile apart, chunks, X parts), w
+// (chunks, 2, W parts), sums (2, 2) of 16 x 16. Of all products of parts those below 2^-24 of the whole are left out.
+template <int M, int N, int X, int W>
 inline void multiply_block(const uint16_t* x, int64_t x_tile, const uint16_t* w, int64_t chunks, bool begin,
                            float* sums) {
   if (begin) {
@@ -127,15 +156,19 @@ inline void multiply_block(const uint16_t* x, int64_t x_tile, const uint16_t* w,
     if constexpr (M > 1) load_tile<2>(sums + 512);
     if constexpr (M > 1 && N > 1) load_tile<3>(sums + 768);
   }
-  for (int64_t c = 0; c < chunks; ++c, x += kTile, w += kTilesApart) {
-    load_tile<4>(x);
-    load_tile<6>(w);
-    multiply_tiles_bf16<0, 4, 6>();
-    if constexpr (N > 1) load_tile<7>(w + kTile);
-    if constexpr (N > 1) multiply_tiles_bf16<1, 4, 7>();
-    if constexpr (M > 1) load_tile<5>(x + x_tile);
-    if constexpr (M > 1) multiply_tiles_bf16<2, 5, 6>();
-    if constexpr (M > 1 && N > 1) multiply_tiles_bf16<3, 5, 7>();
+  for (int64_t c = 0; c < chunks; ++c, x += X * kTile, w += kPanelsHeld * W * kTile) {
+    for (int j = 0; j < W; ++j) {
+      load_tile<6>(w + j * kTile);
+      if constexpr (N > 1) load_tile<7>(w + (W + j) * kTile);
+      for (int i = 0; i < X && i + j < kMatrixParts; ++i) {
+        load_tile<4>(x + i * kTile);
+        multiply_tiles_bf16<0, 4, 6>();
+        if constexpr (N > 1) multiply_tiles_bf16<1, 4, 7>();
+        if constexpr (M > 1) load_tile<5>(x + x_tile + i * kTile);
+        if constexpr (M > 1) multiply_tiles_bf16<2, 5, 6>();
+        if constexpr (M > 1 && N > 1) multiply_tiles_bf16<3, 5, 7>();
+      }
+    }
   }
   store_tile<0>(sums);
   if constexpr (N > 1) store_tile<1>(sums + 256);
@@ -143,14 +176,14 @@ inline void multiply_block(const uint16_t* x, int64_t x_tile, const uint16_t* w,
   if constexpr (M > 1 && N > 1) store_tile<3>(sums + 768);
 }
 
-// Asks the outer cache for what is decoded next, a share at a time, while something else is computed: it is a few lines
-// of each panel, too few for the CPU to foresee. There may be one panel, or none: asking for no memory does nothing.
+// Asks the outer cache for what is decoded next, a share at a time, while something else is computed: some bytes of
+// each panel, which the CPU does not foresee. There may be one panel, or none: asking for no memory does nothing.
 class Ahead {
  public:
-  Ahead(const IntegerPanel& first, int64_t panel_bytes, const MatrixBlock& block, int64_t shares)
-      : at_(first.blocks + linear::panel_bytes(first.layout, kChunk * block.first)),
+  Ahead(const uint8_t* at, int64_t panel_bytes, int64_t bytes, int64_t shares)
+      : at_(at),
         panel_bytes_(panel_bytes),
-        lines_(linear::panel_bytes(first.layout, kChunk * block.chunks) / 64 + 1),
+        lines_(bytes / 64 + 1),
         end_(lines_ * kPanelsHeld),
         share_((end_ + shares - 1) / shares) {}
   void next_share() {
@@ -164,36 +197,41 @@ class Ahead {
 };
 
 // One or two panels, decoded, times all rows.
-template <int N>
+template <int N, int X, int W>
 void multiply_rows(const MatrixRows& x, const MatrixBlock& block, const uint16_t* w, bool begin, float* sums,
                    Ahead& ahead) {
-  const int64_t x_tile = kTile * block.chunks;
-  const uint16_t* tiles = x.tiles + kTile * block.first * x.count;
+  const int64_t x_tile = X * kTile * block.chunks;
+  const uint16_t* tiles = x.tiles + X * kTile * block.first * x.count;
   int64_t t = 0;
   for (; t + 2 <= x.count; t += 2, sums += 1024) {
     ahead.next_share();
-    multiply_block<2, N>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
+    multiply_block<2, N, X, W>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
   }
-  if (t < x.count) multiply_block<1, N>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
+  if (t < x.count) multiply_block<1, N, X, W>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
 }
 
-void matrix(const IntegerPanel& first, int64_t panel_bytes, int count, const int8_t* low_table, const MatrixRows& x,
-            int64_t n, const Finish& finish, float* sums) {
+// Some panels, panel_bytes apart from `first` on, times n rows. bytes_of(chunks): of so many in a panel; decode(panel,
+// block, to) writes the tiles of a panel's block.
+template <int X, int W, typename BytesOf, typename Decode>
+void multiply_panels(const uint8_t* first, int64_t panel_bytes, int count, const MatrixBlocks& blocks,
+                     const MatrixRows& x, int64_t n, const Finish& finish, float* sums, BytesOf bytes_of,
+                     Decode decode) {
   [[maybe_unused]] const TilesInUse in_use;
-  alignas(64) uint16_t w[(2 * kBlockChunks - 1) * kTilesApart];
-  const F table = code_table(first.layout, low_table);
-  const int64_t blocks = matrix_blocks(first.chunks), row_pairs = (x.count + 1) / 2, pair_sums = 1024 * row_pairs;
-  const auto panel = [&](int p) { return IntegerPanel{first.blocks + p * panel_bytes, first.chunks, first.layout}; };
-  for (int64_t b = 0; b < blocks; ++b) {
-    const MatrixBlock block = matrix_block(first.chunks, b);
+  constexpr int kMost = 2 * (X == 1 ? kBlockChunks : kBlockChunks / 2) - 1;  // chunks of a block
+  alignas(64) uint16_t w[kMost * kPanelsHeld * W * kTile];
+  const int64_t row_pairs = (x.count + 1) / 2, pair_sums = 1024 * row_pairs;
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const MatrixBlock block = blocks.at(b);
     for (int p = 0; p < count; p += kPanelsHeld) {
       const int held = count - p < kPanelsHeld ? count - p : kPanelsHeld;
-      for (int i = 0; i < held; ++i) decode_columns(panel(p + i), table, block.first, block.chunks, w + i * kTile);
+      for (int i = 0; i < held; ++i) decode(first + (p + i) * panel_bytes, block, w + i * W * kTile);
       // What comes next: the next panels, the first ones of the next block, or those after these, if there are any.
-      const int next = p + kPanelsHeld < count ? p + kPanelsHeld : b + 1 < blocks ? 0 : count;
-      const MatrixBlock next_block = next > p && next < count ? block : matrix_block(first.chunks, (b + 1) % blocks);
-      Ahead ahead(panel(next), panel_bytes, next_block, row_pairs);
-      (held == 2 ? multiply_rows<2> : multiply_rows<1>)(x, block, w, b == 0, sums + p / kPanelsHeld * pair_sums, ahead);
+      const int next = p + kPanelsHeld < count ? p + kPanelsHeld : b + 1 < blocks.count() ? 0 : count;
+      const MatrixBlock next_block = next > p && next < count ? block : blocks.at((b + 1) % blocks.count());
+      Ahead ahead(first + next * panel_bytes + bytes_of(next_block.first), panel_bytes, bytes_of(next_block.chunks),
+                  row_pairs);
+      (held == 2 ? multiply_rows<2, X, W> : multiply_rows<1, X, W>)(x, block, w, b == 0,
+                                                                    sums + p / kPanelsHeld * pair_sums, ahead);
     }
   }
   for (int64_t row = 0; row < n; ++row) {
@@ -202,6 +240,36 @@ void matrix(const IntegerPanel& first, int64_t panel_bytes, int count, const int
       finish_row(load(from + p / kPanelsHeld * pair_sums + p % kPanelsHeld * 256), finish_of(finish, p), row);
   }
 }
+
+void matrix(const IntegerPanel& first, int64_t panel_bytes, int count, const int8_t* low_table, const MatrixRows& x,
+            int64_t n, const Finish& finish, float* sums) {
+  const F table = code_table(first.layout, low_table);
+  multiply_panels<1, 1>(
+      first.blocks, panel_bytes, count, matrix_blocks(first.chunks, 1), x, n, finish, sums,
+      [&](int64_t chunks) { return linear::panel_bytes(first.layout, kChunk * chunks); },
+      [&](const uint8_t* panel, const MatrixBlock& block, uint16_t* to) {
+        decode_columns({panel, first.chunks, first.layout}, table, block.first, block.chunks, to);
+      });
+}
+
+template <Float kFloat>
+void matrix_floats(const void* first, int64_t panel_bytes, int count, int64_t k, const MatrixRows& x, int64_t n,
+                   const Finish& finish, float* sums) {
+  constexpr int kParts = kFloat == kF32 ? 3 : kFloat == kF16 ? 2 : 1;  // that hold such a float exactly
+  multiply_panels<kMatrixParts, kParts>(
+      static_cast<const uint8_t*>(first), panel_bytes, count, matrix_blocks((k + kChunk - 1) / kChunk, kMatrixParts), x,
+      n, finish, sums, [&](int64_t chunks) { return kChunk * chunks * 16 * float_bytes(kFloat); },
+      [&](const uint8_t* panel, const MatrixBlock& block, uint16_t* to) {
+        decode_floats<kFloat, kParts>(panel, k, block, to);
+      });
+}
+
+#define TERSOR_MATRIX_KERNELS                                                              \
+  {                                                                                        \
+    {round_rows<1>, round_rows<kMatrixParts>}, matrix, {                                   \
+      matrix_floats<kF32>, matrix_floats<kF16>, matrix_floats<kBF16>, matrix_floats<kE4M3> \
+    }                                                                                      \
+  }
 
 }  // namespace
 }  // namespace tersor::linear

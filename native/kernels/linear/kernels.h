@@ -193,35 +193,44 @@ static constexpr bool has_second(const Layout& layout) { return layout.second !=
 
 TERSOR_BYTE_KERNEL_TABLES
 
-// ---- Products by matrix tiles, on CPUs that have them, in place of TileKernel ----
+// ---- Products by matrix tiles of bfloat16, on CPUs that have them, in place of TileKernel and FloatKernel ----
 
 inline constexpr int kMatrixRows = 16;    // activation rows of a tile
 inline constexpr int kMatrixPanels = 16;  // panels of one call, at most
 inline constexpr int kMatrixTiles = 32;   // tiles of rows of one call, at most
+inline constexpr int kMatrixParts = 3;    // bfloat16 that a float32 is the sum of
 
-// Columns that are multiplied before the next come: 256 and more, in chunks.
+// Columns that are multiplied before the next come, in chunks: `least` of them, and more at the end.
 struct MatrixBlock {
   int64_t first, chunks;
 };
-static constexpr int64_t matrix_blocks(int64_t chunks) { return chunks < kBlockChunks ? 1 : chunks / kBlockChunks; }
-static constexpr MatrixBlock matrix_block(int64_t chunks, int64_t b) {
-  const int64_t first = b * kBlockChunks;
-  return {first, b + 1 < matrix_blocks(chunks) ? kBlockChunks : chunks - first};
+struct MatrixBlocks {
+  int64_t chunks, least;
+
+  constexpr int64_t count() const { return chunks < least ? 1 : chunks / least; }
+  constexpr MatrixBlock at(int64_t b) const { return {b * least, b + 1 < count() ? least : chunks - b * least}; }
+};
+// Of activations in one part, or in all of them.
+static constexpr MatrixBlocks matrix_blocks(int64_t chunks, int parts) {
+  return {chunks, parts == 1 ? kBlockChunks : kBlockChunks / 2};
 }
 
-// Activations as bfloat16: (blocks, tiles of 16 rows, chunks of the block, 16, 32); what is missing is 0.
+// Activations as bfloat16: (blocks, tiles of 16 rows, chunks of the block, parts, 16, 32); what is missing is 0.
 struct MatrixRows {
   const uint16_t* tiles;
   int64_t count;  // of tiles of rows
 };
 
 struct MatrixKernels {
-  // Rounds n <= kMatrixRows rows of k values to tile number `tile` of `tiles`.
-  void (*round)(const float* x, int64_t stride, int n, int64_t k, int64_t tile, int64_t tiles, uint16_t* to);
+  // Rounds n <= kMatrixRows rows of k values to tile number `tile` of `tiles`: [0] to one part, [1] to kMatrixParts.
+  void (*round[2])(const float* x, int64_t stride, int n, int64_t k, int64_t tile, int64_t tiles, uint16_t* to);
   // Some panels, up to kMatrixPanels, panel_bytes apart, times n rows; finish is of the first, but counts the rows of
   // all. low_table: of tables finer than 8 bits, else null. sums: (count rounded up to even, n rounded up to 32, 16).
   void (*multiply)(const IntegerPanel& first, int64_t panel_bytes, int count, const int8_t* low_table,
                    const MatrixRows& x, int64_t n, const Finish& finish, float* sums);
+  // The same of panels of floats and activations in all parts: about as exact as FloatKernel.
+  void (*floating[kFloats])(const void* first, int64_t panel_bytes, int count, int64_t k, const MatrixRows& x,
+                            int64_t n, const Finish& finish, float* sums);
 };
 
 #ifdef TERSOR_HAS_AMX

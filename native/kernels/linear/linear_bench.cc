@@ -50,7 +50,10 @@ Part make_part(const Case& c, int64_t rows, int64_t columns) {
   const int64_t size = c.integer ? panel_bytes(c.layout, columns) : columns * 16 * float_bytes(c.floating);
   const int64_t panels = (rows + 15) / 16;
   Part part{rows, columns, c.integer, c.layout, nullptr, c.floating, size, Bytes(panels * size), {}};
-  for (int64_t i = 0; i < panels * size; ++i) part.panels.data()[i] = uint8_t(i * 2654435761u >> 13) & 0x3f;
+  for (int64_t i = 0; i < panels * size; ++i) {
+    const auto byte = uint8_t(i * 2654435761u >> 13);
+    part.panels.data()[i] = c.integer ? byte & 0x3f : 0x3c | (byte & 3);  // floats that are not subnormal
+  }
   part.scale.assign(panels * 16, 1.0f);
   return part;
 }

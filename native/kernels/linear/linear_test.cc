@@ -280,9 +280,11 @@ Problem make_problem(const std::vector<Matrix>& parts, int64_t n, bool extras) {
             (m.integer ? 4 * double(columns) / 16 + 16 : 2 * double(columns) + 4) * kRounding * size + around;
         p.oracle.add(y + added, rounding + (m.integer ? steps : 0));
         p.isas.add(0, 2 * rounding);
-        const bool tiles = m.integer && n > linear::kFineRows;
-        p.tiles.add(y + added, tiles ? halves + rounding : p.oracle.bound.back());
-        p.tiles_isas.add(0, 2 * rounding + (tiles ? halves + steps : 0));
+        const bool many = n > linear::kFineRows, tiles = m.integer && many;
+        // Floats are sums of parts: up to six products for each column, and what is left out.
+        const double parts = m.integer || !many ? 0 : (6 * double(columns) + 12) * kRounding * size;
+        p.tiles.add(y + added, tiles ? halves + rounding : p.oracle.bound.back() + parts);
+        p.tiles_isas.add(0, 2 * rounding + (tiles ? halves + steps : parts));
       }
     }
   }

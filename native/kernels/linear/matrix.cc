@@ -10,7 +10,7 @@ constexpr int64_t kNearBytes = 768 << 10;  // activations that stay in a core's 
 // Panels of one call of the kernel. All activations are read for each, so there are many where they do not stay near;
 // but so few that every thread gets a share, in pairs.
 int64_t panels_at_a_time(const Part& part, int64_t n) {
-  const bool near = n * part.columns * 2 <= kNearBytes;
+  const bool near = n * part.columns * 2 * (part.integer ? 1 : kMatrixParts) <= kNearBytes;
   const int64_t most = near ? kMatrixPanels / 4 : kMatrixPanels, pairs = (part.panel_count() + 1) / 2;
   const int64_t calls = std::max<int64_t>(2 * threads(), (2 * pairs + most - 1) / most);
   return 2 * std::max<int64_t>(1, (pairs + calls - 1) / calls);
@@ -25,15 +25,15 @@ const MatrixKernels* matrix_kernels() {
   return nullptr;
 }
 
-void MatrixScratch::round(const MatrixKernels& kernels, const float* x, int64_t n, int64_t columns) {
-  const int64_t count = (n + kMatrixRows - 1) / kMatrixRows, chunks = chunks_of(columns);
-  auto* to = reinterpret_cast<uint16_t*>(grown(tiles, count * chunks * kMatrixRows * kChunk * 2));
+void MatrixScratch::round(const MatrixKernels& kernels, const float* x, int64_t n, int64_t columns, bool all_parts) {
+  const int64_t count = (n + kMatrixRows - 1) / kMatrixRows, size = chunks_of(columns) * kMatrixRows * kChunk * 2;
+  auto* to = reinterpret_cast<uint16_t*>(grown(tiles, count * size * (all_parts ? kMatrixParts : 1)));
   rows = {to, count};
   parallel_for(count, std::max<int64_t>(1, kMinMacs / 4 / (columns * kMatrixRows)), [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kMatrixRows;
-      kernels.round(x + first * columns, columns, int(std::min<int64_t>(kMatrixRows, n - first)), columns, tile, count,
-                    to);
+      kernels.round[all_parts](x + first * columns, columns, int(std::min<int64_t>(kMatrixRows, n - first)), columns,
+                               tile, count, to);
     }
   });
 }
@@ -48,7 +48,12 @@ void multiply_matrix(const MatrixKernels& kernels, const Part& part, const Matri
       const int64_t panel = call * each, count = std::min(each, panels - panel);
       Finish finish = out.finish(part, panel, 0);
       finish.rows = int(std::min<int64_t>(kPanelRows * count, part.rows - panel * kPanelRows));
-      kernels.multiply(panel_of(part, panel), part.panel_bytes, int(count), part.low_table, x.rows, n, finish, room);
+      const uint8_t* first = part.panels.data() + panel * part.panel_bytes;
+      if (part.integer)
+        kernels.multiply({first, chunks_of(part.columns), part.layout}, part.panel_bytes, int(count), part.low_table,
+                         x.rows, n, finish, room);
+      else
+        kernels.floating[part.floating](first, part.panel_bytes, int(count), part.columns, x.rows, n, finish, room);
     }
   });
 }

@@ -2,5 +2,5 @@
 #include "base/simd/amx.h"
 #include "kernels/linear/generic_matrix.h"
 
-const tersor::linear::MatrixKernels tersor::linear::amx_matrix_kernels = {round_rows, matrix};
+const tersor::linear::MatrixKernels tersor::linear::amx_matrix_kernels = TERSOR_MATRIX_KERNELS;
 #endif

@@ -69,7 +69,10 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
 
 
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
-    """Returns x W^T + bias + residual. x: (n, columns) -> (n, rows). Row i has the same bits whatever n and the threads are."""
+    """Returns x W^T + bias + residual. x: (n, columns) -> (n, rows).
+
+    Row i has the same bits for every n up to 16, for every n above, and whatever the threads are.
+    """
     y = np.empty((x.shape[0], weight.rows), np.float32)
     _native.linear(x, weight, y, residual)
     return y
@@ -139,7 +142,8 @@ def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float
 
     Causal: query i is at position cache.length + i and sees keys 0 .. its position, only the last `window` of them when
     window > 0. Heads share keys in groups of heads / kv_heads. softcap > 0: scores become softcap * tanh(score / softcap).
-    Row i has the same bits whatever n and the threads are.
+    Row i has the same bits whatever the threads are, and whatever n is; where the CPU has matrix tiles and the cache is float16, for
+    every n up to 16, and for every n above.
     """
     out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
     _native.attention(q, cache, layer, scale, softcap, window, out)
@@ -157,7 +161,7 @@ def append_batch(caches: Sequence[KVCache], layer: int, k: Array, v: Array) -> N
 
 
 def attention_batch(q: Array, caches: Sequence[KVCache], layer: int, scale: float, softcap: float = 0.0, window: int = 0) -> Array:
-    """Returns what attention does for each row of q, (n, heads, head_dim), with its own cache; the same bits.
+    """Returns what attention does for each row of q, (n, heads, head_dim), with its own cache; the same bits as alone.
 
     The caches may differ in length, capacity and type, not in kv_heads and head_dim.
     """
