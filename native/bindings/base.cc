@@ -8,6 +8,7 @@
 
 #include "base/bandwidth.h"
 #include "base/cpu.h"
+#include "base/memory.h"
 #include "base/threads.h"
 #include "kernels/peak/peak.h"
 
@@ -56,6 +57,16 @@ void bind_base(nb::module_& m) {
       },
       nb::arg("words"),
       "Reads all words with all threads and returns their sum modulo 2^64: for measuring the memory's bandwidth.");
+  m.def(
+      "empty",
+      [](const std::vector<size_t>& shape) {
+        size_t size = sizeof(float);
+        for (size_t n : shape) size *= n;
+        uint8_t* memory = tersor::allocate(int64_t(size));
+        nb::capsule owner(memory, [](void* p) noexcept { tersor::release(static_cast<uint8_t*>(p)); });
+        return nb::ndarray<nb::numpy, float>(memory, shape.size(), shape.data(), owner);
+      },
+      nb::arg("shape"), "A float32 array whose values are not set, on large pages.");
   m.def(
       "multiply_bytes",
       [](int64_t rounds) {

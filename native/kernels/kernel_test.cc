@@ -134,6 +134,7 @@ int main() {
   std::printf("instruction sets:%s\n", names.c_str());
   const std::pair<const char*, void (*)()> tests[] = {
       {"threads", test_threads},
+      {"memory", test_memory},
       {"float16", test_float16},
       {"float arrays", test_float_arrays},
       {"formats", test_formats},

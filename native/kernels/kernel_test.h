@@ -62,6 +62,7 @@ std::vector<Result> expect_everywhere(const std::string& what, const std::functi
 std::vector<uint8_t> expect_same_bytes(const std::string& what, const std::function<std::vector<uint8_t>()>& compute);
 
 void test_threads();
+void test_memory();
 void test_float16();
 void test_float_arrays();
 void test_formats();

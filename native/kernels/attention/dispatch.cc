@@ -10,6 +10,7 @@
 #endif
 
 #include "base/isa_table.h"
+#include "base/memory.h"
 #include "base/threads.h"
 #include "kernels/attention/attention.h"
 
@@ -29,16 +30,12 @@ constexpr float kLog2e = 1.44269504088896341f;
 class Buffer {
  public:
   float* at_least(int64_t n) {
-    if (n > size_) data_.reset(new (std::align_val_t(64)) float[size_ = n]);
-    return data_.get();
+    if (n > int64_t(floats_.size())) floats_.resize(n);
+    return floats_.data();
   }
 
  private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  int64_t size_ = 0;
-  std::unique_ptr<float, Free> data_;
+  LargeVector<float> floats_;
 };
 
 // Some queries of one sequence and of heads that share a key-value head. Row r is query first_query + r / heads, head

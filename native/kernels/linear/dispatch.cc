@@ -1,21 +1,15 @@
+#include "kernels/linear/dispatch.h"
+
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "base/isa_table.h"
 #include "base/threads.h"
-#include "kernels/linear/dispatch.h"
 
 namespace tersor::linear {
 namespace {
 
-constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGatherValues = 1 << 14;     // values moved worth a thread
 constexpr int64_t kActivationBytes = 4 << 20;  // activations at a time, so that they stay in the outer cache
 
@@ -54,10 +48,10 @@ int32_t start_factor(const Kernels& kernels, const Layout& l) {
 // ---- Few rows ----
 
 struct FineScratch {
-  std::vector<int8_t> codes;
-  std::vector<uint8_t> low;
-  std::vector<float> scale, scaled_sums;
-  std::vector<int32_t> sums, start;
+  LargeVector<int8_t> codes;
+  LargeVector<uint8_t> low;
+  LargeVector<float> scale, scaled_sums;
+  LargeVector<int32_t> sums, start;
   int64_t rows = 0, chunks = 0;
 
   void quantize(const Kernels& kernels, const Rounding& rounding, const float* x, int64_t n, int64_t columns,
@@ -96,11 +90,11 @@ struct FineScratch {
 
 // Tiles of quantized rows, each with room for entries of outliers: one for each chunk, or two of kOutlier.
 struct TileScratch {
-  std::vector<int8_t> codes, wide;  // wide: the same as int16, if `widened`
+  LargeVector<int8_t> codes, wide;  // wide: the same as int16, if `widened`
   bool widened = false;
-  std::vector<float> scale, scaled_sums;
-  std::vector<int32_t> sums, start, chunk;
-  std::vector<int64_t> entries;
+  LargeVector<float> scale, scaled_sums;
+  LargeVector<int32_t> sums, start, chunk;
+  LargeVector<int64_t> entries;
   int64_t tiles = 0, room = 0;  // entries of a tile
 
   void quantize(const Kernels& kernels, const Rounding& rounding, const float* x, int64_t n, int64_t columns) {
@@ -114,7 +108,7 @@ struct TileScratch {
     int32_t* at = grown(chunk, tiles * room);
     int64_t* count = grown(entries, tiles);
     parallel_for(tiles, std::max<int64_t>(1, kMinMacs / 2 / (columns * kTileRows)), [&](int64_t begin, int64_t end) {
-      static thread_local std::vector<float> own;
+      static thread_local LargeVector<float> own;
       for (int64_t t = begin; t < end; ++t) {
         const int64_t rows = std::min<int64_t>(kTileRows, n - t * kTileRows), first = t * room;
         const float* values = x + t * kTileRows * columns;
@@ -163,14 +157,12 @@ struct TileScratch {
 
 // An open panel in memory of its thread.
 struct OpenScratch {
-  std::vector<uint8_t> codes;
-  std::vector<float> scale, second;
+  LargeVector<uint8_t> codes;
+  LargeVector<float> scale, second;
 
   OpenPanel room(const Layout& l, int64_t chunks, int bytes) {
     const int64_t scales = chunks * (l.group == 16 ? 32 : 16);
-    // Aligned to cache lines, since every load is a whole one.
-    auto* at = grown(codes, chunks * 512 * bytes + 64);
-    return {at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64, grown(scale, scales), grown(second, scales)};
+    return {grown(codes, chunks * 512 * bytes), grown(scale, scales), grown(second, scales)};
   }
 };
 
@@ -229,19 +221,6 @@ void multiply_floats(const Kernels& kernels, const Part& part, const float* x, i
 
 }  // namespace
 
-Bytes::Bytes(int64_t size) : size_(size) {
-  const int64_t alignment = size >= kHugePage ? kHugePage : 64;
-  auto* p = static_cast<uint8_t*>(
-      std::aligned_alloc(alignment, std::max(alignment, (size + alignment - 1) / alignment * alignment)));
-  if (!p) throw std::bad_alloc();
-#ifdef __linux__
-  if (alignment == kHugePage) madvise(p, size, MADV_HUGEPAGE);  // only a hint
-#endif
-  data_.reset(p);
-}
-
-void Bytes::Free::operator()(uint8_t* p) const { std::free(p); }
-
 int64_t Weight::nbytes() const {
   int64_t total = 0;
   for (const auto* each : {&parts, &apart}) {
@@ -283,7 +262,7 @@ namespace {
 
 // The columns [first, first + count) of x in this order, (n, count). x: (n, all columns of the order).
 const float* gather(const float* x, int64_t n, const std::vector<int32_t>& order, int64_t first, int64_t count,
-                    std::vector<float>& out) {
+                    LargeVector<float>& out) {
   const auto columns = int64_t(order.size());
   float* to = grown(out, n * count);
   parallel_for(n, std::max<int64_t>(1, kGatherValues / count), [&](int64_t begin, int64_t end) {
@@ -369,7 +348,7 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
 }  // namespace
 
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y) {
-  static thread_local std::vector<float> gathered, beside;
+  static thread_local LargeVector<float> gathered, beside;
   if (weight.order.empty()) return multiply_parts(x, n, weight, residual, y);
   const int64_t columns = weight.inner();
   multiply_parts(gather(x, n, weight.order, 0, columns, gathered), n, weight, residual, y);

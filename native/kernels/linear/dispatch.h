@@ -13,15 +13,9 @@ inline constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth a thread: a
 
 // Everything that grows as needed and is kept from call to call.
 template <typename T>
-T* grown(std::vector<T>& v, int64_t size) {
+T* grown(LargeVector<T>& v, int64_t size) {
   if (int64_t(v.size()) < size) v.resize(size);
   return v.data();
-}
-
-// The same on large pages; what it held is lost when it grows.
-inline uint8_t* grown(Bytes& bytes, int64_t size) {
-  if (bytes.size() < size) bytes = Bytes(size);
-  return bytes.data();
 }
 
 inline int64_t chunks_of(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
@@ -65,7 +59,7 @@ inline IntegerPanel low_panel_of(const Part& part, int64_t panel) {
 
 // Rows of activations in bfloat16: in one part, as integers want them, or in all, as floats do.
 struct MatrixScratch {
-  Bytes tiles{0};
+  LargeVector<uint16_t> tiles;
   MatrixRows rows;
 
   void round(const MatrixKernels& kernels, const float* x, int64_t n, int64_t columns, bool all_parts);

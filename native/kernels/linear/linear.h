@@ -6,24 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "base/memory.h"
 #include "kernels/linear/kernels.h"
 
 namespace tersor::linear {
-
-// Memory that starts on a cache line; large blocks start on a 2 MiB page, which spares address translations.
-class Bytes {
- public:
-  explicit Bytes(int64_t size);
-  uint8_t* data() const { return data_.get(); }
-  int64_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const;
-  };
-  std::unique_ptr<uint8_t, Free> data_;
-  int64_t size_;
-};
 
 // Consecutive rows of a weight that share a number format.
 struct Part {
@@ -34,9 +20,9 @@ struct Part {
   Float floating;           // if not
   int64_t panel_bytes;
   Bytes panels;
-  std::vector<float> scale;           // (panels * 16) per row
-  std::vector<float> bias = {};       // the same, or empty
-  std::vector<float> low_scale = {};  // scale / 128 when there is a low_table, else empty
+  LargeVector<float> scale;           // (panels * 16) per row
+  LargeVector<float> bias = {};       // the same, or empty
+  LargeVector<float> low_scale = {};  // scale / 128 when there is a low_table, else empty
 
   int64_t panel_count() const { return (rows + kPanelRows - 1) / kPanelRows; }
 };

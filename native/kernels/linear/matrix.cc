@@ -26,8 +26,8 @@ const MatrixKernels* matrix_kernels() {
 }
 
 void MatrixScratch::round(const MatrixKernels& kernels, const float* x, int64_t n, int64_t columns, bool all_parts) {
-  const int64_t count = (n + kMatrixRows - 1) / kMatrixRows, size = chunks_of(columns) * kMatrixRows * kChunk * 2;
-  auto* to = reinterpret_cast<uint16_t*>(grown(tiles, count * size * (all_parts ? kMatrixParts : 1)));
+  const int64_t count = (n + kMatrixRows - 1) / kMatrixRows, size = chunks_of(columns) * kMatrixRows * kChunk;
+  uint16_t* to = grown(tiles, count * size * (all_parts ? kMatrixParts : 1));
   rows = {to, count};
   parallel_for(count, std::max<int64_t>(1, kMinMacs / 4 / (columns * kMatrixRows)), [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -42,8 +42,8 @@ void multiply_matrix(const MatrixKernels& kernels, const Part& part, const Matri
                      const Output& out) {
   const int64_t panels = part.panel_count(), each = panels_at_a_time(part, n), calls = (panels + each - 1) / each;
   parallel_for(calls, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Bytes sums(0);
-    auto* room = reinterpret_cast<float*>(grown(sums, each * kPanelRows * (x.rows.count + 1) * kMatrixRows * 4));
+    static thread_local LargeVector<float> sums;
+    float* room = grown(sums, each * kPanelRows * (x.rows.count + 1) * kMatrixRows);
     for (int64_t call = begin; call < end; ++call) {
       const int64_t panel = call * each, count = std::min(each, panels - panel);
       Finish finish = out.finish(part, panel, 0);

@@ -183,7 +183,7 @@ Part pack_integers(const Scheme& s, const std::vector<Source>& sources, int64_t 
   const int64_t rows = walk.rows(), panels = (rows + kPanelRows - 1) / kPanelRows,
                 size = panel_bytes(s.layout, (columns + kChunk - 1) / kChunk * kChunk);
   Part part{rows, columns, true, s.layout, s.low_table, kF32, size, Bytes(panels * size), {}};
-  part.scale.resize(panels * kPanelRows);
+  part.scale.assign(panels * kPanelRows, 0.0f);
   parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
     PanelCodes codes(s, columns);
     std::vector<const uint8_t*> at(s.fields.size());

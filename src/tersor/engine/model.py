@@ -144,7 +144,7 @@ class Model:
         if cache.length + len(ids) > cache.capacity:
             raise ModelError(f"{len(ids)} tokens after {cache.length} do not fit a cache of {cache.capacity} positions")
         hidden = [self._decoder.forward(ids[part], cache) for part in chunks(len(ids), MOST_ROWS)]
-        return hidden[0] if len(hidden) == 1 else np.concatenate(hidden)
+        return hidden[0] if len(hidden) == 1 else ops.copied(hidden)
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""

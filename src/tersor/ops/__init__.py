@@ -68,12 +68,24 @@ def pack(tensors: Sequence[QuantizedTensor], bias: Array | None = None, activati
     return _native.pack(packable, bias, _ROUNDINGS.get(activations, "groups"), value, order, [_stored(t) for t in apart])
 
 
+def empty(*shape: int) -> Array:
+    """Returns a float32 array whose values are not set; on large pages, where np.empty would fault in page after page."""
+    return _native.empty(shape)
+
+
+def copied(parts: Sequence[Array]) -> Array:
+    """Returns the parts, (n, width) float32 each, one below the other, as an array of their own."""
+    out = empty(sum(len(p) for p in parts), parts[0].shape[1])
+    np.concatenate(parts, out=out)
+    return out
+
+
 def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
     """Returns x W^T + bias + residual. x: (n, columns) -> (n, rows).
 
     Row i has the same bits for every n up to 16, for every n above, and whatever the threads are.
     """
-    y = np.empty((x.shape[0], weight.rows), np.float32)
+    y = empty(x.shape[0], weight.rows)
     _native.linear(x, weight, y, residual)
     return y
 
@@ -81,7 +93,7 @@ def linear(x: Array, weight: Weight, residual: Array | None = None) -> Array:
 def embed(tensor: QuantizedTensor, tokens: Array, scale: float = 1.0) -> Array:
     """Returns the tokens' rows of the tensor, decoded, times scale. tokens: (n,) int32 in [0, rows) -> (n, columns)."""
     if embeds_natively(tensor):
-        out = np.empty((tokens.shape[0], tensor.columns), np.float32)
+        out = empty(tokens.shape[0], tensor.columns)
         _native.embed(*_stored(tensor), tokens, scale, out)
         return out
     fmt = get_format(tensor.format)
@@ -101,14 +113,14 @@ def embeds_natively(tensor: QuantizedTensor) -> bool:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Returns x / sqrt(mean(x^2) + eps) * weight over the last axis. x: (..., d), views are fine; weight: (d,)."""
-    y = np.empty(x.shape, np.float32)
+    y = empty(*x.shape)
     _native.rms_norm(np.ascontiguousarray(x), weight, eps, y)
     return y
 
 
 def gated(x: Array, activation: str) -> Array:
     """Returns act(first half) * second half. x: (n, 2f) -> (n, f); activation: silu | gelu_tanh."""
-    y = np.empty((x.shape[0], x.shape[1] // 2), np.float32)
+    y = empty(x.shape[0], x.shape[1] // 2)
     _native.gated(x, activation, y)
     return y
 
@@ -145,7 +157,7 @@ def attention(q: Array, cache: KVCache, layer: int, scale: float, softcap: float
     Row i has the same bits whatever the threads are, and whatever n is; where the CPU has matrix tiles and the cache is float16, for
     every n up to 16, and for every n above.
     """
-    out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
+    out = empty(q.shape[0], q.shape[1] * q.shape[2])
     _native.attention(q, cache, layer, scale, softcap, window, out)
     return out
 
@@ -165,7 +177,7 @@ def attention_batch(q: Array, caches: Sequence[KVCache], layer: int, scale: floa
 
     The caches may differ in length, capacity and type, not in kv_heads and head_dim.
     """
-    out = np.empty((q.shape[0], q.shape[1] * q.shape[2]), np.float32)
+    out = empty(q.shape[0], q.shape[1] * q.shape[2])
     _native.attention_batch(q, list(caches), layer, scale, softcap, window, out)
     return out
 

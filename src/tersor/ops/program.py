@@ -124,15 +124,7 @@ class Recorder:
         """Returns the array of this op and shape whose turn it is."""
         arrays = self._results.setdefault((op, *shape), [])
         if len(arrays) < turns:
-            arrays.append(_aligned(shape))
+            arrays.append(ops.empty(*shape))
         else:
             arrays.append(arrays.pop(0))
         return arrays[-1]
-
-
-def _aligned(shape: tuple[int, ...]) -> Array:
-    """Returns an empty float32 array that starts on a cache line, so that threads that write neighbouring outputs share none."""
-    size = int(np.prod(shape))
-    space = np.empty(size + 16, np.float32)
-    first = -space.ctypes.data % 64 // 4
-    return space[first : first + size].reshape(shape)
