@@ -169,6 +169,16 @@ void multiply(Array<const float, 2> x, const Weight& weight, Array<float, 2> y,
   linear::multiply(x.data(), n, weight, residual ? residual->data() : nullptr, y.data());
 }
 
+void multiply_gated(Array<const float, 2> x, const Weight& weight, const std::string& activation, Array<float, 2> y) {
+  const auto n = int64_t(x.shape(0));
+  const elementwise::Activation kind = activation_of("gated_linear", activation);
+  require_size("gated_linear", "columns of x", int64_t(x.shape(1)), weight.columns);
+  require_size("gated_linear", "rows of y", int64_t(y.shape(0)), n);
+  require_size("gated_linear", "rows of the weight", weight.rows, 2 * int64_t(y.shape(1)));
+  nb::gil_scoped_release release;
+  linear::multiply_gated(x.data(), n, weight, kind, y.data());
+}
+
 Stored read_embedding(const std::string& format, int64_t rows, int64_t columns, nb::dict arrays) {
   Stored t = read_stored(format, rows, columns, arrays);
   require(t.floating != kE4M3, format, ": no native embedding");
@@ -268,6 +278,8 @@ void bind_linear(nb::module_& m) {
         "\napart: like tensors, all rows in one float format: the columns after theirs, multiplied by x as it is.");
   m.def("linear", &multiply, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none(),
         "y = x W^T + bias + residual");
+  m.def("gated_linear", &multiply_gated, nb::arg("x"), nb::arg("weight"), nb::arg("activation"), nb::arg("y"),
+        "y = act(first half of x W^T + bias) * second half");
   m.def("embed", &embed, nb::arg("format"), nb::arg("rows"), nb::arg("columns"), nb::arg("fields"), nb::arg("tokens"),
         nb::arg("scale"), nb::arg("out"), "out[i] = scale * row tokens[i]");
 }

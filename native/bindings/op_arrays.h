@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/elementwise/elementwise.h"
+
 namespace tersor::ops_bindings {
 
 namespace nb = nanobind;
@@ -32,6 +34,11 @@ inline void require(bool condition, const Pieces&... pieces) {
 template <typename Op, typename What>
 inline void require_size(const Op& op, const What& what, int64_t got, int64_t need) {
   require(got == need, op, ": ", what, ": got ", got, ", need ", need);
+}
+
+inline elementwise::Activation activation_of(const char* op, const std::string& name) {
+  require(name == "silu" || name == "gelu_tanh", op, ": activation '", name, "', need silu or gelu_tanh");
+  return name == "silu" ? elementwise::kSilu : elementwise::kGeluTanh;
 }
 
 }  // namespace tersor::ops_bindings

@@ -22,11 +22,9 @@ void rms_norm(AnyArray<const float> x, Array<const float, 1> weight, float eps, 
 
 void gated(Array<const float, 2> x, const std::string& activation, Array<float, 2> y) {
   const auto n = int64_t(x.shape(0)), f = int64_t(y.shape(1));
-  require(activation == "silu" || activation == "gelu_tanh", "gated: activation '", activation,
-          "', need silu or gelu_tanh");
+  const elementwise::Activation kind = activation_of("gated", activation);
   require_size("gated", "columns of x", int64_t(x.shape(1)), 2 * f);
   require_size("gated", "rows of y", int64_t(y.shape(0)), n);
-  const elementwise::Activation kind = activation == "silu" ? elementwise::kSilu : elementwise::kGeluTanh;
   nb::gil_scoped_release release;
   if (n * f > 0) elementwise::gated(x.data(), n, f, kind, y.data());
 }

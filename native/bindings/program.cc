@@ -107,6 +107,21 @@ void add_linear(Program& p, nb::handle x_object, nb::handle weight_object, nb::h
         });
 }
 
+void add_gated_linear(Program& p, nb::handle x_object, nb::handle weight_object, const std::string& activation,
+                      nb::handle y_object) {
+  const auto x = as<Array<const float, 2>>(x_object);
+  const auto y = as<Array<float, 2>>(y_object);
+  const Weight& weight = as<const Weight&>(weight_object);
+  const elementwise::Activation kind = activation_of("gated_linear", activation);
+  require_size("gated_linear", "rows of x", int64_t(x.shape(0)), p.rows);
+  require_size("gated_linear", "columns of x", int64_t(x.shape(1)), weight.columns);
+  require_size("gated_linear", "rows of y", int64_t(y.shape(0)), p.rows);
+  require_size("gated_linear", "rows of the weight", weight.rows, 2 * int64_t(y.shape(1)));
+  p.add({x_object, weight_object, y_object}, [from = x.data(), &weight, kind, to = y.data()](const Turn& turn) {
+    linear::multiply_gated(from, turn.n, weight, kind, to);
+  });
+}
+
 // x: (rows, d), or (rows, heads, d) whose rows may be apart.
 void add_rms_norm(Program& p, nb::handle x_object, nb::handle weight_object, float eps, nb::handle y_object) {
   const auto x = as<nb::ndarray<const float, nb::device::cpu>>(x_object);
@@ -130,9 +145,7 @@ void add_rms_norm(Program& p, nb::handle x_object, nb::handle weight_object, flo
 void add_gated(Program& p, nb::handle x_object, const std::string& activation, nb::handle y_object) {
   const auto x = as<Array<const float, 2>>(x_object);
   const auto y = as<Array<float, 2>>(y_object);
-  require(activation == "silu" || activation == "gelu_tanh", "gated: activation '", activation,
-          "', need silu or gelu_tanh");
-  const elementwise::Activation kind = activation == "silu" ? elementwise::kSilu : elementwise::kGeluTanh;
+  const elementwise::Activation kind = activation_of("gated", activation);
   require_size("gated", "rows of x", int64_t(x.shape(0)), p.rows);
   require_size("gated", "rows of y", int64_t(y.shape(0)), p.rows);
   require_size("gated", "columns of x", int64_t(x.shape(1)), 2 * int64_t(y.shape(1)));
@@ -309,6 +322,7 @@ void bind_program(nb::module_& m) {
            nb::arg("scale"), nb::arg("out"), "Of the tokens that run is given.")
       .def("linear", &add_linear, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("residual").none())
       .def("rms_norm", &add_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"))
+      .def("gated_linear", &add_gated_linear, nb::arg("x"), nb::arg("weight"), nb::arg("activation"), nb::arg("y"))
       .def("gated", &add_gated, nb::arg("x"), nb::arg("activation"), nb::arg("y"))
       .def("add", &add_add, nb::arg("x"), nb::arg("y"))
       .def("rope", &add_rope, nb::arg("x"), nb::arg("inv_freq"), nb::arg("scale"), "At the positions of the rows.")

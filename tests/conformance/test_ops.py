@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tersor import _native, ops
+from tersor.formats import get_format
 from tersor.ops import reference
 
 EPS = 2.0**-23
@@ -319,6 +320,9 @@ def full_cache() -> ops.KVCache:
 BAD = {
     "rms_norm: last axis of x: got 3, need 4": lambda: ops.rms_norm(np.zeros((2, 3), np.float32), np.zeros(4, np.float32), 1e-5),
     "gated: columns of x: got 5, need 4": lambda: ops.gated(np.zeros((2, 5), np.float32), "silu"),
+    "gated_linear: rows of the weight: got 7, need 6": lambda: ops.gated_linear(
+        np.zeros((2, 4), np.float32), ops.pack([get_format("f32").quantize(np.zeros((7, 4), np.float32))]), "silu"
+    ),
     "gated: activation 'relu', need silu or gelu_tanh": lambda: ops.gated(np.zeros((2, 4), np.float32), "relu"),
     "add: values of y: got 2, need 3": lambda: ops.add(np.zeros(3, np.float32), np.zeros(2, np.float32)),
     "softcap: cap must be positive": lambda: ops.softcap(np.zeros(3, np.float32), 0.0),

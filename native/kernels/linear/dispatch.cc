@@ -358,4 +358,24 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
   }
 }
 
+void multiply_gated(const float* x, int64_t n, const Weight& weight, elementwise::Activation activation, float* y) {
+  const int64_t width = weight.rows / 2;
+  const MatrixKernels* matrix = n > kFineRows ? matrix_kernels() : nullptr;
+  const Part* whole = weight.parts.size() == 1 && weight.order.empty() ? &weight.parts[0] : nullptr;
+  if (matrix && whole && width % kPanelRows == 0 && (!whole->integer || weight.rounding.kind == kGroups)) {
+    static thread_local MatrixScratch scratch;
+    constexpr int64_t kMost = kMatrixRows * kMatrixTiles;
+    for (int64_t first = 0; first < n; first += kMost) {
+      const int64_t rows = std::min(kMost, n - first);
+      scratch.round(*matrix, x + first * weight.columns, rows, weight.columns, !whole->integer);
+      multiply_matrix(*matrix, *whole, scratch, rows, Output{nullptr, y + first * width, width}, &activation);
+    }
+    return;
+  }
+  static thread_local LargeVector<float> both;
+  float* halves = grown(both, n * weight.rows);
+  multiply(x, n, weight, nullptr, halves);
+  elementwise::gated(halves, n, width, activation, y);
+}
+
 }  // namespace tersor::linear

@@ -68,8 +68,9 @@ struct MatrixScratch {
 // Those of the instruction set in use, or null.
 const MatrixKernels* matrix_kernels();
 
-// Up to kMatrixTiles * kMatrixRows rows, rounded before.
+// Up to kMatrixTiles * kMatrixRows rows, rounded before. With `gate` the part's second half of rows is multiplied by
+// the activated first half; either is whole panels.
 void multiply_matrix(const MatrixKernels& kernels, const Part& part, const MatrixScratch& x, int64_t n,
-                     const Output& out);
+                     const Output& out, const elementwise::Activation* gate = nullptr);
 
 }  // namespace tersor::linear

@@ -13,9 +13,13 @@ inline Finish finish_of(const Finish& f, int p) {
           f.stride,     left < kPanelRows ? left : kPanelRows};
 }
 
+inline F scaled(const F& sums, const Finish& f) {
+  const F y = mul(sums, load(f.scale));
+  return f.bias ? add(y, load(f.bias)) : y;
+}
+
 inline void finish_row(const F& sums, const Finish& f, int64_t row) {
-  F y = mul(sums, load(f.scale));
-  if (f.bias) y = add(y, load(f.bias));
+  F y = scaled(sums, f);
   const int64_t at = row * f.stride;
   if (f.rows == kPanelRows) {
     if (f.residual) y = add(y, load(f.residual + at));

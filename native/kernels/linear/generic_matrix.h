@@ -6,6 +6,7 @@
 // wait in the second one.
 #pragma once
 
+#include "base/simd/math.h"
 #include "base/simd/product.h"
 #include "kernels/linear/generic_codes.h"
 #include "kernels/linear/generic_finish.h"
@@ -180,20 +181,18 @@ inline void multiply_block(const uint16_t* x, int64_t x_tile, const uint16_t* w,
 // each panel, which the CPU does not foresee. There may be one panel, or none: asking for no memory does nothing.
 class Ahead {
  public:
-  Ahead(const uint8_t* at, int64_t panel_bytes, int64_t bytes, int64_t shares)
-      : at_(at),
-        panel_bytes_(panel_bytes),
+  Ahead(const MatrixPanels& panels, int first, int64_t offset, int64_t bytes, int64_t shares)
+      : at_{panels.at(first) + offset, panels.at(first + 1) + offset},
         lines_(bytes / 64 + 1),
-        end_(lines_ * kPanelsHeld),
-        share_((end_ + shares - 1) / shares) {}
+        share_((2 * lines_ + shares - 1) / shares) {}
   void next_share() {
-    for (const int64_t end = done_ + share_ < end_ ? done_ + share_ : end_; done_ < end; ++done_)
-      __builtin_prefetch(at_ + done_ / lines_ * panel_bytes_ + done_ % lines_ * 64, 0, 2);
+    for (const int64_t end = done_ + share_ < 2 * lines_ ? done_ + share_ : 2 * lines_; done_ < end; ++done_)
+      __builtin_prefetch(at_[done_ >= lines_] + done_ % lines_ * 64, 0, 2);
   }
 
  private:
-  const uint8_t* at_;
-  int64_t panel_bytes_, lines_, end_, share_, done_ = 0;
+  const uint8_t* at_[kPanelsHeld];
+  int64_t lines_, share_, done_ = 0;
 };
 
 // One or two panels, decoded, times all rows.
@@ -210,55 +209,66 @@ void multiply_rows(const MatrixRows& x, const MatrixBlock& block, const uint16_t
   if (t < x.count) multiply_block<1, N, X, W>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
 }
 
-// Some panels, panel_bytes apart from `first` on, times n rows. bytes_of(chunks): of so many in a panel; decode(panel,
-// block, to) writes the tiles of a panel's block.
+// The outputs of one row, from its sums of all panels, pairs of which are pair_sums apart.
+inline void finish_panels(const MatrixPanels& panels, const float* sums, int64_t pair_sums, const Finish& finish,
+                          int64_t row) {
+  const float* from = sums + row / 32 * 1024 + row / 16 % 2 * 512 + row % 16 * 16;
+  if (!panels.up) {
+    for (int p = 0; p < panels.count; ++p)
+      finish_row(load(from + p / kPanelsHeld * pair_sums + p % kPanelsHeld * 256), finish_of(finish, p), row);
+    return;
+  }
+  for (int p = 0; p < panels.count; ++p, from += pair_sums) {
+    const F gate = scaled(load(from), finish_of(finish, p));
+    const F up = scaled(load(from + 256), finish_of(finish, int(p + panels.up)));
+    const F activated = panels.activation == elementwise::kSilu ? silu(gate) : gelu_tanh(gate);
+    store(finish.y + row * finish.stride + p * kPanelRows, mul(activated, up));
+  }
+}
+
+// Panels times n rows. bytes_of(chunks): of so many in a panel; decode(panel, block, to) writes the tiles of a block.
 template <int X, int W, typename BytesOf, typename Decode>
-void multiply_panels(const uint8_t* first, int64_t panel_bytes, int count, const MatrixBlocks& blocks,
-                     const MatrixRows& x, int64_t n, const Finish& finish, float* sums, BytesOf bytes_of,
-                     Decode decode) {
+void multiply_panels(const MatrixPanels& panels, const MatrixBlocks& blocks, const MatrixRows& x, int64_t n,
+                     const Finish& finish, float* sums, BytesOf bytes_of, Decode decode) {
   [[maybe_unused]] const TilesInUse in_use;
   constexpr int kMost = 2 * (X == 1 ? kBlockChunks : kBlockChunks / 2) - 1;  // chunks of a block
   alignas(64) uint16_t w[kMost * kPanelsHeld * W * kTile];
+  const int count = panels.products();
   const int64_t row_pairs = (x.count + 1) / 2, pair_sums = 1024 * row_pairs;
   for (int64_t b = 0; b < blocks.count(); ++b) {
     const MatrixBlock block = blocks.at(b);
     for (int p = 0; p < count; p += kPanelsHeld) {
       const int held = count - p < kPanelsHeld ? count - p : kPanelsHeld;
-      for (int i = 0; i < held; ++i) decode(first + (p + i) * panel_bytes, block, w + i * W * kTile);
+      for (int i = 0; i < held; ++i) decode(panels.at(p + i), block, w + i * W * kTile);
       // What comes next: the next panels, the first ones of the next block, or those after these, if there are any.
       const int next = p + kPanelsHeld < count ? p + kPanelsHeld : b + 1 < blocks.count() ? 0 : count;
       const MatrixBlock next_block = next > p && next < count ? block : blocks.at((b + 1) % blocks.count());
-      Ahead ahead(first + next * panel_bytes + bytes_of(next_block.first), panel_bytes, bytes_of(next_block.chunks),
-                  row_pairs);
+      Ahead ahead(panels, next, bytes_of(next_block.first), bytes_of(next_block.chunks), row_pairs);
       (held == 2 ? multiply_rows<2, X, W> : multiply_rows<1, X, W>)(x, block, w, b == 0,
                                                                     sums + p / kPanelsHeld * pair_sums, ahead);
     }
   }
-  for (int64_t row = 0; row < n; ++row) {
-    const float* from = sums + row / 32 * 1024 + row / 16 % 2 * 512 + row % 16 * 16;
-    for (int p = 0; p < count; ++p)
-      finish_row(load(from + p / kPanelsHeld * pair_sums + p % kPanelsHeld * 256), finish_of(finish, p), row);
-  }
+  for (int64_t row = 0; row < n; ++row) finish_panels(panels, sums, pair_sums, finish, row);
 }
 
-void matrix(const IntegerPanel& first, int64_t panel_bytes, int count, const int8_t* low_table, const MatrixRows& x,
-            int64_t n, const Finish& finish, float* sums) {
-  const F table = code_table(first.layout, low_table);
+void matrix(const MatrixPanels& panels, const Layout& layout, int64_t chunks, const int8_t* low_table,
+            const MatrixRows& x, int64_t n, const Finish& finish, float* sums) {
+  const F table = code_table(layout, low_table);
   multiply_panels<1, 1>(
-      first.blocks, panel_bytes, count, matrix_blocks(first.chunks, 1), x, n, finish, sums,
-      [&](int64_t chunks) { return linear::panel_bytes(first.layout, kChunk * chunks); },
+      panels, matrix_blocks(chunks, 1), x, n, finish, sums,
+      [&](int64_t some) { return panel_bytes(layout, kChunk * some); },
       [&](const uint8_t* panel, const MatrixBlock& block, uint16_t* to) {
-        decode_columns({panel, first.chunks, first.layout}, table, block.first, block.chunks, to);
+        decode_columns({panel, chunks, layout}, table, block.first, block.chunks, to);
       });
 }
 
 template <Float kFloat>
-void matrix_floats(const void* first, int64_t panel_bytes, int count, int64_t k, const MatrixRows& x, int64_t n,
-                   const Finish& finish, float* sums) {
+void matrix_floats(const MatrixPanels& panels, int64_t k, const MatrixRows& x, int64_t n, const Finish& finish,
+                   float* sums) {
   constexpr int kParts = kFloat == kF32 ? 3 : kFloat == kF16 ? 2 : 1;  // that hold such a float exactly
   multiply_panels<kMatrixParts, kParts>(
-      static_cast<const uint8_t*>(first), panel_bytes, count, matrix_blocks((k + kChunk - 1) / kChunk, kMatrixParts), x,
-      n, finish, sums, [&](int64_t chunks) { return kChunk * chunks * 16 * float_bytes(kFloat); },
+      panels, matrix_blocks((k + kChunk - 1) / kChunk, kMatrixParts), x, n, finish, sums,
+      [&](int64_t some) { return kChunk * some * 16 * float_bytes(kFloat); },
       [&](const uint8_t* panel, const MatrixBlock& block, uint16_t* to) {
         decode_floats<kFloat, kParts>(panel, k, block, to);
       });

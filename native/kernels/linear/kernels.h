@@ -20,6 +20,7 @@
 
 #include "base/float16.h"
 #include "base/kernel_tables.h"
+#include "kernels/elementwise/elementwise.h"
 
 namespace tersor::linear {
 
@@ -221,16 +222,30 @@ struct MatrixRows {
   int64_t count;  // of tiles of rows
 };
 
+// Panels of one call, `bytes` apart. With `up`, each is of gates, and what it gates is so many panels on: outputs are
+// act(gate) * up, as many as there are gates. Finishes are of the first panel, but count the rows of all gates.
+struct MatrixPanels {
+  const uint8_t* first;
+  int64_t bytes;
+  int count;
+  int64_t up = 0;
+  elementwise::Activation activation = elementwise::kSilu;
+
+  // The i-th of all in the order of their products, where each gate is followed by what it gates.
+  constexpr int products() const { return up ? 2 * count : count; }
+  const uint8_t* at(int64_t i) const { return first + (up ? i / 2 + i % 2 * up : i) * bytes; }
+};
+
 struct MatrixKernels {
   // Rounds n <= kMatrixRows rows of k values to tile number `tile` of `tiles`: [0] to one part, [1] to kMatrixParts.
   void (*round[2])(const float* x, int64_t stride, int n, int64_t k, int64_t tile, int64_t tiles, uint16_t* to);
-  // Some panels, up to kMatrixPanels, panel_bytes apart, times n rows; finish is of the first, but counts the rows of
-  // all. low_table: of tables finer than 8 bits, else null. sums: (count rounded up to even, n rounded up to 32, 16).
-  void (*multiply)(const IntegerPanel& first, int64_t panel_bytes, int count, const int8_t* low_table,
+  // Some panels of integers, whose products are up to kMatrixPanels, times n rows. low_table: of tables finer than 8
+  // bits, else null. sums: (products rounded up to even, n rounded up to 32, 16).
+  void (*multiply)(const MatrixPanels& panels, const Layout& layout, int64_t chunks, const int8_t* low_table,
                    const MatrixRows& x, int64_t n, const Finish& finish, float* sums);
-  // The same of panels of floats and activations in all parts: about as exact as FloatKernel.
-  void (*floating[kFloats])(const void* first, int64_t panel_bytes, int count, int64_t k, const MatrixRows& x,
-                            int64_t n, const Finish& finish, float* sums);
+  // The same of floats, of k columns, and activations in all parts: about as exact as FloatKernel.
+  void (*floating[kFloats])(const MatrixPanels& panels, int64_t k, const MatrixRows& x, int64_t n, const Finish& finish,
+                            float* sums);
 };
 
 #ifdef TERSOR_HAS_AMX

@@ -53,4 +53,8 @@ struct Weight {
 // for every n <= kFineRows, and for every n above.
 void multiply(const float* x, int64_t n, const Weight& weight, const float* residual, float* y);
 
+// y (n, rows / 2) = act(the first half of x W^T + bias) * the second half: the same bits as multiply and gated have,
+// with no more than their result in memory where the kernels can.
+void multiply_gated(const float* x, int64_t n, const Weight& weight, elementwise::Activation activation, float* y);
+
 }  // namespace tersor::linear

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "base/cpu.h"
 #include "formats/affine_bits.h"
 #include "formats/ggml.h"
 #include "kernels/kernel_test.h"
@@ -383,6 +384,31 @@ void test_rounding(const std::string& what, Matrix m, linear::Rounding rounding,
       want);
 }
 
+// multiply_gated has the bits of multiply and gated.
+void test_gated(const std::vector<Matrix>& parts, int64_t n) {
+  Random random{uint32_t(n + 3)};
+  const int64_t columns = parts[0].columns;
+  const std::vector<float> x = random.bells(n * columns);
+  for (const std::string& isa : isas()) {
+    check(force_isa(isa).empty(), "force_isa " + isa);
+    linear::Weight weight;
+    weight.columns = columns;
+    for (const Matrix& m : parts) {
+      weight.parts.push_back(pack(m, random.bells(m.rows)));
+      weight.rows += m.rows;
+    }
+    const int64_t width = weight.rows / 2;
+    for (const auto activation : {elementwise::kSilu, elementwise::kGeluTanh}) {
+      Result both(n * weight.rows), want(n * width), got(n * width);
+      linear::multiply(x.data(), n, weight, nullptr, both.data());
+      elementwise::gated(both.data(), n, width, activation, want.data());
+      linear::multiply_gated(x.data(), n, weight, activation, got.data());
+      check(!memcmp(got.data(), want.data(), 4 * got.size()),
+            "gated product of " + parts[0].format + ", " + isa + ", " + std::to_string(n) + " rows: other bits");
+    }
+  }
+}
+
 }  // namespace
 
 void test_linear() {
@@ -431,6 +457,14 @@ void test_linear() {
   for (int64_t columns : {1, 15, 16, 17, 33, 300}) test_matrix(fp8_matrix(33, columns));
   test_matrix(nvfp4_matrix(33, 48));
   test_matrix(nvfp4_matrix(5, 512));
+  for (int64_t n : {1, 16, 17, 70}) {
+    for (int64_t rows : {32, 36, 128, 320}) {
+      test_gated({ggml_matrix("q4_0", rows, 96)}, n);
+      test_gated({float_matrix(kF16, rows, 96)}, n);
+    }
+    test_gated({ggml_matrix("q4_k", 32, 768)}, n);
+    test_gated({ggml_matrix("q4_0", 16, 96), ggml_matrix("q8_0", 16, 96)}, n);
+  }
   Matrix q4 = ggml_matrix("q4_k", 40, 256), q8 = ggml_matrix("q8_0", 20, 256), f16 = float_matrix(kF16, 7, 256);
   read_scheme(q4, *linear::find_scheme("q4_k", 256));
   read_scheme(q8, *linear::find_scheme("q8_0", 256));

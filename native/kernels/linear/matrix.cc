@@ -7,13 +7,13 @@ namespace {
 
 constexpr int64_t kNearBytes = 768 << 10;  // activations that stay in a core's outer cache beside all else
 
-// Panels of one call of the kernel. All activations are read for each, so there are many where they do not stay near;
-// but so few that every thread gets a share, in pairs.
-int64_t panels_at_a_time(const Part& part, int64_t n) {
+// Panels of one call of the kernel, of which there are `panels`, each worth `products`. All activations are read for
+// each, so there are many where they do not stay near; but so few that every thread gets a share, in pairs.
+int64_t panels_at_a_time(const Part& part, int64_t n, int64_t panels, int64_t products) {
   const bool near = n * part.columns * 2 * (part.integer ? 1 : kMatrixParts) <= kNearBytes;
-  const int64_t most = near ? kMatrixPanels / 4 : kMatrixPanels, pairs = (part.panel_count() + 1) / 2;
-  const int64_t calls = std::max<int64_t>(2 * threads(), (2 * pairs + most - 1) / most);
-  return 2 * std::max<int64_t>(1, (pairs + calls - 1) / calls);
+  const int64_t most = (near ? kMatrixPanels / 4 : kMatrixPanels) / 2, pairs = (panels * products + 1) / 2;
+  const int64_t calls = std::max<int64_t>(2 * threads(), (pairs + most - 1) / most);
+  return std::max<int64_t>(1, (pairs + calls - 1) / calls) * 2 / products;
 }
 
 }  // namespace
@@ -39,21 +39,23 @@ void MatrixScratch::round(const MatrixKernels& kernels, const float* x, int64_t 
 }
 
 void multiply_matrix(const MatrixKernels& kernels, const Part& part, const MatrixScratch& x, int64_t n,
-                     const Output& out) {
-  const int64_t panels = part.panel_count(), each = panels_at_a_time(part, n), calls = (panels + each - 1) / each;
+                     const Output& out, const elementwise::Activation* gate) {
+  const int64_t all = part.panel_count(), panels = gate ? all / 2 : all, products = gate ? 2 : 1;
+  const int64_t each = panels_at_a_time(part, n, panels, products), calls = (panels + each - 1) / each;
   parallel_for(calls, 1, [&](int64_t begin, int64_t end) {
     static thread_local LargeVector<float> sums;
-    float* room = grown(sums, each * kPanelRows * (x.rows.count + 1) * kMatrixRows);
+    float* room = grown(sums, (each * products + 1) * kPanelRows * (x.rows.count + 1) * kMatrixRows);
     for (int64_t call = begin; call < end; ++call) {
-      const int64_t panel = call * each, count = std::min(each, panels - panel);
+      const int64_t panel = call * each;
+      MatrixPanels some{part.panels.data() + panel * part.panel_bytes, part.panel_bytes,
+                        int(std::min(each, panels - panel))};
+      if (gate) some.up = panels, some.activation = *gate;
       Finish finish = out.finish(part, panel, 0);
-      finish.rows = int(std::min<int64_t>(kPanelRows * count, part.rows - panel * kPanelRows));
-      const uint8_t* first = part.panels.data() + panel * part.panel_bytes;
+      finish.rows = int(std::min<int64_t>(kPanelRows * some.count, part.rows - panel * kPanelRows));
       if (part.integer)
-        kernels.multiply({first, chunks_of(part.columns), part.layout}, part.panel_bytes, int(count), part.low_table,
-                         x.rows, n, finish, room);
+        kernels.multiply(some, part.layout, chunks_of(part.columns), part.low_table, x.rows, n, finish, room);
       else
-        kernels.floating[part.floating](first, part.panel_bytes, int(count), part.columns, x.rows, n, finish, room);
+        kernels.floating[part.floating](some, part.columns, x.rows, n, finish, room);
     }
   });
 }

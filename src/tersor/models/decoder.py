@@ -130,8 +130,8 @@ class Decoder:
     def _feed_forward(self, o: LayerOps, x: Array, layer: _LayerWeights) -> Array:
         """Returns x + MLP."""
         s, v = self.spec, layer.vectors
-        joined = o.linear(o.rms_norm(x, v.mlp_norm, s.norm_eps), layer.gate_up)
-        return add_product(o, s, x, o.gated(joined, s.activation), layer.down, v.after_mlp)
+        gated = o.gated_linear(o.rms_norm(x, v.mlp_norm, s.norm_eps), layer.gate_up, s.activation)
+        return add_product(o, s, x, gated, layer.down, v.after_mlp)
 
     def _packed(self) -> list[ops.Weight]:
         """Returns every matrix that tokens are multiplied by, the head first."""

@@ -27,6 +27,8 @@ class LayerOps(Protocol):
 
     def gated(self, x: Array, activation: str) -> Array: ...
 
+    def gated_linear(self, x: Array, weight: ops.Weight, activation: str) -> Array: ...
+
     def add(self, x: Array, y: Array) -> None: ...
 
     def rope(self, x: Array, start: int, inv_freq: Array, scale: float = 1.0) -> None: ...
@@ -79,6 +81,12 @@ class Recorder:
         """Records ops.gated."""
         y = self._result("gated", len(x), x.shape[1] // 2, turns=1)
         self.program.gated(x, activation, y)
+        return y
+
+    def gated_linear(self, x: Array, weight: ops.Weight, activation: str) -> Array:
+        """Records ops.gated_linear."""
+        y = self._result("gated", len(x), weight.rows // 2, turns=1)
+        self.program.gated_linear(x, weight, activation, y)
         return y
 
     def add(self, x: Array, y: Array) -> None:

@@ -159,6 +159,11 @@ def gated(x: Array, activation: str) -> Array:
     return np.asarray(act * up, dtype=np.float32)
 
 
+def gated_linear(x: Array, weight: Weight, activation: str) -> Array:
+    """Returns gated(linear(x, weight), activation)."""
+    return gated(linear(x, weight), activation)
+
+
 def add(x: Array, y: Array) -> None:
     """Adds y to x in place."""
     x += y
