@@ -2,10 +2,13 @@
 // 18. Include only from *x86_amx.cc files.
 #pragma once
 
-#include "base/simd/avx512vnni.h"
+#include "base/simd/avx512_vectors.h"
 
 namespace tersor {
 namespace {
+
+inline constexpr int kAheadBits = 1;  // of codes that are asked for before they are read,
+inline constexpr int kAhead = 4096;   // and so many bytes before
 
 // 32 bfloat16.
 struct Halves {
@@ -80,8 +83,26 @@ inline F first_half(Halves h) {
 inline F second_half(Halves h) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h.a, 1)), 16))};
 }
-// What rounding x and y to h has left.
-inline Halves remainder(F x, F y, Halves h) { return to_bf16(sub(x, first_half(h)), sub(y, second_half(h))); }
+
+inline constexpr int kTile = 512;  // bfloat16 of a tile: 16 lines of 32, or of 16 pairs
+
+// Rounds x and y to bfloat16 and stores them, x first; then what that leaves, kParts in all, each kTile further.
+template <int kParts>
+inline void store_parts(uint16_t* to, F x, F y) {
+  const Halves h = to_bf16(x, y);
+  store_halves(to, h);
+  if constexpr (kParts > 1) store_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
+}
+// The same with those of x at the even places, those of y at the odd ones.
+template <int kParts>
+inline void store_paired_parts(uint16_t* to, F x, F y) {
+  const Halves h = to_bf16(x, y);
+  store_halves(to, paired(h));
+  if constexpr (kParts > 1) store_paired_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
+}
+
+// Up to 16 floats, the others 0.
+inline F load_least(const float* p, int64_t n) { return n >= 16 ? load(p) : n > 0 ? load_n(p, int(n)) : zero(); }
 
 // The codes of one of four columns, 16 rows.
 template <int kColumn>

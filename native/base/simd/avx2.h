@@ -91,7 +91,8 @@ inline void widen_fours(const int8_t* x, int64_t n, int8_t* to) {
   }
 }
 
-inline constexpr int kAheadBits = 1;  // of codes that are asked for before they are read
+inline constexpr int kAheadBits = 1;  // of codes that are asked for before they are read,
+inline constexpr int kAhead = 1536;   // and so many bytes before
 
 inline constexpr int kIntTile = 4;   // 8 registers of sums, 4 of codes, the activations
 inline constexpr int kFineTile = 2;  // 8 registers of dots

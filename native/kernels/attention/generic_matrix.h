@@ -10,22 +10,6 @@
 namespace tersor::attention {
 namespace {
 
-inline constexpr int kTile = 512;  // values of a tile of bfloat16: 16 lines of 32, or of 16 pairs
-
-// Rounds x and y to bfloat16 in a line of one tile, and what that leaves in the next tile.
-inline void store_both(uint16_t* to, F x, F y) {
-  const Halves h = to_bf16(x, y);
-  store_halves(to, h);
-  store_halves(to + kTile, remainder(x, y, h));
-}
-inline void store_both_paired(uint16_t* to, F x, F y) {
-  const Halves h = to_bf16(x, y);
-  store_halves(to, paired(h));
-  store_halves(to + kTile, paired(remainder(x, y, h)));
-}
-
-inline F load_least(const float* p, int n) { return n >= 16 ? load(p) : n > 0 ? load_n(p, n) : zero(); }
-
 // Sums T += x w, of both parts: x in tiles 4 and 5, w loaded from two tiles.
 template <int T>
 inline void add_product(const uint16_t* w) {
@@ -70,7 +54,7 @@ void load_query_tiles(const Queries& q, int head_dim, int width, uint16_t* to) {
       for (int m = 0; m < 16; ++m) {
         const float* x = q.values + int64_t(16 * t + m) * stride + d;
         const int left = 16 * t + m < q.rows ? head_dim - d : 0;
-        store_both(to + 32 * m, load_least(x, left), load_least(x + 16, left - 16));
+        store_parts<2>(to + 32 * m, load_least(x, left), load_least(x + 16, left - 16));
       }
     }
   }
@@ -83,7 +67,7 @@ void load_key_tiles(const uint16_t* keys, int head_dim, int panels, uint16_t* to
       const uint16_t* k = keys + (int64_t(p) * head_dim + d) * 16;
       for (int i = 0; i < 32; i += 2, k += 32) {
         const F x = d + i < head_dim ? load_f16(k) : zero(), y = d + i + 1 < head_dim ? load_f16(k + 16) : zero();
-        store_both_paired(to + 16 * i, x, y);
+        store_paired_parts<2>(to + 16 * i, x, y);
       }
     }
   }
@@ -96,7 +80,7 @@ void load_value_tiles(const uint16_t* values, int width, int keys, uint16_t* to)
       const uint16_t* v = values + int64_t(key) * width + d;
       for (int i = 0; i < 32; i += 2, v += 2 * width) {
         const F x = key + i < keys ? load_f16(v) : zero(), y = key + i + 1 < keys ? load_f16(v + width) : zero();
-        store_both_paired(to + 16 * i, x, y);
+        store_paired_parts<2>(to + 16 * i, x, y);
       }
     }
   }
@@ -108,7 +92,7 @@ void load_weight_tiles(const float* weights, int rows, Range keys, uint16_t* to)
     const bool first = key + 16 > keys.begin, second = key + 16 < keys.end;
     for (int m = 0; m < 16; ++m) {
       const float* w = weights + m * kKeys + key;
-      store_both(to + 32 * m, first && m < rows ? load(w) : zero(), second && m < rows ? load(w + 16) : zero());
+      store_parts<2>(to + 32 * m, first && m < rows ? load(w) : zero(), second && m < rows ? load(w + 16) : zero());
     }
   }
 }

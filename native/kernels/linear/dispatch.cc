@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kGatherValues = 1 << 14;     // values moved worth a thread
 constexpr int64_t kActivationBytes = 4 << 20;  // activations at a time, so that they stay in the outer cache
 
+const Kernels& active_kernels() { return TERSOR_OR_TILE_KERNELS(TERSOR_ACTIVE_BYTE_KERNELS()); }
+
 // Of every sum of q (over the halves of a chunk, `inner` values each): start = offset * sum and, where the layout has a
 // second number, scaled = scale * sum; for both halves, or for the whole chunk when groups are wider.
 void scale_sums(const Layout& l, const int32_t* sums, const float* scale, int64_t entries, int inner, int32_t offset,
@@ -287,7 +289,7 @@ void multiply_parts(const float* x, int64_t n, const Weight& weight, const float
   static thread_local FineScratch fine_scratch;
   static thread_local TileScratch tile_scratch;
   static thread_local MatrixScratch one_part, all_parts;
-  const Kernels& kernels = TERSOR_ACTIVE_BYTE_KERNELS();
+  const Kernels& kernels = active_kernels();
   const bool integer = std::any_of(weight.parts.begin(), weight.parts.end(), [](const Part& p) { return p.integer; });
   const auto part_output = [&](int64_t first_row, int64_t part_row) {
     const int64_t at = first_row * weight.rows + part_row;
@@ -354,7 +356,7 @@ void multiply(const float* x, int64_t n, const Weight& weight, const float* resi
   multiply_parts(gather(x, n, weight.order, 0, columns, gathered), n, weight, residual, y);
   for (const Part& part : weight.apart) {
     const float* values = gather(x, n, weight.order, columns, part.columns, beside);
-    multiply_floats(TERSOR_ACTIVE_BYTE_KERNELS(), part, values, n, Output{y, y, weight.rows});
+    multiply_floats(active_kernels(), part, values, n, Output{y, y, weight.rows});
   }
 }
 

@@ -115,7 +115,7 @@ const OpenCodes kOpenCodes[kCodes] = {open_codes<kU1>, open_codes<kU2>, open_cod
 
 inline Table table_of(const Layout& l) { return l.code == kT4 ? load_table(l.table) : Table{}; }
 
-[[maybe_unused]] void open(const IntegerPanel& panel, const OpenPanel& out) {
+void open(const IntegerPanel& panel, const OpenPanel& out) {
   const Layout& l = panel.layout;
   const Table table = table_of(l);
   const uint8_t* p = panel.blocks;

@@ -14,26 +14,7 @@
 namespace tersor::linear {
 namespace {
 
-inline constexpr int kTile = 512;  // values of a tile of bfloat16
-
 // ---- Activations ----
-
-// Rounds x and y to bfloat16, and what that leaves, kParts times, each to a line of the next tile.
-template <int kParts>
-inline void store_parts(uint16_t* to, F x, F y) {
-  const Halves h = to_bf16(x, y);
-  store_halves(to, h);
-  if constexpr (kParts > 1) store_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
-}
-// The same with those of x at the even places, those of y at the odd ones.
-template <int kParts>
-inline void store_paired_parts(uint16_t* to, F x, F y) {
-  const Halves h = to_bf16(x, y);
-  store_halves(to, paired(h));
-  if constexpr (kParts > 1) store_paired_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
-}
-
-inline F load_least(const float* p, int64_t n) { return n >= 16 ? load(p) : n > 0 ? load_n(p, int(n)) : zero(); }
 
 template <int kParts>
 void round_rows(const float* x, int64_t stride, int n, int64_t k, int64_t tile, int64_t tiles, uint16_t* to) {

@@ -193,6 +193,7 @@ static constexpr int code_class(Code code) { return code <= kU4 ? 0 : code <= kU
 static constexpr bool has_second(const Layout& layout) { return layout.second != kNone; }
 
 TERSOR_BYTE_KERNEL_TABLES
+TERSOR_TILE_KERNEL_TABLE
 
 // ---- Products by matrix tiles of bfloat16, on CPUs that have them, in place of TileKernel and FloatKernel ----
 
