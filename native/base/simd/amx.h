@@ -28,19 +28,31 @@ namespace {
 
 #ifndef TERSOR_EMULATE
 
-// What every thread needs before it uses tiles; the state goes when this does, so that switches of threads stay cheap.
+// What every thread needs before it uses tiles. What the thread had before comes back with the end of this: another
+// library may set its tiles once and count on them (llama.cpp does).
 class TilesInUse {
  public:
   TilesInUse() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t lines[16] = {};
-    } config;
-    for (int t = 0; t < 8; ++t) config.bytes[t] = 64, config.lines[t] = 16;
-    asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    asm volatile("sttilecfg %0" : "=m"(before_));
+    Configuration ours;
+    ours.palette = 1;
+    for (int t = 0; t < 8; ++t) ours.bytes[t] = 64, ours.lines[t] = 16;
+    asm volatile("ldtilecfg %0" ::"m"(ours) : "memory");
   }
-  ~TilesInUse() { asm volatile("tilerelease" ::: "memory"); }
+  ~TilesInUse() {
+    if (before_.palette)
+      asm volatile("ldtilecfg %0" ::"m"(before_) : "memory");
+    else
+      asm volatile("tilerelease" ::: "memory");  // so that switches of threads stay cheap
+  }
+
+ private:
+  struct alignas(64) Configuration {
+    uint8_t palette = 0, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t lines[16] = {};
+  };
+  Configuration before_;
 };
 
 template <int T>
