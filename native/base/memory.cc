@@ -14,7 +14,7 @@ namespace tersor {
 namespace {
 
 constexpr int64_t kLine = 64, kLargePage = 2 << 20;
-constexpr int64_t kRegion = 32 << 20;  // of address space; what is not touched costs nothing
+constexpr int64_t kRegion = 32 << 20;  // of address space, at least; what is not touched costs nothing
 constexpr int64_t kSpare = 128 << 20;  // unused regions that are kept: what one product frees the next one takes
 
 int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -66,7 +66,8 @@ class Heap {
     for (auto& [base, region] : regions_) {
       if (const int64_t offset = region.take(n); offset >= 0) return remember(base + offset, n);
     }
-    const int64_t all = std::max(kRegion, rounded_up(n, kLargePage));
+    // Larger and larger, since each may leave most of a large page unused.
+    const int64_t all = rounded_up(std::max({kRegion, reserved_ / 2, n}), kLargePage);
     auto* base = static_cast<uint8_t*>(std::aligned_alloc(kLargePage, all));
     if (!base) throw std::bad_alloc();
 #ifdef __linux__
