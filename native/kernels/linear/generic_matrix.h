@@ -64,7 +64,6 @@ inline constexpr int kPanelsHeld = 2;                    // decoded together
 inline constexpr int kTilesApart = kPanelsHeld * kTile;  // from a chunk of integers to the next
 
 // Chunks of one block of the layout, each to a tile.
-
 template <Code kCode>
 void decode_chunks(const uint8_t* p, int64_t chunks, int group, const F& table, const GroupScales& s, uint16_t* out) {
   for (int64_t c = 0; c < chunks; ++c, p += 64 * code_bits(kCode), out += kTilesApart) {

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 
 #include "base/cpu.h"
+#include "base/threads.h"
 #include "formats/affine_bits.h"
 #include "formats/ggml.h"
 #include "kernels/kernel_test.h"
@@ -409,9 +411,40 @@ void test_gated(const std::vector<Matrix>& parts, int64_t n) {
   }
 }
 
+#if defined(__x86_64__) && defined(TERSOR_HAS_AMX) && !defined(TERSOR_EMULATE)
+// Whether the shapes that a thread has given its tiles are the same after f.
+__attribute__((target("amx-tile"))) bool keeps_tiles(const std::function<void()>& f) {
+  struct alignas(64) Shapes {
+    uint8_t bytes[64];
+  } before = {}, after = {};
+  before.bytes[0] = 1;                          // the palette
+  before.bytes[16] = 32, before.bytes[48] = 5;  // tile 0: 5 lines of 32 bytes
+  asm volatile("ldtilecfg %0" ::"m"(before));
+  f();
+  asm volatile("sttilecfg %0\n\ttilerelease" : "=m"(after));
+  return !memcmp(before.bytes, after.bytes, 64);
+}
+
+void test_tiles_of_others() {
+  if (std::find(isas().begin(), isas().end(), "amx") == isas().end()) return;
+  check(force_isa("amx").empty(), "force_isa amx");
+  set_threads(1);
+  linear::Weight weight;
+  weight.rows = 33, weight.columns = 96;
+  weight.parts.push_back(pack(ggml_matrix("q4_0", 33, 96), {}));
+  const std::vector<float> x(40 * 96, 0.5f);
+  std::vector<float> y(40 * 33);
+  check(keeps_tiles([&] { linear::multiply(x.data(), 40, weight, nullptr, y.data()); }),
+        "amx: another's tiles are lost");
+}
+#else
+void test_tiles_of_others() {}
+#endif
+
 }  // namespace
 
 void test_linear() {
+  test_tiles_of_others();
   for (const char* name : {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl",
                            "iq4_xs", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0", "q2_0"}) {
     const int64_t values = ggml_type(name)->values;
