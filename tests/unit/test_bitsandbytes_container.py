@@ -77,6 +77,7 @@ def test_transformers_runs_it(format: str, model: Path, tmp_path: Path) -> None:
     for name, layer in layers.items():
         found = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         np.testing.assert_array_equal(found.numpy(), values(tensors[name]))
+        layer.support_avx512bf16_for_cpu = False  # kernels that compute in bfloat16, where the CPU can
     want, got = logits(theirs, tmp_path / "m", "float")
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
@@ -147,7 +148,8 @@ def test_reads_longer_blocks(table: str, block: int, nested: bool, tmp_path: Pat
     info, tensor = checkpoint.tensors[Q], checkpoint.read(Q)
     assert info.format == tensor.format == (f"{table}_dq" if nested and block == 64 else table)
     assert info.nbytes == tensor.nbytes and info.shape == tensor.shape == (55, 192)
-    np.testing.assert_array_equal(values(tensor), dequantize_4bit(packed, state).numpy())
+    state.shape = torch.Size([1, 55 * 192])  # as one row: their AVX-512 kernel takes a row's first block for a whole one
+    np.testing.assert_array_equal(values(tensor), dequantize_4bit(packed, state).reshape(55, 192).numpy())
     if tensor.format == table:
         np.testing.assert_array_equal(values(checkpoint.read(Q, slice(3, 9))), values(tensor)[3:9])
 
