@@ -21,7 +21,7 @@ seconds = time.perf_counter() - start
 
 def prefill(tokens: list[int]) -> None:
     cache.truncate(0)
-    model.head(model.forward(np.array(tokens, np.int32), cache)[-1:])
+    model.head(model.forward(np.array(tokens, np.int32), cache, last=True))
 
 
 def decode(tokens: list[int]) -> None:

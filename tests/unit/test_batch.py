@@ -96,7 +96,9 @@ def test_requests_join_and_leave_between_steps(model: Model) -> None:
 def test_a_common_prefix_is_read_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     forward = Model.forward
-    monkeypatch.setattr(Model, "forward", lambda self, tokens, cache: read.append(len(tokens)) or forward(self, tokens, cache))
+    monkeypatch.setattr(
+        Model, "forward", lambda self, tokens, *rest, **how: read.append(len(tokens)) or forward(self, tokens, *rest, **how)
+    )
     shared = len(model.tokenizer.encode(SYSTEM)) // 64 * 64
     got = model.generate_many(PROMPTS, max_tokens=2)
     prompts = [len(model.tokenizer.encode(p)) for p in PROMPTS]

@@ -174,6 +174,7 @@ def test_prefill_in_chunks_equals_one_by_one(tmp_path: Path) -> None:
     cache = model.new_cache(len(tokens))
     whole = model.forward(tokens, cache)
     assert whole.shape == (len(tokens), 64) and cache.length == len(tokens)
+    np.testing.assert_array_equal(model.forward(tokens, model.new_cache(len(tokens)), last=True), whole[-1:])
     cache.truncate(MOST_ROWS - 5)
     rest = np.concatenate([model.forward(tokens[i : i + 1], cache) for i in range(MOST_ROWS - 5, len(tokens))])
     np.testing.assert_allclose(rest, whole[MOST_ROWS - 5 :], rtol=0, atol=1e-4)

@@ -50,11 +50,11 @@ class Table:
     def new_cache(self, capacity: int) -> Cache:
         return Cache()
 
-    def forward(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
+    def forward(self, tokens: np.ndarray, cache: Cache, last: bool = False) -> np.ndarray:
         self.seen.append(tokens.tolist())
         positions = (cache.length + np.arange(len(tokens))) % 2
         cache.length += len(tokens)
-        return self.table[positions, tokens]
+        return self.table[positions, tokens][-1 if last else 0 :]
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(hidden * 2)

@@ -114,9 +114,14 @@ def test_the_program_keeps_its_arrays() -> None:
     assert all((o == 1).all() for o in others)
 
 
+def test_one_array_serves_the_norms_of_rows() -> None:
+    recorder = Recorder(1, KV_HEADS, DIM, 1)
+    assert np.shares_memory(*(recorder.rms_norm(normal(1, 40), NORM, 1e-5) for _ in range(2)))
+
+
 def test_two_arrays_serve_results_of_one_shape_in_turns() -> None:
     recorder = Recorder(1, KV_HEADS, DIM, 1)
-    results = [recorder.rms_norm(normal(1, 40), NORM, 1e-5) for _ in range(5)]
+    results = [recorder.rms_norm(normal(1, 2, 40), NORM, 1e-5) for _ in range(5)]
     assert [any(np.shares_memory(results[i], results[j]) for j in (i - 2, i + 2) if 0 <= j < 5) for i in range(5)] == [True] * 5
     assert not any(np.shares_memory(a, b) for a, b in pairwise(results))
     assert not np.shares_memory(results[0], recorder.rms_norm(normal(1, DIM), HEAD_NORM, 1e-5))

@@ -2,13 +2,13 @@
 // 18. Include only from *x86_amx.cc files.
 #pragma once
 
+#include "base/simd/ahead.h"
 #include "base/simd/avx512_vectors.h"
 
 namespace tersor {
 namespace {
 
-inline constexpr int kAheadBits = 1;  // of codes that are asked for before they are read,
-inline constexpr int kAhead = 4096;   // and so many bytes before
+inline constexpr Ahead kAhead = {1, 3072, 2048};
 
 // 32 bfloat16.
 struct Halves {

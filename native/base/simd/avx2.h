@@ -1,6 +1,7 @@
 // AVX2. Names and meanings: base/simd/scalar.h. Include only from *x86_avx2.cc files.
 #pragma once
 
+#include "base/simd/ahead.h"
 #include "base/simd/avx2_vectors.h"
 
 namespace tersor {
@@ -91,8 +92,7 @@ inline void widen_fours(const int8_t* x, int64_t n, int8_t* to) {
   }
 }
 
-inline constexpr int kAheadBits = 1;  // of codes that are asked for before they are read,
-inline constexpr int kAhead = 1536;   // and so many bytes before
+inline constexpr Ahead kAhead = {1, 1536, 0};
 
 inline constexpr int kIntTile = 4;   // 8 registers of sums, 4 of codes, the activations
 inline constexpr int kFineTile = 2;  // 8 registers of dots

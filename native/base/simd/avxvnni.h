@@ -3,6 +3,7 @@
 // AVX2, for tests on other CPUs.
 #pragma once
 
+#include "base/simd/ahead.h"
 #include "base/simd/avx2_vectors.h"
 
 namespace tersor {
@@ -51,8 +52,7 @@ inline Opened load_opened(const uint8_t* p) { return load_codes(p); }
 inline I dot_opened(I s, Opened w, const int8_t* x) { return dot(s, w, load_four(x)); }
 inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 
-inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read,
-inline constexpr int kAhead = 1536;   // and so many bytes before
+inline constexpr Ahead kAhead = {8, 1536, 0};
 
 inline constexpr int kIntTile = 4;   // 8 registers of dots, 2 of codes, the activations; sums wait in memory
 inline constexpr int kFineTile = 2;  // 8 registers of dots

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "base/simd/ahead.h"
+
 namespace tersor {
 namespace {
 
@@ -239,8 +241,7 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 #undef TERSOR_QUARTERS1
 #undef TERSOR_QUARTERS2
 
-inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read,
-inline constexpr int kAhead = 1536;   // and so many bytes before
+inline constexpr Ahead kAhead = {8, 1536, 0};
 
 inline constexpr int kIntTile = 4;    // 16 registers of sums, 8 of codes, the activations; of 32
 inline constexpr int kFineTile = 2;   // 16 registers of dots, 4 of codes, the activations

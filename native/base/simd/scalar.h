@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "base/float16.h"
+#include "base/simd/ahead.h"
 
 namespace tersor {
 namespace {
@@ -310,8 +311,7 @@ inline I dot_pairs(I sum, const Pairs& x, const Pairs& y) {
 
 #undef TERSOR_EACH
 
-inline constexpr int kAheadBits = 8;  // of codes that are asked for before they are read,
-inline constexpr int kAhead = 1536;   // and so many bytes before
+inline constexpr Ahead kAhead = {8, 1536, 0};
 
 // Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
 inline constexpr int kIntTile = 1;   // of 8-bit activations

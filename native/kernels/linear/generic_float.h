@@ -19,10 +19,16 @@ void few_rows(const void* panels, int64_t panel_bytes, int64_t k, const float* x
 #pragma GCC unroll 4
     for (int p = 0; p < kFloatPanels; ++p) sums[m][p] = zero();
   }
+  constexpr int kColumn = 16 * float_bytes(kFloat);  // bytes of a panel
   for (int64_t i = 0; i < k; ++i) {
     F w[kFloatPanels];
 #pragma GCC unroll 4
-    for (int p = 0; p < kFloatPanels; ++p) w[p] = load_as<kFloat>((const char*)panels + p * panel_bytes, 16 * i);
+    for (int p = 0; p < kFloatPanels; ++p) {
+      const char* panel = (const char*)panels + p * panel_bytes;
+      if (kAhead.floats && M == 1 && i % (64 / kColumn) == 0)
+        __builtin_prefetch(panel + kColumn * i + kAhead.floats, 0, 2);
+      w[p] = load_as<kFloat>(panel, 16 * i);
+    }
 #pragma GCC unroll 3
     for (int m = 0; m < M; ++m) {
       const F one = set(x[m * stride + i]);

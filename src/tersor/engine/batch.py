@@ -159,7 +159,7 @@ class Batch:
         hidden = self._forward(s.tokens, s.cache, size)
         if s.cache.length < len(s.tokens):
             return []
-        logits = self._model.head(hidden[-1:])
+        logits = self._model.head(hidden)
         s.prefilled = perf_counter()
         s.answer = Continuation(self._model.tokenizer, s.tokens.tolist(), s.request)
         self._reading = None
@@ -167,9 +167,9 @@ class Batch:
         return self._take(s, logits[0])
 
     def _forward(self, tokens: Array, cache: ops.KVCache, size: int) -> Array:
-        """Reads at most size of the tokens that are not in the cache; returns their hidden states."""
+        """Reads at most size of the tokens that are not in the cache; returns the hidden state of the last, (1, hidden)."""
         part = chunks(len(tokens) - cache.length, size)[0]
-        return self._model.forward(tokens[cache.length :][part], cache)
+        return self._model.forward(tokens[cache.length :][part], cache, last=True)
 
     def _decode(self, sequences: list[_Sequence]) -> list[Part]:
         """Reads the last token of every sequence together and takes the next."""

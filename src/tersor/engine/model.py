@@ -134,17 +134,18 @@ class Model:
         s = self._decoder.spec
         return ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, capacity, self._kv)
 
-    def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
+    def forward(self, tokens: Array, cache: ops.KVCache, last: bool = False) -> Array:
         """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
 
-        tokens: (n,) integers in [0, vocab_size), at positions cache.length and on. Raises ModelError for tokens out of
-        range and for more than the cache has room for; the cache is then as before.
+        tokens: (n,) integers in [0, vocab_size), at positions cache.length and on. last: returns the last token's alone,
+        (1, hidden). Raises ModelError for tokens out of range and for more than the cache has room for; the cache is then
+        as before.
         """
         ids = self._checked(tokens)
         if cache.length + len(ids) > cache.capacity:
             raise ModelError(f"{len(ids)} tokens after {cache.length} do not fit a cache of {cache.capacity} positions")
-        hidden = [self._decoder.forward(ids[part], cache) for part in chunks(len(ids), MOST_ROWS)]
-        return hidden[0] if len(hidden) == 1 else ops.copied(hidden)
+        hidden = [self._decoder.forward(ids[part], cache, last) for part in chunks(len(ids), MOST_ROWS)]
+        return hidden[-1] if last or len(hidden) == 1 else ops.copied(hidden)
 
     def head(self, hidden: Array) -> Array:
         """Returns logits, (n, vocab_size) float32. hidden: (n, hidden) as forward gives it."""

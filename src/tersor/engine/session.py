@@ -87,9 +87,9 @@ class Session:
         shared = min(common(self._tokens, tokens), len(tokens) - 1)  # the last token is computed in any case, for its logits
         self._cache.truncate(shared)
         self._tokens = self._tokens[:shared]
-        hidden = self._model.forward(np.asarray(tokens[shared:], np.int32), self._cache)
+        hidden = self._model.forward(np.asarray(tokens[shared:], np.int32), self._cache, last=True)
         self._tokens = list(tokens)
-        return shared, self._model.head(hidden[-1:])[0]
+        return shared, self._model.head(hidden)[0]
 
 
 def common(a: Sequence[int] | Array, b: Sequence[int] | Array) -> int:

@@ -28,8 +28,8 @@ class LanguageModel(Protocol):
         """Returns an empty KV cache for this many tokens; it has truncate(n)."""
         ...
 
-    def forward(self, tokens: Array, cache: Any) -> Array:
-        """Returns the hidden states after the final norm, (n, d) float32. tokens: (n,) int32."""
+    def forward(self, tokens: Array, cache: Any, last: bool = False) -> Array:
+        """Returns the hidden states after the final norm, (n, d) float32; last: the last token's, (1, d). tokens: (n,) int32."""
         ...
 
     def head(self, hidden: Array) -> Array:

@@ -117,7 +117,7 @@ class OwnModel(Contestant):
         model, tokens = self._model, prompt(prefill, self._model.vocab_size)
         cache, steps = model.new_cache(prefill + decode), model.steps()
         start = time.perf_counter()
-        logits = model.head(model.forward(np.array(tokens, np.int32), cache)[-1:])
+        logits = model.head(model.forward(np.array(tokens, np.int32), cache, last=True))
         middle = time.perf_counter()
         token = int(logits[0].argmax())
         for _ in range(decode):

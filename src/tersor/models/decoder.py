@@ -87,15 +87,17 @@ class Decoder:
         tensor = self._read(name)
         return get_format(tensor.format).dequantize(tensor).reshape(-1)
 
-    def forward(self, tokens: Array, cache: ops.KVCache) -> Array:
+    def forward(self, tokens: Array, cache: ops.KVCache, last: bool = False) -> Array:
         """Returns the hidden states after the final norm, (n, hidden) float32, and appends n positions to the cache.
 
-        tokens: (n,) int32 in [0, vocab_size), 1 <= n <= MOST_ROWS, at positions cache.length and on; the cache has room.
+        tokens: (n,) int32 in [0, vocab_size), 1 <= n <= MOST_ROWS, at positions cache.length and on; the cache has room. last:
+        returns the last token's alone, (1, hidden).
         """
         rows = STEP_ROWS if len(tokens) <= STEP_ROWS else MOST_ROWS
         idle = self._idle[rows]
         recording = idle.pop() if idle else _Recording(self, rows, head=False)
-        hidden = ops.copied([recording.run(tokens, [cache])])  # the next caller's overwrites it
+        hidden = recording.run(tokens, [cache])
+        hidden = ops.copied([hidden[-1:] if last else hidden])  # the next caller's overwrites it
         idle.append(recording)
         return hidden
 
@@ -175,7 +177,7 @@ class _Recording:
     def __init__(self, decoder: Decoder, rows: int, head: bool) -> None:
         s, self._decoder = decoder.spec, decoder
         recorder = Recorder(len(s.layers), s.kv_heads, s.head_dim, rows)
-        self._x = ops.empty(rows, decoder._embedding.columns)
+        self._x = recorder.input(decoder._embedding.columns)
         self._embeds = recorder.embed(decoder._embedding, s.embedding_scale, self._x)
         self._out = decoder._run(recorder, self._x, ops.KVCache(len(s.layers), s.kv_heads, s.head_dim, 1))
         if head:

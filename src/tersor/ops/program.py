@@ -43,8 +43,9 @@ class LayerOps(Protocol):
 class Recorder:
     """Records ops into `program`. Positions and caches are those of the replay, whatever is given here.
 
-    Results of the same op and shape share memory, so that they stay in the CPU's cache: what linear without residual, gated or
-    attention returned is overwritten by the next op of its name and shape, other results by the one after that.
+    Results of the same op and shape share memory, so that they stay in the CPU's cache: what linear without residual, gated,
+    attention or rms_norm of rows returned is overwritten by the next op of its name and shape, other results by the one after
+    that: a sum, which the next one reads (inputs count as such), or the rms_norm of heads, since queries and keys are used together.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, rows: int, results: Results | None = None) -> None:
@@ -56,7 +57,7 @@ class Recorder:
 
     def input(self, width: int) -> Array:
         """Returns an array, (rows, width), to be filled before a replay."""
-        return self._result("input", self._rows, width, turns=1)
+        return self._result("sum", self._rows, width)
 
     def embed(self, tensor: QuantizedTensor, scale: float, x: Array) -> bool:
         """Records that x is ops.embed of the replay's tokens; False when the tensor has no native reader, and x is left alone."""
@@ -73,7 +74,7 @@ class Recorder:
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         """Records ops.rms_norm. x: (rows, d), or (rows, heads, d) whose rows may be apart."""
-        y = self._result("rms_norm", *x.shape)
+        y = self._result("rms_norm", *x.shape, turns=x.ndim - 1)
         self.program.rms_norm(x, weight, eps, y)
         return y
 
