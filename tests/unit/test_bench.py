@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tersor.engine import Model, load
 from tersor.errors import RecipeError
 from tersor.evaluation import llama_cpp
 from tersor.evaluation.energy import EnergyMeter
-from tersor.evaluation.limits import Limits, LimitsMeter
+from tersor.evaluation.limits import LEAST_BYTES, Limits, LimitsMeter, bytes_read
 from tersor.evaluation.llama_cpp import LlamaCpp
 from tersor.evaluation.speed import Contestant, OwnModel, measure, prompt, ratios
 from tiny import tiny_model
@@ -57,6 +58,16 @@ def test_limits_are_those_of_this_machine() -> None:
         _native.set_threads(threads)
     assert 0.1 < one.bandwidth_gbps < 1000 and 0.1 < one.int8_gops < 20_000
     assert Limits(1, 5).best(Limits(2, 3)) == Limits(2, 5)
+
+
+@pytest.mark.parametrize(("size", "mib"), [("480M", 960), ("32768K", 256), ("1000G", None), ("", 256), ("many", 256)])
+def test_more_is_read_than_the_caches_hold(tmp_path: Path, size: str, mib: int | None) -> None:
+    for i, one in enumerate(("48K", size)):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(one + "\n")
+    got, memory = bytes_read(tmp_path), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert got % 8 == 0 and got == max(LEAST_BYTES, min(memory // 8, mib << 20 if mib else memory) // 8 * 8)
+    assert bytes_read(tmp_path / "none") == LEAST_BYTES
 
 
 @pytest.mark.parametrize("isa", _native.isas())

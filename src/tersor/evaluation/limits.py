@@ -5,12 +5,15 @@ Decoding one sequence reads every weight once a token, so that memory is its lim
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-BANDWIDTH_BYTES = 256 << 20  # read at once: far more than any cache holds
+LEAST_BYTES = 256 << 20  # read at once: far more than the caches of most CPUs hold
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
 PEAK_ROUNDS = 1 << 20  # some tens of milliseconds
 
 
@@ -31,7 +34,7 @@ class LimitsMeter:
     """Measures the limits, as often as it is asked."""
 
     def __init__(self) -> None:
-        self._words = np.ones(BANDWIDTH_BYTES // 8, dtype=np.uint64)
+        self._words = np.ones(bytes_read() // 8, dtype=np.uint64)
 
     def measure(self) -> Limits:
         """Returns the limits, of one pass each."""
@@ -42,3 +45,20 @@ class LimitsMeter:
         middle = time.perf_counter()
         operations = _native.multiply_bytes(PEAK_ROUNDS)
         return Limits(self._words.nbytes / (middle - start) / 1e9, operations / (time.perf_counter() - middle) / 1e9)
+
+
+def bytes_read(caches: Path = CACHES) -> int:
+    """Returns how much is read for the bandwidth: twice the largest cache, which servers' CPUs share among many, if it fits an
+    eighth of the memory; never less than LEAST_BYTES."""
+    largest = max((_size(file) for file in caches.glob("index*/size")), default=0)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return max(LEAST_BYTES, min(2 * largest, memory // 8 // 8 * 8))
+
+
+def _size(file: Path) -> int:
+    """Returns the bytes that a file says, "32K" or "480M"; 0 for what it does not say."""
+    try:
+        text = file.read_text().strip()
+        return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]]
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0
