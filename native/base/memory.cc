@@ -86,10 +86,10 @@ class Heap {
     it->second.give_back(p - it->first, block->second);
     sizes_.erase(block);
     if (it->second.used > 0) return;
-    // An empty region stays if it is an ordinary one and few do.
-    spare_ = 0;
-    for (const auto& [base, region] : regions_) spare_ += region.used == 0 ? region.size : 0;
-    if (spare_ <= kSpare) return;
+    // An empty region stays while few do.
+    int64_t spare = 0;
+    for (const auto& [base, region] : regions_) spare += region.used == 0 ? region.size : 0;
+    if (spare <= kSpare) return;
     reserved_ -= it->second.size;
     std::free(it->first);
     regions_.erase(it);
@@ -109,7 +109,7 @@ class Heap {
   std::mutex mutex_;
   std::map<uint8_t*, Region> regions_;
   std::map<uint8_t*, int64_t> sizes_;
-  int64_t reserved_ = 0, spare_ = 0;
+  int64_t reserved_ = 0;
 };
 
 // Never destroyed: threads and Python objects may release after main.

@@ -11,10 +11,13 @@ namespace tersor::linear {
 
 inline constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth a thread: about two microseconds
 
-// Everything that grows as needed and is kept from call to call.
+// Memory that grows as needed and is kept from call to call; what it held is gone when it grows.
 template <typename T>
 T* grown(LargeVector<T>& v, int64_t size) {
-  if (int64_t(v.size()) < size) v.resize(size);
+  if (int64_t(v.size()) < size) {
+    LargeVector<T>().swap(v);
+    v.resize(size);
+  }
   return v.data();
 }
 
