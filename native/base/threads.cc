@@ -18,8 +18,13 @@ constexpr int kSpins = 6000;
 
 // A loop is done in rounds of a part per thread: half of all, half of the rest, .. and in the last round all that is
 // left, claimed one by one. So a thread that the system stops, or that comes late, leaves most of its work to the
-// others, for a few claims, each of which takes the counter's cache line from the CPU that claimed before.
+// others, for a few claims, each of which takes the counter's cache line from the CPU that claimed before. The parts of
+// a round are alike, but for the last: halves of odd numbers, shared unevenly, would leave threads without work at the
+// end.
 constexpr int kMostRounds = 5;
+
+// Units of a round that is not the last: half of what is left, of which every thread can have two or more.
+int64_t units_of_round(int64_t left, int threads) { return (left / threads + 1) / 2 * threads; }
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -50,10 +55,14 @@ struct Job {
   int parts() const { return threads * rounds; }
 
   void run_part(int part) const {
-    const int64_t units = (n + grain - 1) / grain;
     const int round = part / threads, i = part % threads;
-    const int64_t first = units - (units >> round), left = units - first;
-    const int64_t length = round + 1 < rounds ? left - (units >> (round + 1)) : left;
+    int64_t first = 0, left = (n + grain - 1) / grain;
+    for (int r = 0; r < round; ++r) {
+      const int64_t done = units_of_round(left, threads);
+      first += done;
+      left -= done;
+    }
+    const int64_t length = round + 1 < rounds ? units_of_round(left, threads) : left;
     const int64_t begin = (first + length * i / threads) * grain;
     const int64_t end = std::min(n, (first + length * (i + 1) / threads) * grain);
     if (begin < end) run(context, begin, end);
@@ -187,8 +196,9 @@ void parallel_run(int64_t n, int64_t grain, RangeFunction run, void* context) {
   if (workers > 1 && !inside && !alone) {
     Pool& p = the_pool();
     if (std::unique_lock lock(p.mutex, std::try_to_lock); lock) {
-      int rounds = 1;  // while every part of the last is a unit or more
-      while (rounds < kMostRounds && units >> rounds >= workers) ++rounds;
+      int rounds = 1;
+      for (int64_t left = units; rounds < kMostRounds && left / workers >= 2; ++rounds)
+        left -= units_of_round(left, workers);
       return p.run({n, grain, workers, rounds, run, context});
     }
   }

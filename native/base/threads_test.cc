@@ -1,6 +1,7 @@
 #include "base/threads.h"
 
 #include <atomic>
+#include <map>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -28,6 +29,22 @@ void test_cover(int64_t n, int64_t grain, int threads) {
   check(std::vector<int>(n, 1) == visits, what + ": not every index once");
   check(aligned, what + ": borders");
   check(int(workers.size()) <= threads && workers.empty() == (n == 0), what + ": threads");
+}
+
+// Where every thread can have as many units, there are as many parts of each size as threads, or a multiple.
+void test_even(int64_t units_each, int threads) {
+  set_threads(threads);
+  std::mutex mutex;
+  std::map<int64_t, int> parts;  // by their size
+  parallel_for(units_each * threads, 1, [&](int64_t begin, int64_t end) {
+    const std::lock_guard lock(mutex);
+    ++parts[end - begin];
+  });
+  for (const auto& [size, count] : parts) {
+    const std::string what = std::to_string(count) + " parts of " + std::to_string(size);
+    check(count % threads == 0,
+          what + " on " + std::to_string(threads) + " threads, each to have " + std::to_string(units_each));
+  }
 }
 
 int64_t sum_of_squares(int64_t n) {
@@ -86,6 +103,7 @@ void test_threads() {
     for (int64_t n : {0, 1, 2, 3, 7, 16, 33, 1000}) {
       for (int64_t grain : {1, 3, 16, 2000}) test_cover(n, grain, threads);
     }
+    for (int64_t units : {1, 2, 3, 5, 6, 7, 50}) test_even(units, threads);
   }
   test_callers();
   test_turns();
