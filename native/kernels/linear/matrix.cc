@@ -8,12 +8,17 @@ namespace {
 constexpr int64_t kNearBytes = 768 << 10;  // activations that stay in a core's outer cache beside all else
 
 // Panels of one call of the kernel, of which there are `panels`, each worth `products`. All activations are read for
-// each, so there are many where they do not stay near; but so few that every thread gets a share, in pairs.
+// each, so there are many where they do not stay near; in pairs; and the largest number that leaves threads the least
+// to do alone at the end.
 int64_t panels_at_a_time(const Part& part, int64_t n, int64_t panels, int64_t products) {
   const bool near = n * part.columns * 2 * (part.integer ? 1 : kMatrixParts) <= kNearBytes;
   const int64_t most = (near ? kMatrixPanels / 4 : kMatrixPanels) / 2, pairs = (panels * products + 1) / 2;
-  const int64_t calls = std::max<int64_t>(2 * threads(), (pairs + most - 1) / most);
-  return std::max<int64_t>(1, (pairs + calls - 1) / calls) * 2 / products;
+  int64_t best = 1, best_time = pairs;  // in pairs of the thread that does the most
+  for (int64_t each = 1; each <= most; ++each) {
+    const int64_t calls = (pairs + each - 1) / each, time = (calls + threads() - 1) / threads() * each;
+    if (time <= best_time) best = each, best_time = time;
+  }
+  return std::max<int64_t>(1, best * 2 / products);
 }
 
 }  // namespace
