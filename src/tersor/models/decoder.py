@@ -47,17 +47,18 @@ class Decoder:
     """A decoder's weights, packed for this CPU, and its two functions: forward and head."""
 
     def __init__(self, spec: DecoderSpec, read: Read, activations: str = "int8", scales: Mapping[str, float] | None = None) -> None:
-        """Reads and packs every tensor once, in model order. read: name -> tensor; activations: as of ops.pack; scales: of
+        """Reads and packs every tensor once: first the head, the largest, which memory holds twice meanwhile; the others in model
+        order. read: name -> tensor; activations: as of ops.pack; scales: of
         int8_static, module name -> scale of its input. Raises ModelError when a quantized matrix has no scale."""
         self.spec = spec
         self._read = read
         self._activations = activations
         self._scales = scales or {}
         self._embedding = _rows_apart(read("model.embed_tokens.weight"))
+        self._head = self._pack(["lm_head"], [self._embedding if spec.tied else read("lm_head.weight")], None)
         self._layers = tuple(self._layer(i) for i in range(len(spec.layers)))
         self._norm = self._vector("model.norm.weight") + np.float32(spec.norm_offset)
         self._idle: dict[int, list[_Recording]] = {STEP_ROWS: [], MOST_ROWS: []}  # by rows; one caller at a time uses one
-        self._head = self._pack(["lm_head"], [self._embedding if spec.tied else read("lm_head.weight")], None)
 
     def _layer(self, index: int) -> _LayerWeights:
         """Returns layer `index`, read and packed."""
