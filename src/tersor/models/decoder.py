@@ -47,9 +47,9 @@ class Decoder:
     """A decoder's weights, packed for this CPU, and its two functions: forward and head."""
 
     def __init__(self, spec: DecoderSpec, read: Read, activations: str = "int8", scales: Mapping[str, float] | None = None) -> None:
-        """Reads and packs every tensor once: first the head, the largest, which memory holds twice meanwhile; the others in model
-        order. read: name -> tensor; activations: as of ops.pack; scales: of
-        int8_static, module name -> scale of its input. Raises ModelError when a quantized matrix has no scale."""
+        """Reads and packs every tensor once: first the head, the largest, which memory holds twice meanwhile; then the others in
+        model order. read: name -> tensor; activations: as of ops.pack; scales: of int8_static, module name -> scale of its
+        input. Raises ModelError when a quantized matrix has no scale."""
         self.spec = spec
         self._read = read
         self._activations = activations
