@@ -140,8 +140,9 @@ def _models(rows: list[Row]) -> Iterator[str]:
 def _row(r: Row) -> str:
     d, two, eight = judged(r), judged(r, 2), judged(r, 8)
     cpu, peak = r.get("cpu_seconds", r.get("process_cpu_seconds")), r.get("peak_mib", r.get("process_peak_mib"))
+    tool, *settings = r["tool"].partition(",")  # "auto-round, 50 iterations"
     cells = (
-        r.get("version", r["tool"]),
+        r.get("version", tool) + "".join(settings),
         f"`{r['recipe']}`",
         r["samples"] or "",
         f"{r['bits_per_weight']:.3f}",
