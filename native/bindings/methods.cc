@@ -4,6 +4,7 @@
 #include "bindings/arrays.h"
 #include "methods/column_sums.h"
 #include "methods/feedback.h"
+#include "methods/product.h"
 
 namespace nb = nanobind;
 
@@ -70,6 +71,27 @@ void column_sums(const Matrix<float>& x, int64_t begin, int64_t end, Sums<double
   tersor::column_sums(rows, columns, x.data(), begin, end, squares.data(), magnitudes.data(), absmax.data());
 }
 
+template <typename T>
+using Lines = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;  // of any strides
+
+// Whether the elements of a line follow each other.
+template <typename A>
+bool lies_by_lines(const A& array) {
+  return array.shape(1) <= 1 || array.stride(1) == 1;
+}
+
+void multiply(const Lines<const float>& a, const Lines<const float>& b, Lines<float> out) {
+  const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1);
+  const bool by_columns = !lies_by_lines(a);
+  require(multiplies_by_tiles(), "multiply: this instruction set has no tiles");
+  require(!by_columns || a.shape(0) <= 1 || a.stride(0) == 1, "a: need rows or columns that are contiguous");
+  require(lies_by_lines(b) && lies_by_lines(out), "b and out: need contiguous rows");
+  require(static_cast<int64_t>(b.shape(0)) == k && has_shape(out, m, n), "need (m, k), (k, n) and (m, n)");
+  nb::gil_scoped_release release;
+  tersor::multiply(m, n, k, {a.data(), by_columns ? a.stride(1) : a.stride(0), by_columns}, b.data(), b.stride(0),
+                   out.data(), out.stride(0));
+}
+
 }  // namespace
 }  // namespace tersor::bindings
 
@@ -87,4 +109,7 @@ void bind_methods(nb::module_& m) {
       nb::arg("magnitudes"), nb::arg("absmax"),
       "Adds columns [begin, end) of x (rows, columns): x^2 and |x| to the float64 sums (columns,), the largest |x| to "
       "absmax.");
+  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether `multiply` can be called on this CPU.");
+  m.def("multiply", &b::multiply, nb::arg("a").noconvert(), nb::arg("b").noconvert(), nb::arg("out").noconvert(),
+        "out (m, n) = a (m, k) b (k, n), float32, on the calling thread.");
 }

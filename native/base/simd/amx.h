@@ -87,6 +87,31 @@ inline Halves paired(Halves h) {
   return {_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), h.a)};
 }
 
+// From a tile of pairs, line p holding pair p of 16 columns, to one of 16 rows, line i holding the pairs of column i.
+inline void transpose_pairs(const uint16_t* from, uint16_t* to) {
+  __m512i x[16], y[16];
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + 32 * i);
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // to x[i + j]: of the lines i .. i + 3, in lane l, column 4 l + j
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), odd = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+    const __m512i later_even = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+    const __m512i later_odd = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+    _mm512_storeu_si512(to + 32 * j, _mm512_shuffle_i32x4(even, later_even, 0x88));
+    _mm512_storeu_si512(to + 32 * (4 + j), _mm512_shuffle_i32x4(odd, later_odd, 0x88));
+    _mm512_storeu_si512(to + 32 * (8 + j), _mm512_shuffle_i32x4(even, later_even, 0xdd));
+    _mm512_storeu_si512(to + 32 * (12 + j), _mm512_shuffle_i32x4(odd, later_odd, 0xdd));
+  }
+}
+
 #endif  // TERSOR_EMULATE
 
 inline F first_half(Halves h) {

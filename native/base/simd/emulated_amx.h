@@ -63,5 +63,10 @@ inline Halves paired(Halves h) {
   for (int i = 0; i < 32; ++i) pairs[i] = values[i % 2 * 16 + i / 2];
   return {_mm512_loadu_si512(pairs)};
 }
+inline void transpose_pairs(const uint16_t* from, uint16_t* to) {
+  for (int i = 0; i < 16; ++i) {
+    for (int p = 0; p < 16; ++p) memcpy(to + 32 * i + 2 * p, from + 32 * p + 2 * i, 4);
+  }
+}
 }  // namespace
 }  // namespace tersor

@@ -8,6 +8,7 @@ import numpy as np
 
 from tersor import _native
 from tersor.errors import ModelError
+from tersor.products import product, write_product
 from tersor.tensor import Array, InputStatistics
 from tersor.threads import each
 
@@ -41,11 +42,11 @@ class StatisticsBuilder:
         _native.column_sums(x, panel.start, panel.stop, self._squares, self._magnitudes, self._absmax)
         if self._gram is not None:
             own, products = x[:, panel], self._products[panel]
-            np.matmul(own.T, x[:, : panel.start], out=products[:, : panel.start])
-            products[:, panel] = own.T @ own  # numpy makes half of it
+            write_product(own.T, x[:, : panel.start], products[:, : panel.start])
+            write_product(own.T, own, products[:, panel])  # numpy makes half of it
             self._gram[panel, : panel.stop] += products[:, : panel.stop]
         if self._cross is not None and unquantized is not None:
-            self._cross[panel] += unquantized[:, panel].T @ x
+            self._cross[panel] += product(unquantized[:, panel].T, x)
 
     def result(self) -> InputStatistics:
         """Returns the means; the builder cannot be used after it, since the sums are divided in place."""
