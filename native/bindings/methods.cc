@@ -4,7 +4,7 @@
 #include "bindings/arrays.h"
 #include "methods/column_sums.h"
 #include "methods/feedback.h"
-#include "methods/product.h"
+#include "methods/gram.h"
 
 namespace nb = nanobind;
 
@@ -61,35 +61,20 @@ void descend(const Matrix<float>& hessian, const Matrix<float>& step, const Matr
 template <typename T>
 using Sums = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-void column_sums(const Matrix<float>& x, int64_t begin, int64_t end, Sums<double> squares, Sums<double> magnitudes,
-                 Sums<float> absmax) {
+void column_sums(const Matrix<float>& x, Sums<double> squares, Sums<double> magnitudes, Sums<float> absmax) {
   const int64_t rows = x.shape(0), columns = x.shape(1);
-  require(0 <= begin && begin <= end && end <= columns, "begin and end: need columns of x");
   for (const size_t length : {squares.shape(0), magnitudes.shape(0), absmax.shape(0)})
     require(static_cast<int64_t>(length) == columns, "squares, magnitudes and absmax: need one value per column");
   nb::gil_scoped_release release;
-  tersor::column_sums(rows, columns, x.data(), begin, end, squares.data(), magnitudes.data(), absmax.data());
+  tersor::column_sums(rows, columns, x.data(), squares.data(), magnitudes.data(), absmax.data());
 }
 
-template <typename T>
-using Lines = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;  // of any strides
-
-// Whether the elements of a line follow each other.
-template <typename A>
-bool lies_by_lines(const A& array) {
-  return array.shape(1) <= 1 || array.stride(1) == 1;
-}
-
-void multiply(const Lines<const float>& a, const Lines<const float>& b, Lines<float> out) {
-  const int64_t m = a.shape(0), k = a.shape(1), n = b.shape(1);
-  const bool by_columns = !lies_by_lines(a);
-  require(multiplies_by_tiles(), "multiply: this instruction set has no tiles");
-  require(!by_columns || a.shape(0) <= 1 || a.stride(0) == 1, "a: need rows or columns that are contiguous");
-  require(lies_by_lines(b) && lies_by_lines(out), "b and out: need contiguous rows");
-  require(static_cast<int64_t>(b.shape(0)) == k && has_shape(out, m, n), "need (m, k), (k, n) and (m, n)");
+void add_gram(const Matrix<float>& x, Changed<double> gram) {
+  const int64_t rows = x.shape(0), columns = x.shape(1);
+  require(multiplies_by_tiles(), "add_gram: this instruction set has no tiles");
+  require(has_shape(gram, columns, columns), "gram: need (columns, columns)");
   nb::gil_scoped_release release;
-  tersor::multiply(m, n, k, {a.data(), by_columns ? a.stride(1) : a.stride(0), by_columns}, b.data(), b.stride(0),
-                   out.data(), out.stride(0));
+  tersor::add_gram(rows, columns, x.data(), gram.data());
 }
 
 }  // namespace
@@ -104,12 +89,10 @@ void bind_methods(nb::module_& m) {
   m.def("descend", &b::descend, nb::arg("hessian"), nb::arg("step"), nb::arg("offset"), nb::arg("group_of"),
         nb::arg("levels"), nb::arg("gradient"), nb::arg("indices"), nb::arg("changes"),
         "One sweep of coordinate descent over the columns of indices (rows, n); writes what their values moved by.");
-  m.def(
-      "column_sums", &b::column_sums, nb::arg("x"), nb::arg("begin"), nb::arg("end"), nb::arg("squares"),
-      nb::arg("magnitudes"), nb::arg("absmax"),
-      "Adds columns [begin, end) of x (rows, columns): x^2 and |x| to the float64 sums (columns,), the largest |x| to "
-      "absmax.");
-  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether `multiply` can be called on this CPU.");
-  m.def("multiply", &b::multiply, nb::arg("a").noconvert(), nb::arg("b").noconvert(), nb::arg("out").noconvert(),
-        "out (m, n) = a (m, k) b (k, n), float32, on the calling thread.");
+  m.def("column_sums", &b::column_sums, nb::arg("x"), nb::arg("squares"), nb::arg("magnitudes"), nb::arg("absmax"),
+        "Adds the columns of x (rows, columns): x^2 and |x| to the float64 sums (columns,), the largest |x| to "
+        "absmax.");
+  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether this CPU has what add_gram needs.");
+  m.def("add_gram", &b::add_gram, nb::arg("x"), nb::arg("gram"),
+        "Adds x^T x, x (rows, columns), to the lower triangle of gram, (columns, columns) float64.");
 }

@@ -143,7 +143,7 @@ int main() {
       {"attention", test_attention},
       {"plain_attention", test_plain_attention},
       {"logits", test_logits},
-      {"products", test_products},
+      {"grams", test_grams},
   };
   for (const auto& [name, run] : tests) {
     const int64_t before = checks, bad = failures;

@@ -71,7 +71,7 @@ void test_attention();
 void test_plain_attention();
 void test_elementwise();
 void test_logits();
-void test_products();
+void test_grams();
 
 // FNV-1a of all bytes that the encoders of test_formats wrote: the same on every CPU.
 uint64_t encoder_bytes();

@@ -5,10 +5,9 @@
 
 namespace tersor {
 
-// Adds the rows of x, (rows, columns), columns [begin, end) of them: x^2 to squares, |x| to magnitudes, and their
+// Adds the rows of x, (rows, columns): x^2 to squares, |x| to magnitudes, and their
 // largest to absmax; each (columns). Sums of 64 rows are made in float, those of all rows in double. A NaN is larger
 // than any number.
-void column_sums(int64_t rows, int64_t columns, const float* x, int64_t begin, int64_t end, double* squares,
-                 double* magnitudes, float* absmax);
+void column_sums(int64_t rows, int64_t columns, const float* x, double* squares, double* magnitudes, float* absmax);
 
 }  // namespace tersor

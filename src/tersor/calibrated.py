@@ -43,7 +43,6 @@ from tersor.models import DecoderSpec, check_tensors, expected_tensors, spec_of
 from tersor.models.folding import apply_scale, layer_folds
 from tersor.models.layer import has_bias, read_vectors
 from tersor.models.spec import GROUPS
-from tersor.products import product
 from tersor.recipe import CASTS, Choice, Recipe, is_edge
 from tersor.slabs import FLOAT16_MAX, dequantize, quantize_tensor
 from tersor.tensor import Array, InputStatistics, QuantizedTensor, TensorInfo
@@ -525,7 +524,7 @@ def _trace(a: Array, gram: Array) -> float:
     """Returns tr(A H A^T) as the sum over A^T A * H, both symmetric: of each panel of columns only what lies up to the diagonal."""
 
     def part(panel: slice) -> float:
-        products = product(a[:, panel].T, a[:, : panel.stop])
+        products = a[:, panel].T @ a[:, : panel.stop]
         products[:, : panel.start] *= 2
         return float(np.einsum("ij,ij->", products, gram[panel, : panel.stop]))
 

@@ -45,9 +45,6 @@ def test_nan_and_infinity_reach_their_columns_and_no_others() -> None:
 
 def test_column_sums_refuse_what_does_not_fit() -> None:
     x, sums, largest = np.ones((2, 3), np.float32), np.zeros(3), np.zeros(3, np.float32)
-    for begin, end in ((-1, 2), (2, 1), (0, 4)):
-        with pytest.raises(ValueError, match="begin and end"):
-            _native.column_sums(x, begin, end, sums, sums, largest)
     for wrong in ((np.zeros(2), sums, largest), (sums, np.zeros(4), largest), (sums, sums, largest[:2])):
         with pytest.raises(ValueError, match="one value per column"):
-            _native.column_sums(x, 0, 3, *wrong)
+            _native.column_sums(x, *wrong)

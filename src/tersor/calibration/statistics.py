@@ -8,7 +8,6 @@ import numpy as np
 
 from tersor import _native
 from tersor.errors import ModelError
-from tersor.products import product, write_product
 from tersor.tensor import Array, InputStatistics
 from tersor.threads import each
 
@@ -26,7 +25,8 @@ class StatisticsBuilder:
         self._magnitudes = np.zeros(columns, np.float64)
         self._absmax = np.zeros(columns, np.float32)
         self._gram = np.zeros((columns, columns), np.float64) if gram else None  # its lower triangle
-        self._products = np.empty((columns, columns), np.float32) if gram else np.empty((0, 0), np.float32)
+        self._by_tiles = bool(_native.multiplies_by_tiles())  # in one native call, without the array for products
+        self._products = np.empty((0, 0) if self._by_tiles or not gram else (columns, columns), np.float32)
         self._cross = np.zeros((columns, columns), np.float64) if cross else None
 
     def add(self, x: Array, unquantized: Array | None = None) -> None:
@@ -35,18 +35,21 @@ class StatisticsBuilder:
             rows = x[begin : begin + BLOCK_ROWS]
             other = None if unquantized is None else unquantized[begin : begin + BLOCK_ROWS]
             self._tokens += len(rows)
-            each(partial(self._add_panel, rows, other), panels(x.shape[1]))
+            _native.column_sums(rows, self._squares, self._magnitudes, self._absmax)
+            if self._gram is not None and self._by_tiles:
+                _native.add_gram(rows, self._gram)
+            if self._products.size or self._cross is not None:
+                each(partial(self._add_panel, rows, other), panels(x.shape[1]))
 
     def _add_panel(self, x: Array, unquantized: Array | None, panel: slice) -> None:
-        """Adds the sums of some columns: of the Gram matrix the rows of these columns, up to its diagonal."""
-        _native.column_sums(x, panel.start, panel.stop, self._squares, self._magnitudes, self._absmax)
-        if self._gram is not None:
+        """Adds the products of some columns: of the Gram matrix the rows of these columns, up to its diagonal."""
+        if self._gram is not None and self._products.size:
             own, products = x[:, panel], self._products[panel]
-            write_product(own.T, x[:, : panel.start], products[:, : panel.start])
-            write_product(own.T, own, products[:, panel])  # numpy makes half of it
+            np.matmul(own.T, x[:, : panel.start], out=products[:, : panel.start])
+            products[:, panel] = own.T @ own  # numpy makes half of it
             self._gram[panel, : panel.stop] += products[:, : panel.stop]
         if self._cross is not None and unquantized is not None:
-            self._cross[panel] += product(unquantized[:, panel].T, x)
+            self._cross[panel] += unquantized[:, panel].T @ x
 
     def result(self) -> InputStatistics:
         """Returns the means; the builder cannot be used after it, since the sums are divided in place."""

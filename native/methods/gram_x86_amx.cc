@@ -1,0 +1,68 @@
+#if defined(__x86_64__) && defined(TERSOR_HAS_AMX)
+#include <algorithm>
+
+#include "base/simd/amx.h"
+#include "base/simd/tile_product.h"
+#include "methods/gram_tiles.h"
+
+namespace tersor {
+namespace {
+
+constexpr int64_t kParts = kFloatParts * kTile;  // of a chunk
+
+// Adds 16 floats to as many doubles.
+inline void add_floats(double* __restrict to, const float* __restrict from) {
+  for (int i = 0; i < 16; ++i) to[i] += from[i];
+}
+
+}  // namespace
+
+// left: (2, chunks, parts); right: (chunks, 2, parts)
+void load_pair(const float* x, int64_t line, int64_t columns, int64_t rows, uint16_t* left, uint16_t* right) {
+  const int64_t chunks = (rows + 31) / 32;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t panel = 0; panel < 2; ++panel, right += kParts) {
+      const float* from = x + 32 * chunk * line + 16 * panel;
+      const int64_t lines = rows - 32 * chunk, width = columns - 16 * panel;
+      for (int64_t i = 0; i < 32; i += 2) {
+        if (panel == 0) {  // the next chunk's lines, which are too far apart for the CPU to foresee
+          __builtin_prefetch(from + (32 + i) * line), __builtin_prefetch(from + (32 + i) * line + 16);
+          __builtin_prefetch(from + (33 + i) * line), __builtin_prefetch(from + (33 + i) * line + 16);
+        }
+        const F even = i < lines ? load_least(from + i * line, width) : zero();
+        const F odd = i + 1 < lines ? load_least(from + (i + 1) * line, width) : zero();
+        store_paired_parts<kFloatParts>(right + 16 * i, even, odd);
+      }
+      uint16_t* turned = left + (panel * chunks + chunk) * kParts;
+      for (int part = 0; part < kFloatParts; ++part) transpose_pairs(right + part * kTile, turned + part * kTile);
+    }
+  }
+}
+
+void add_pairs(const uint16_t* left, const uint16_t* right, int64_t left_columns, int64_t right_columns, int64_t rows,
+               double* gram, int64_t line) {
+  [[maybe_unused]] const TilesInUse in_use;
+  alignas(64) float sums[4 * 256];
+  const int64_t chunks = (rows + 31) / 32;
+  for (int64_t column = 0; column < right_columns; column += kPairColumns, right += 2 * chunks * kParts) {
+    double* to = gram + column;
+    for (int64_t i = 0; i < left_columns; ++i) {  // asked for while the tiles multiply
+      for (int64_t j = 0; j < kPairColumns; j += 8) __builtin_prefetch(to + i * line + j, 1);
+    }
+    multiply_block<2, 2, kFloatParts, kFloatParts>(left, chunks * kParts, right, chunks, true, sums);
+    for (int64_t i = 0; i < left_columns; ++i) {
+      for (int64_t j = 0; j < std::min(kPairColumns, right_columns - column); j += 16) {
+        const float* from = sums + i / 16 * 512 + j / 16 * 256 + i % 16 * 16;
+        const int64_t left_over = right_columns - column - j;
+        if (left_over >= 16) {
+          add_floats(to + i * line + j, from);
+        } else {
+          for (int64_t k = 0; k < left_over; ++k) to[i * line + j + k] += from[k];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace tersor
+#endif
