@@ -48,3 +48,10 @@ def test_column_sums_refuse_what_does_not_fit() -> None:
     for wrong in ((np.zeros(2), sums, largest), (sums, np.zeros(4), largest), (sums, sums, largest[:2])):
         with pytest.raises(ValueError, match="one value per column"):
             _native.column_sums(x, *wrong)
+
+
+@pytest.mark.skipif(not _native.multiplies_by_tiles(), reason="this CPU has no matrix tiles")
+def test_add_gram_refuses_what_does_not_fit() -> None:
+    for shape in ((3, 4), (4, 3), (2, 2)):
+        with pytest.raises(ValueError, match="need \\(columns, columns\\)"):
+            _native.add_gram(np.ones((2, 3), np.float32), np.zeros(shape))

@@ -2,7 +2,7 @@
 
 peak = what the process holds already
      + the largest block as float32 (twice where the float model walks along)
-     + the largest linear layer: its Gram matrix in float64, the product of one batch in float32, what its method works in
+     + the largest linear layer: its Gram matrix in float64, what adding a batch to it and its method work in
      + one batch of sequences: its widest activations
      + the hidden states of all sequences, where they are few
 """
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from tersor.calibration.statistics import gram_workspace
 from tersor.errors import RecipeError
 from tersor.memory import resident_bytes
 from tersor.models.spec import GROUPS, DecoderSpec, expected_tensors
@@ -49,7 +50,7 @@ def plan_room(
         for part in group:
             name = f"model.layers.0.{part}.weight"
             columns = shapes[name][1]
-            need = workspaces[name] + grams[name] * 8 * columns**2 + (4 * columns**2 if grams[name] else 0)
+            need = workspaces[name] + grams[name] * 8 * columns**2 + (gram_workspace(columns) if grams[name] else 0)
             if need > most:
                 heaviest, most = name, need
     widest = (

@@ -13,10 +13,11 @@ from tersor.threads import each
 
 BLOCK_ROWS = 2048  # inputs whose sums are made in float32 before they are added in float64
 PANEL = 192  # columns of a matrix that one thread makes at a time
+TILE_ROWS = 1024  # inputs that tiles multiply at a time (native/methods/gram.cc), each twice, as three numbers of 2 bytes
 
 
 class StatisticsBuilder:
-    """Sums of inputs. Memory: columns^2 * 8 bytes for each matrix asked for, and * 4 while a batch is added."""
+    """Sums of inputs. Memory: columns^2 * 8 bytes for each matrix asked for, and gram_workspace(columns) while a batch is added."""
 
     def __init__(self, columns: int, *, gram: bool = False, cross: bool = False) -> None:
         """gram: X^T X is wanted; cross: Y^T X too, y being the unquantized model's input."""
@@ -62,6 +63,11 @@ class StatisticsBuilder:
                 sums /= n
         square, magnitude = (self._squares / n).astype(np.float32), (self._magnitudes / n).astype(np.float32)
         return InputStatistics(self._tokens, square, magnitude, self._absmax, self._gram, self._cross)
+
+
+def gram_workspace(columns: int) -> int:
+    """Returns the bytes that adding to a Gram matrix takes besides the matrix: the batch as tiles, or its products in float32."""
+    return 2 * 6 * TILE_ROWS * columns if _native.multiplies_by_tiles() else 4 * columns * columns
 
 
 def panels(columns: int) -> list[slice]:
