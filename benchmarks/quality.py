@@ -139,10 +139,11 @@ def run_recipe(recipe: str, model: Path, out: Path, samples: int, verify: bool =
     return {"seconds": told["seconds"], "bits_per_weight": told["block_bits_per_weight"], "file_bytes": told["file_bytes"], **cost}
 
 
-def judge(name: str, key: str, candidate: Path, judged: Judge, columns: Path) -> None:
+def judge(name: str, key: str, candidate: Path, judged: Judge, columns: Path, activations: str) -> None:
     """Judges a directory, appends the figures to its row and prints them."""
     start = time.process_time()
-    row = append(name, key, judged=judged.judge(candidate, columns), judge_cpu_seconds=time.process_time() - start)
+    told = judged.judge(candidate, columns, activations)
+    row = append(name, key, judged=told, activations=activations, judge_cpu_seconds=time.process_time() - start)
     for n, d in sorted(row["judged"].items(), key=lambda item: int(item[0])):
         print(f"{key}: {n} windows: {short(d)}", flush=True)
 
@@ -264,6 +265,8 @@ def main() -> int:
             continue
         if mode == "peer":
             one.add_argument("tool", choices=TOOLS)
+        if mode == "recipe":
+            one.add_argument("--activations", help="how inputs are rounded when it is judged (default: float; llm_int8 for that method)")
         if mode == "gguf":
             one.add_argument("--of", metavar="NAME", help="the file, without .gguf, that these must beat at no more bytes")
         one.add_argument("what", nargs="+")
@@ -304,7 +307,9 @@ def run(a: argparse.Namespace) -> int:
     judged, failed = None, 0
     for what in a.what:
         samples = a.samples if (a.mode == "peer" and tool != "bitsandbytes") or (a.mode == "recipe" and needs_text(what)) else 0
-        key = f"{name} {tool} {what}" + (f" n={samples}" if samples else "")
+        asked = a.activations if a.mode == "recipe" else None
+        inputs = asked or ("llm_int8" if a.mode == "recipe" and "llm_int8" in what else "float")
+        key = f"{name} {tool} {what}" + (f" n={samples}" if samples else "") + (f", inputs {asked}" if asked else "")
         out = a.out / re.sub(r"[^\w.+=-]+", "_", key)
         if not out.exists() and a.only != "judge":
             print(f"== {key}, {time.strftime('%H:%M:%S')}", flush=True)
@@ -325,7 +330,7 @@ def run(a: argparse.Namespace) -> int:
             print(json.dumps(append(table, key, **told)), flush=True)
         if a.only != "make":
             judged = judged or Judge(a.model, a.judge, a.windows, a.out, a.threads)
-            judge(table, key, out, judged, a.out / "columns" / out.name)
+            judge(table, key, out, judged, a.out / "columns" / out.name, inputs)
             if not a.keep:
                 shutil.rmtree(out)
     return failed

@@ -66,11 +66,12 @@ class Judge:
             save(file, np.concatenate(parts))
         return np.stack([np.load(columns / f"{i}.npy") for i in range(len(self.windows.tokens))])
 
-    def judge(self, candidate: Path, columns: Path) -> dict[str, Any]:
-        """Returns the figures on the first windows, see `figures`. candidate: a model directory, or one of hidden states."""
+    def judge(self, candidate: Path, columns: Path, activations: str = "float") -> dict[str, Any]:
+        """Returns the figures on the first windows, see `figures`. candidate: a model directory, or one of hidden states. activations: how
+        our engine rounds the inputs of a model's products, as of `tersor.load`."""
         missing = not all((columns / f"{i}.npy").exists() for i in range(len(self.windows.tokens)))
         states = (candidate / "0.npy").exists()
-        model = candidate if states or not missing else load(candidate, activations="float", kv="f32", threads=self.threads)
+        model = candidate if states or not missing else load(candidate, activations=activations, kv="f32", threads=self.threads)
         return figures(self.compare(model, columns), self.windows)
 
 

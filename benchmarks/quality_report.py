@@ -143,7 +143,7 @@ def _row(r: Row) -> str:
     tool, *settings = r["tool"].partition(",")  # "auto-round, 50 iterations"
     cells = (
         r.get("version", tool) + "".join(settings),
-        f"`{r['recipe']}`",
+        f"`{r['recipe']}`" + (f", inputs {r['activations']}" if r.get("activations", "float") != "float" else ""),
         r["samples"] or "",
         f"{r['bits_per_weight']:.3f}",
         max(map(int, r["judged"])),
