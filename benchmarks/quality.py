@@ -171,10 +171,8 @@ def run_budget(a: argparse.Namespace) -> int:
     for file, out, budget in zip(files, outs, budgets):
         told = ["-r", chosen[out]] if out in chosen else ["-r", a.recipe, "--budget", str(budget)]
         command = [sys.executable, "-m", "tersor", "quantize", str(a.model), "-o", str(out), *told]
-        command += (
-            ["--calib", str(a.imatrix)] if a.imatrix else ["--calib", str(tokens), "--samples", str(a.samples), "--seqlen", str(LENGTH)]
-        )
-        command += ["--threads", str(a.threads), "--no-verify", "--force", "--json"]
+        command += ["--calib", str(tokens), "--samples", str(a.samples), "--seqlen", str(LENGTH), "--threads", str(a.threads)]
+        command += ["--no-verify", "--force", "--json"]
         answer, cost = measure(command)
         if not answer:
             raise NotHere(f"{out}: tersor quantize failed")
@@ -256,9 +254,6 @@ def main() -> int:
         if mode == "budget":
             one.add_argument("what", nargs="+")
             one.add_argument("--recipe", default="clip", help="the steps")
-            one.add_argument(
-                "--imatrix", type=Path, help="importance measured before, as `imatrix` leaves it in OUT, instead of running the model"
-            )
             one.add_argument("--sensitivity", type=int, default=16, help="sequences that formats are judged on, for several files")
             one.add_argument("--samples", type=int, default=128)
             one.add_argument("--threads", type=int, default=2)
