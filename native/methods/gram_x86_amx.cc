@@ -9,6 +9,7 @@ namespace tersor {
 namespace {
 
 constexpr int64_t kParts = kFloatParts * kTile;  // of a chunk
+static_assert(pair_size(32) == 2 * kParts);
 
 // Adds 16 floats to as many doubles.
 inline void add_floats(double* __restrict to, const float* __restrict from) {
@@ -25,10 +26,6 @@ void load_pair(const float* x, int64_t line, int64_t columns, int64_t rows, uint
       const float* from = x + 32 * chunk * line + 16 * panel;
       const int64_t lines = rows - 32 * chunk, width = columns - 16 * panel;
       for (int64_t i = 0; i < 32; i += 2) {
-        if (panel == 0) {  // the next chunk's lines, which are too far apart for the CPU to foresee
-          __builtin_prefetch(from + (32 + i) * line), __builtin_prefetch(from + (32 + i) * line + 16);
-          __builtin_prefetch(from + (33 + i) * line), __builtin_prefetch(from + (33 + i) * line + 16);
-        }
         const F even = i < lines ? load_least(from + i * line, width) : zero();
         const F odd = i + 1 < lines ? load_least(from + (i + 1) * line, width) : zero();
         store_paired_parts<kFloatParts>(right + 16 * i, even, odd);

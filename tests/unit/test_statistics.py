@@ -50,8 +50,14 @@ def test_column_sums_refuse_what_does_not_fit() -> None:
             _native.column_sums(x, *wrong)
 
 
-@pytest.mark.skipif(not _native.multiplies_by_tiles(), reason="this CPU has no matrix tiles")
-def test_add_gram_refuses_what_does_not_fit() -> None:
+def test_add_gram_refuses_what_does_not_fit_and_a_cpu_without_tiles() -> None:
+    x = np.ones((2, 3), np.float32)
     for shape in ((3, 4), (4, 3), (2, 2)):
-        with pytest.raises(ValueError, match="need \\(columns, columns\\)"):
-            _native.add_gram(np.ones((2, 3), np.float32), np.zeros(shape))
+        with pytest.raises(ValueError, match="need \\(columns, columns\\)" if _native.multiplies_by_tiles() else "has no tiles"):
+            _native.add_gram(x, np.zeros(shape))
+    _native.force_isa("scalar")
+    try:
+        with pytest.raises(ValueError, match="has no tiles"):
+            _native.add_gram(x, np.zeros((3, 3)))
+    finally:
+        _native.force_isa("")

@@ -9,8 +9,8 @@ inline constexpr int kFloatParts = 3;  // bfloat16 that a float32 is the sum of
 inline constexpr int kPanelsHeld = 2;  // panels of 16 columns whose tiles lie together
 
 // Adds the chunks of a block to the sums of M row tiles and N panels: x (M tiles x_tile apart, chunks, X parts), w
-// (chunks, 2, W parts), sums (2, 2) of 16 x 16. Of all products of parts the smallest are left out: with three parts
-// those below 2^-24 of the whole.
+// (chunks, 2, W parts), sums (2, 2) of 16 x 16. Of all products of parts those below 2^-24 of the whole are left
+// out.
 template <int M, int N, int X, int W>
 inline void multiply_block(const uint16_t* x, int64_t x_tile, const uint16_t* w, int64_t chunks, bool begin,
                            float* sums) {

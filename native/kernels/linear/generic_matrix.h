@@ -15,6 +15,8 @@
 namespace tersor::linear {
 namespace {
 
+static_assert(kMatrixParts == kFloatParts);
+
 // ---- Activations ----
 
 template <int kParts>

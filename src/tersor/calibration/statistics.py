@@ -26,8 +26,8 @@ class StatisticsBuilder:
         self._magnitudes = np.zeros(columns, np.float64)
         self._absmax = np.zeros(columns, np.float32)
         self._gram = np.zeros((columns, columns), np.float64) if gram else None  # its lower triangle
-        self._by_tiles = bool(_native.multiplies_by_tiles())  # in one native call, without the array for products
-        self._products = np.empty((0, 0) if self._by_tiles or not gram else (columns, columns), np.float32)
+        self._by_tiles = gram and _native.multiplies_by_tiles()  # in one native call, without the array for products
+        self._products = np.empty((columns, columns), np.float32) if gram and not self._by_tiles else None
         self._cross = np.zeros((columns, columns), np.float64) if cross else None
 
     def add(self, x: Array, unquantized: Array | None = None) -> None:
@@ -39,12 +39,12 @@ class StatisticsBuilder:
             _native.column_sums(rows, self._squares, self._magnitudes, self._absmax)
             if self._gram is not None and self._by_tiles:
                 _native.add_gram(rows, self._gram)
-            if self._products.size or self._cross is not None:
+            if self._products is not None or self._cross is not None:
                 each(partial(self._add_panel, rows, other), panels(x.shape[1]))
 
     def _add_panel(self, x: Array, unquantized: Array | None, panel: slice) -> None:
         """Adds the products of some columns: of the Gram matrix the rows of these columns, up to its diagonal."""
-        if self._gram is not None and self._products.size:
+        if self._gram is not None and self._products is not None:
             own, products = x[:, panel], self._products[panel]
             np.matmul(own.T, x[:, : panel.start], out=products[:, : panel.start])
             products[:, panel] = own.T @ own  # numpy makes half of it
