@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from tersor import ops
-from tersor.calibration.blocks import DecoderWalk
+from tersor.calibration.blocks import DecoderWalk, Rows
 from tersor.calibration.doctor import Examination, examine
+from tersor.calibration.guides import Guide, guides_of, measure_guides, workspace
 from tersor.calibration.memory import Room, plan_room
 from tersor.calibration.samples import Samples
 from tersor.calibration.statistics import StatisticsBuilder, check_statistics, panels
@@ -99,6 +100,7 @@ class Calibrator:
         self._spec: DecoderSpec = spec_of(checkpoint.description.config)
         check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
         self._compares = any(step.method.compares(step.options) for step in recipe.steps)
+        self._guided = any(step.method.guided(step.options) for step in recipe.steps)
         self._room = self._plan_room(max_ram)
 
     def _keep(
@@ -171,6 +173,10 @@ class Calibrator:
         """Makes every tensor of the blocks, and the head if its method asks for statistics, into work."""
         self._begin(work)
         work.kept = self._tokens.size if self._room.keeps else 0
+        if self._guided:
+            shape, batch = self._tokens.shape, self._room.sequences
+            measure_guides(self._spec, self._checkpoint.read, self._embed_float, work, shape, batch, self._measured)
+            self._checkpoint.release()
         blocks, begun, first = len(self._spec.layers), time.perf_counter(), self._work.done
         if first == 0:
             self._embed()
@@ -190,7 +196,8 @@ class Calibrator:
     def _plan_room(self, max_ram: int | None) -> Room:
         """Returns the batches of this run. Raises RecipeError when they do not fit."""
         names = [f"model.layers.0.{part}.weight" for group in GROUPS for part in group]
-        methods = {name: self._choices[name].step.method for name in names}
+        steps = {name: self._choices[name].step for name in names}
+        methods = {name: step.method for name, step in steps.items()}
         scaled = any(step.method.needs == "gram" for step in self._recipe.before)
         wanted = {name: method.needs == "gram" or scaled for name, method in methods.items()}
         return plan_room(
@@ -199,6 +206,8 @@ class Calibrator:
             workspaces={name: method.workspace(*self._plan[name].shape) for name, method in methods.items()},
             grams={name: int(gram) * (1 + self._compares) for name, gram in wanted.items()},
             streams=1 + self._compares,
+            before=workspace(self._spec, self._tokens.shape[1]) if self._guided else (0, 0),
+            guided={name for name, step in steps.items() if step.method.guided(step.options)},
             max_ram=max_ram,
         )
 
@@ -214,17 +223,8 @@ class Calibrator:
     def _embed(self) -> None:
         """Writes the states before the first block: the embedding as it will be stored, for every token."""
         name, s = "model.embed_tokens.weight", self._spec
-        distinct, places = np.unique(self._tokens, return_inverse=True)
-        table = np.empty((len(distinct), s.hidden_size), np.float32)
+        table, places = self._embeddings()
         stored = get_format(self._plan[name].format)
-        step = max(1, self._room.batch_bytes // (4 * s.hidden_size))
-        for begin in range(0, s.vocab_size, step):
-            span = slice(*np.searchsorted(distinct, [begin, min(begin + step, s.vocab_size)]))
-            if span.start == span.stop:
-                continue
-            rows = dequantize(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
-            table[span] = rows
-        table *= np.float32(s.embedding_scale)
         unrounded = table if self._compares else None
         if stored.row_independent and not self._choices[name].is_cast:
             scale, chosen = np.float32(s.embedding_scale), self._choices[name].step
@@ -235,35 +235,60 @@ class Calibrator:
                 else chosen.method.run(table / scale, stored, None, chosen.options)
             )
             table = stored.dequantize(rounded) * scale
-        places = places.reshape(self._tokens.shape)
         for stream, rows in (("quantized", table), ("float", unrounded)):
             if rows is not None:
                 states = self._work.states(stream, 0, s.hidden_size)
-                for i, row in enumerate(places):
-                    states.write(i * len(row), rows[row])
+                _write_rows(states, rows, places)
                 states.close()
+
+    def _embed_float(self, states: Rows) -> None:
+        """Writes the unquantized model's states before the first block."""
+        _write_rows(states, *self._embeddings())
+
+    def _embeddings(self) -> tuple[Array, Array]:
+        """Returns the embeddings of the tokens that occur, (distinct, hidden) float32, and where in it each token's is, as the tokens."""
+        name, s = "model.embed_tokens.weight", self._spec
+        distinct, places = np.unique(self._tokens, return_inverse=True)
+        table = np.empty((len(distinct), s.hidden_size), np.float32)
+        step = max(1, self._room.batch_bytes // (4 * s.hidden_size))
+        for begin in range(0, s.vocab_size, step):
+            span = slice(*np.searchsorted(distinct, [begin, min(begin + step, s.vocab_size)]))
+            if span.start == span.stop:
+                continue
+            rows = dequantize(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
+            table[span] = rows
+        return table * np.float32(s.embedding_scale), places.reshape(self._tokens.shape)
 
     def _block(self, index: int) -> dict[str, Made]:
         """Returns the block's tensors; the states after it are written."""
         weights = self._read_block(index)
-        made = self._fold(index, weights)
-        made |= self._round_block(index, weights) if self._is_trained(index) else self._round_groups(index, weights)
+        guides = dict(guides_of(self._work, index)) if self._guided else {}
+        made = self._fold(index, weights, guides)
+        made |= self._round_block(index, weights) if self._is_trained(index) else self._round_groups(index, weights, guides)
         for step in self._recipe.after:
             if step.method.stage == "tune":
                 made |= self._tune(index, weights, made, step)
         return made
 
-    def _round_groups(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
+    def _round_groups(self, index: int, weights: dict[str, Array], guides: Mapping[str, Guide]) -> dict[str, Made]:
         """Returns the block's matrices, rounded group by group; they are taken out of weights, and the states after it are written."""
         made: dict[str, Made] = {}
         walk = self._walk(index, weights, "quantized")
         original = self._walk(index, weights, "float") if self._compares else None
         for group in walk.groups:
-            statistics = self._statistics(walk, group, weights[group[0]].shape[1], original)
+            guided = [name for name in group if self._choices[name].step.method.guided(self._choices[name].step.options)]
+            rest = tuple(name for name in group if name not in guided)
+            alike = {(name,): guides[name] for name in guided} | ({rest: None} if rest else {})
+            columns = weights[group[0]].shape[1]
+            statistics = [self._statistics(walk, names, columns, original, guide) for names, guide in alike.items()]
             if original is not None:
                 original.advance([as_float(weights[name]) for name in group])
-            made |= self._round_group({name: weights.pop(name) for name in group}, statistics)
-            del statistics
+            parts = [({name: weights.pop(name) for name in names}, of_them) for names, of_them in zip(alike, statistics)]
+            rounded = each(lambda part: self._round_group(*part), parts) if len(parts) > 1 else [self._round_group(*parts[0])]
+            made |= {name: tensor for part in rounded for name, tensor in part.items()}
+            del statistics, parts
+            for name in group:
+                self._advance(name)
             walk.advance([made[name].tensor for name in group])
         return made
 
@@ -344,6 +369,10 @@ class Calibrator:
         tensor, error = quantize_tensor(self._checkpoint, source, info.format, choice.step, lambda done: None)
         return Made(tensor, "cast" if choice.is_cast else str(choice.step), error, None)
 
+    def _measured(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress("fisher", done, total)
+
     def _told(self, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress("distill", done, total)
@@ -355,8 +384,9 @@ class Calibrator:
         states.close()
         return values
 
-    def _fold(self, index: int, weights: dict[str, Array]) -> dict[str, Made]:
-        """Changes the block's weights as the recipe's scale step says, the function staying; returns the vectors that changed."""
+    def _fold(self, index: int, weights: dict[str, Array], guides: dict[str, Guide]) -> dict[str, Made]:
+        """Changes the block's weights as the recipe's scale step says, the function staying, and the guides with them; returns the
+        vectors that changed."""
         steps = [step for step in self._recipe.before if step.method.stage == "scale"]
         if not steps:
             return {}
@@ -371,6 +401,8 @@ class Calibrator:
         for fold, scale in zip(folds, scales):
             weights |= apply_scale(fold, weights, scale)
             for name in fold.producer:
+                if name in guides:
+                    guides[name] = guides[name].rescaled(fold.by_output(scale))
                 if name in self._plan and weights[name].ndim == 1:
                     stored = get_format(self._plan[name].format).quantize(weights[name])
                     weights[name] = dequantize(stored).reshape(-1)
@@ -405,15 +437,27 @@ class Calibrator:
         shape, sequences = self._tokens.shape, self._room.sequences
         return DecoderWalk(s, index, vectors, biases, before, after, shape, scratch, sequences, activations)
 
-    def _statistics(self, walk: DecoderWalk, group: Sequence[str], columns: int, original: DecoderWalk | None = None) -> InputStatistics:
-        """Returns statistics of a group's inputs, as much as the recipe asks for; with `cross` where the original walks along."""
+    def _statistics(
+        self,
+        walk: DecoderWalk,
+        group: Sequence[str],
+        columns: int,
+        original: DecoderWalk | None = None,
+        guide: Guide | None = None,
+    ) -> InputStatistics:
+        """Returns statistics of a group's inputs, as much as the recipe asks for; with `cross` where the original walks along; with
+        tokens weighed, and with `outputs`, where a layer that is a group by itself has a guide."""
         steps = [self._choices[name].step for name in group if not self._choices[name].is_cast]
         steps += [step for step in self._recipe.before if step.method.stage == "scale" and original is None]
         cross = original is not None and any(step.method.compares(step.options) for step in steps)
         builder = StatisticsBuilder(columns, gram=any(step.method.needs == "gram" for step in steps), cross=cross)
+        at = 0
         for x, y in zip(walk.inputs(), original.inputs() if cross and original is not None else repeat(None)):
-            builder.add(x, y)
+            builder.add(x, y, None if guide is None else guide.tokens[at : at + len(x)])
+            at += len(x)
         statistics = builder.result()
+        if guide is not None:
+            statistics = replace(statistics, outputs=guide.outputs)
         check_statistics(statistics, group[0], rounded=self._rounds(group) and not self._force)
         return statistics
 
@@ -436,8 +480,6 @@ class Calibrator:
                 fields = {key: array[rows] for key, array in joined.fields.items()}
                 tensors[name] = QuantizedTensor(joined.format, weights[name].shape, fields), method
                 begin = rows.stop
-        for name in weights:
-            self._advance(name)
         return {name: self._judged(*tensors[name], w, statistics) for name, w in weights.items()}
 
     def _round(self, name: str, w: Array, statistics: InputStatistics) -> tuple[QuantizedTensor, str]:
@@ -496,6 +538,12 @@ class Calibrator:
     def _tell_weights(self) -> None:
         if self._progress is not None:
             self._progress("quantize", self._weights_done, sum(self._weights.values()))
+
+
+def _write_rows(states: Rows, table: Array, places: Array) -> None:
+    """Writes table[places], (sequences, length, hidden), a sequence at a time."""
+    for i, row in enumerate(places):
+        states.write(i * len(row), table[row])
 
 
 def _in_few_bits(w: Array) -> QuantizedTensor:

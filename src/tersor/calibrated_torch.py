@@ -45,7 +45,8 @@ class TorchCalibrator(Calibrator):
         """Arguments as of Calibrator. device: cpu or cuda. Raises RecipeError for what only tersor's own architectures can do."""
         kind = checkpoint.description.config.get("model_type")
         for step in recipe.steps:
-            if step.method.stage != "round" or step.method.needs == "samples" or step.method.compares(step.options):
+            asks_more = step.method.compares(step.options) or step.method.guided(step.options)
+            if step.method.stage != "round" or step.method.needs == "samples" or asks_more:
                 raise RecipeError(
                     f"{step} works on tersor's own architectures on the CPU, not on {kind} by transformers on {device}; use gptq"
                 )
@@ -87,6 +88,7 @@ class TorchCalibrator(Calibrator):
                     check_statistics(statistics, names[0], rounded=self._rounds(names) and not self._force)
                     rounded = self._round_group({name: block.weight(name) for name in names}, statistics)
                     for name, m in rounded.items():
+                        self._advance(name)
                         block.replace(name, dequantize(m.tensor))
                     made |= rounded
                 x = block.run(x)

@@ -56,6 +56,8 @@ class InputStatistics:
     mean_square: mean of x^2, (in,) float32: the importance of a column's squared error. mean_abs, absmax: of |x|, likewise.
     gram:        H = X^T X / n, (in, in) float64, or None where only the rest was asked for.
     cross:       Y^T X / n, (in, in) float64, y being the input of the same token in the unquantized model; None unless asked for.
+    outputs:     what errors of the layer's outputs cost together: blocks along the diagonal of a matrix G, (rows, rows) float each, in
+                 the order of the outputs (training/fisher.py); empty unless asked for. gram and cross then weigh the tokens likewise.
     """
 
     tokens: int
@@ -64,6 +66,7 @@ class InputStatistics:
     absmax: Array
     gram: Array | None = None
     cross: Array | None = None
+    outputs: tuple[Array, ...] = ()
 
     @property
     def importance(self) -> Array:

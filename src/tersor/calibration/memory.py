@@ -5,14 +5,16 @@ peak = what the process holds already
      + the largest linear layer: its Gram matrix in float64, what adding a batch to it and its method work in
      + one batch of sequences: its widest activations
      + the hidden states of all sequences, where they are few
+or what measuring the model takes before the blocks are rounded (guides.py), where that is more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from tersor.calibration.guides import OUTPUT_BLOCK
 from tersor.calibration.statistics import gram_workspace
 from tersor.errors import RecipeError
 from tersor.memory import resident_bytes
@@ -35,22 +37,34 @@ class Room:
 
 
 def plan_room(
-    spec: DecoderSpec, shape: tuple[int, int], *, workspaces: Mapping[str, int], grams: Mapping[str, int], streams: int, max_ram: int | None
+    spec: DecoderSpec,
+    shape: tuple[int, int],
+    *,
+    workspaces: Mapping[str, int],
+    grams: Mapping[str, int],
+    streams: int,
+    max_ram: int | None,
+    before: tuple[int, int] = (0, 0),
+    guided: Collection[str] = (),
 ) -> Room:
     """Returns batches that keep the run within max_ram bytes, None = no limit.
 
     shape: (sequences, tokens of each). workspaces: bytes that the method of a matrix works in, by name. grams: Gram-like matrices that are
-    kept for it (0, 1 or 2). streams: hidden states that walk along, 1 or 2. Raises RecipeError, with the figure needed, when not even
-    single sequences fit.
+    kept for it (0, 1 or 2). streams: hidden states that walk along, 1 or 2. before: bytes that measuring takes first, always and for each
+    sequence of a batch. guided: names of matrices with statistics of their own, which are kept for a whole group at once.
+    Raises RecipeError, with the figure needed, when not even single sequences fit.
     """
     shapes, length = expected_tensors(spec), shape[1]
     block = 4 * sum(prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
     heaviest, most = "", 0
     for group in GROUPS:
-        for part in group:
-            name = f"model.layers.0.{part}.weight"
-            columns = shapes[name][1]
-            need = workspaces[name] + grams[name] * 8 * columns**2 + (gram_workspace(columns) if grams[name] else 0)
+        names = [f"model.layers.0.{part}.weight" for part in group]
+        columns = shapes[names[0]][1]
+        own = [name for name in names if name in guided]
+        worked_in = {name: workspaces[name] + grams[name] * 8 * columns**2 for name in names}
+        at_once = sum(worked_in[name] + 16 * shapes[name][0] * min(shapes[name][0], OUTPUT_BLOCK) for name in own)
+        for name in names:
+            need = at_once + (0 if name in own else worked_in[name]) + (gram_workspace(columns) if grams[name] else 0)
             if need > most:
                 heaviest, most = name, need
     widest = (
@@ -58,8 +72,8 @@ def plan_room(
         + max(2 * spec.intermediate_size, (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
         + 3 * spec.hidden_size
     )
-    sequence = 4 * length * widest * streams
-    fixed = resident_bytes() + streams * block + most + _SPARE_BYTES
+    sequence = max(4 * length * widest * streams, before[1])
+    fixed = resident_bytes() + max(streams * block + most, before[0]) + _SPARE_BYTES
     sequences = max(1, BATCH_TOKENS // length)
     if max_ram is not None:
         sequences = min(sequences, (max_ram - fixed) // sequence)

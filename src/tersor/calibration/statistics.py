@@ -30,13 +30,19 @@ class StatisticsBuilder:
         self._products = np.empty((columns, columns), np.float32) if gram and not self._by_tiles else None
         self._cross = np.zeros((columns, columns), np.float64) if cross else None
 
-    def add(self, x: Array, unquantized: Array | None = None) -> None:
-        """Adds inputs x, (n, columns) float32, and those of the unquantized model at the same tokens where cross was asked for."""
+    def add(self, x: Array, unquantized: Array | None = None, weights: Array | None = None) -> None:
+        """Adds inputs x, (n, columns) float32, and those of the unquantized model at the same tokens where cross was asked for.
+
+        weights: (n,) float32 >= 0, how much each token counts in gram and cross; None = 1. Everything else counts all alike.
+        """
         for begin in range(0, len(x), BLOCK_ROWS):
             rows = x[begin : begin + BLOCK_ROWS]
             other = None if unquantized is None else unquantized[begin : begin + BLOCK_ROWS]
             self._tokens += len(rows)
             _native.column_sums(rows, self._squares, self._magnitudes, self._absmax)
+            if weights is not None:
+                roots = np.sqrt(weights[begin : begin + BLOCK_ROWS])[:, None]
+                rows, other = rows * roots, None if other is None else other * roots
             if self._gram is not None and self._by_tiles:
                 _native.add_gram(rows, self._gram)
             if self._products is not None or self._cross is not None:

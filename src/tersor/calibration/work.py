@@ -3,6 +3,7 @@
 run.json            what the run is: recipe, samples, source; another run does not go on from it
 block-7.safetensors what became of the tensors of block 7, renamed to this name when whole: from then on block 7 is done
 float-8, quantized-8  hidden states before block 8, of the unquantized model (if needed) and of the quantized one
+guide-8.safetensors   what was measured of block 8 before any was rounded (if needed; guides.py)
 
 States that memory has room for are kept there too, and a block goes to disk while the next one is being made.
 """
@@ -55,7 +56,7 @@ class Work:
         with disk_errors(folder, 0):
             folder.mkdir(parents=True, exist_ok=True)
             if not known.exists():
-                _write_whole(known, json.dumps(run, indent=1, sort_keys=True).encode())
+                write_whole(known, json.dumps(run, indent=1, sort_keys=True).encode())
         self.kept = 0
         self._live: dict[str, Rows] = {}  # by name: what memory keeps
         self._saving: Future[None] | None = None
@@ -118,7 +119,7 @@ class Work:
                         self._live[name].store()
                     elif (self.folder / name).exists():
                         sync(self.folder / name)
-                _write_whole(self._block(index), save(arrays, {"tensors": json.dumps(about)}))
+                write_whole(self._block(index), save(arrays, {"tensors": json.dumps(about)}))
                 self.drop(index)
 
         self._places.update(dict.fromkeys(made, self._block(index)))
@@ -126,10 +127,11 @@ class Work:
         self._saving = self._saver.submit(to_disk)
 
     def drop(self, index: int) -> None:
-        """Removes the states before block `index`."""
+        """Removes the states before block `index`, and what was measured of it."""
         for stream in ("float", "quantized"):
             self._live.pop(f"{stream}-{index}", None)
             (self.folder / f"{stream}-{index}").unlink(missing_ok=True)
+        (self.folder / f"guide-{index}.safetensors").unlink(missing_ok=True)
 
     def settle(self) -> None:
         """Waits until what was saved is on disk. Raises OutputError when it does not get there."""
@@ -140,8 +142,8 @@ class Work:
 
     @property
     def holds(self) -> bool:
-        """Whether a block is on disk, so that there is something to go on from."""
-        return self._block(0).exists()
+        """Whether a block is on disk, or what was measured of all, so that there is something to go on from."""
+        return self._block(0).exists() or (self.folder / "guide-0.safetensors").exists()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places
@@ -179,7 +181,7 @@ def _check_same(known: Path, run: Mapping[str, Any]) -> None:
         raise OutputError(f"{known.parent} holds another run, whose {key} was {was}, not {now}; repeat its command or remove it")
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name and renames it when it is on disk."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)

@@ -25,6 +25,10 @@ def _is_asymmetric(options: GptqOptions | None) -> bool:
     return options is not None and options.asymmetric > 0
 
 
+def _uses_fisher(options: GptqOptions | None) -> bool:
+    return options is not None and options.fisher
+
+
 def _gptq_workspace(rows: int, columns: int) -> int:
     from tersor import _native
 
@@ -40,7 +44,7 @@ _ALL = (
     Method("clip", "round", clip),
     Method("hqq", "round", hqq, options=HqqOptions),
     Method("llm_int8", "round", llm_int8, needs_for=chooses_columns),
-    Method("gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=_is_asymmetric),
+    Method("gptq", "round", gptq, "gram", GptqOptions, _gptq_workspace, compares=_is_asymmetric, guided=_uses_fisher),
     Method("autoround", "round", autoround_block, "samples", AutoroundOptions, compares=_always),
     Method("tune", "tune", tune_block, "samples", TuneOptions, compares=_always),
     Method("distill", "distill", tune_model, "samples", TuneOptions),

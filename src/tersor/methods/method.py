@@ -53,6 +53,7 @@ class Method:
     """One method. stage: of STAGES; run: its function, as the stage says; needs: of NEEDS; options: a frozen dataclass, or None.
 
     workspace: (rows, columns) of a matrix -> bytes that the method needs at most besides the matrix and its statistics.
+    guided: options -> whether statistics weigh tokens and have `outputs`, by the Fisher information of the float model (torch).
     needs_for: format name -> whether it needs `importance` to serve this format, though `needs` is nothing.
     compares: options -> whether the unquantized model walks along, so that statistics have `cross` or blocks have targets.
     """
@@ -64,6 +65,7 @@ class Method:
     options: type | None = None
     workspace: Callable[[int, int], int] = rounding_workspace
     compares: Callable[[Any], bool] = _never
+    guided: Callable[[Any], bool] = _never
     needs_for: Callable[[str], bool] = _never
 
     def calibrates(self, format: str) -> bool:

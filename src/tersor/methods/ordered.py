@@ -48,4 +48,5 @@ def reordered(statistics: InputStatistics | None, order: Array) -> InputStatisti
         statistics.absmax[order],
         None if statistics.gram is None else statistics.gram[square],
         None if statistics.cross is None else statistics.cross[square],
+        statistics.outputs,
     )

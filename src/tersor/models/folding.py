@@ -44,6 +44,15 @@ class Fold:
         column = np.arange(self.columns)
         return column // (self.sharing * self.stride) * self.stride + column % self.stride
 
+    def by_output(self, scale: Array) -> Array:
+        """Returns the scale of each of the producer's outputs, float32. scale: (columns,) > 0, equal for columns of one source."""
+        s, sources = np.asarray(scale, dtype=np.float32), self.sources
+        assert s.shape == (self.columns,) and np.isfinite(s).all() and (s > 0).all(), f"{self.readers[0]}: a scale is no positive number"
+        outputs = np.empty(self.columns // self.sharing, np.float32)
+        outputs[sources] = s
+        assert np.array_equal(outputs[sources], s), f"{self.readers[0]}: columns that one output feeds have different scales"
+        return outputs
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -101,12 +110,7 @@ def apply_scale(fold: Fold, tensors: Mapping[str, Array], scale: Array) -> dict[
 
     tensors: holds at least those of the fold, float32. scale: (columns,) > 0, finite, equal for columns of one source.
     """
-    s = np.asarray(scale, dtype=np.float32)
-    assert s.shape == (fold.columns,) and np.isfinite(s).all() and (s > 0).all(), f"{fold.readers[0]}: a scale is no positive number"
-    sources = fold.sources
-    by_output = np.empty(fold.columns // fold.sharing, np.float32)
-    by_output[sources] = s
-    assert np.array_equal(by_output[sources], s), f"{fold.readers[0]}: columns that one output feeds have different scales"
+    s, by_output = np.asarray(scale, dtype=np.float32), fold.by_output(scale)
     changed: dict[str, Array] = {name: tensors[name] * s for name in fold.readers}
     offset = np.float32(fold.norm_offset)
     for name in fold.producer:

@@ -65,7 +65,7 @@ class DecoderSpec:
 def expected_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every tensor that a checkpoint of this spec holds, by Hugging Face name, in model order."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size)}
-    block = _layer_tensors(spec)
+    block = layer_tensors(spec)
     for i in range(len(spec.layers)):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
     shapes["model.norm.weight"] = (spec.hidden_size,)
@@ -74,7 +74,7 @@ def expected_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+def layer_tensors(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of one layer's tensors by their names within the layer."""
     d, f, q, kv = spec.hidden_size, spec.intermediate_size, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     projections = [
