@@ -144,7 +144,7 @@ def test_a_disk_that_fills_while_the_next_block_is_made_is_told(model, tmp_path,
                 raise OSError(errno.ENOSPC, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(work, "_write_whole", full)
+    monkeypatch.setattr(work, "write_whole", full)
     with pytest.raises(OutputError, match=r"out\.work: the disk is full; the output needs \d+ bytes"):
         tersor.quantize(model, tmp_path / "out", RECIPE, **OPTIONS)
     assert not (tmp_path / "out").exists()
@@ -239,6 +239,8 @@ def test_the_output_says_how_it_was_made(model, tmp_path):
         "autoround(iterations=4):int3_g32",
         "gptq+tune:int3_g32",
         "rtn+distill:int3_g32",
+        "rotate+gptq(fisher):int3_g32",
+        "gptq(fisher):q4_0",
         "awq+gptq+tune+distill:int3_g32, layers.0.down_proj=f16, lm_head=gptq:int4_g32",
     ],
 )

@@ -77,6 +77,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(model, tmp_path):
     [
         ("awq+gptq:int4_g32", {}, "awq works on tersor's own architectures on the CPU, not on stablelm by transformers on cpu; use gptq"),
         ("gptq(asymmetric=0.5):int4_g32", {}, r"gptq\(asymmetric=0.5\) works on tersor's own"),
+        ("gptq(fisher):int4_g32", {}, r"gptq\(fisher\) works on tersor's own"),
         ("gptq:int4_g32", {"max_ram": 1 << 32}, "--max-ram is kept for tersor's own architectures on the CPU, not for stablelm"),
         ("gptq:int4_g32", {"device": "tpu"}, "unknown device 'tpu'; known: cpu, cuda"),
     ],

@@ -1,5 +1,6 @@
 """gptq against the paper's loops, least squares and brute force."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -363,3 +364,50 @@ def test_refinement_changes_nothing_when_the_codes_are_exact():
     codes, params = f.unpack(f.quantize(w))
     again, kept = refine(w, f, codes, params, statistics(inputs(128)).gram, 0.1, 5)
     assert np.array_equal(codes, again) and all(np.array_equal(params[p], kept[p]) for p in params)
+
+
+def moments(n: int, seed: int = 3) -> np.ndarray:
+    """Second moments of outputs' gradients that are correlated, (n, n) float32."""
+    g = inputs(n, tokens=4 * n, seed=seed)
+    return (g.T @ g / len(g)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["int4_g64s", "int3_g32", "q4_k", "iq4_nl", "int8_row"])
+def test_rows_make_up_for_the_rows_before_them(name, monkeypatch):
+    """Each four rows beside the least of tr(G E H E^T) over the rows to come, solved from its definition, and rounded by plain GPTQ."""
+    monkeypatch.setattr(sys.modules["tersor.methods.gptq"], "OUTPUT_ROWS", 4)  # the package has a function of this name
+    f, columns = FORMATS[name], 256
+    w, calibration = weights(14, columns), statistics(inputs(columns))
+    outputs = moments(8), moments(6, seed=4)
+    found = gptq(w, f, replace(calibration, outputs=outputs), GptqOptions(fisher=True))
+    decoded, wanted, first = f.dequantize(found), [], 0
+    for g in outputs:
+        damped = g.astype(np.float64) + 0.1 * np.mean(np.diagonal(g)) * np.eye(len(g))
+        for begin in range(0, len(g), 4):
+            rest, end = slice(begin, None), min(begin + 4, len(g))
+            before = w[first : first + begin].astype(np.float64) - decoded[first : first + begin]
+            shift = np.linalg.solve(damped[rest, rest], damped[rest, :begin] @ before)[: end - begin]
+            target = (w[first + begin : first + end] + shift).astype(np.float32)
+            wanted.append(f.dequantize(gptq(target, f, calibration)))
+        first += len(g)
+    assert np.mean(np.isclose(decoded, np.concatenate(wanted), rtol=1e-4, atol=1e-6)) > 0.98  # a tie may fall the other way
+
+
+@pytest.mark.parametrize("options", [GptqOptions(fisher=True), GptqOptions(fisher=True, act_order=True)])
+@pytest.mark.parametrize("name", ["int3_g32", "q3_k", "nf4", "nf4_dq"])
+def test_outputs_that_count_together_cost_less_together(name, options):
+    f, columns, rows = FORMATS[name], 256, 200
+    w, calibration, g = weights(rows, columns), statistics(inputs(columns)), moments(rows)
+    errors = []
+    for outputs in ((), (g,)):
+        e = f.dequantize(gptq(w, f, replace(calibration, outputs=outputs), options)).astype(np.float64) - w
+        errors.append(float(np.sum((g @ e) * (e @ calibration.gram))))
+    if f.row_independent:
+        assert errors[1] < 0.8 * errors[0], errors
+    else:
+        assert errors[1] == errors[0]  # rows that share parameters are rounded as one
+
+
+def test_outputs_of_another_layer_are_refused():
+    with pytest.raises(ModelError, match=r"gradients were measured for 7 outputs; need 8, one for each row"):
+        gptq(weights(8, 64), FORMATS["int4_g64s"], replace(statistics(inputs(64)), outputs=(moments(7),)), GptqOptions(fisher=True))

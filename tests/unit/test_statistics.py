@@ -61,3 +61,16 @@ def test_add_gram_refuses_what_does_not_fit_and_a_cpu_without_tiles() -> None:
             _native.add_gram(x, np.zeros((3, 3)))
     finally:
         _native.force_isa("")
+
+
+def test_a_token_that_counts_three_times_is_three_tokens() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 50, 70)).astype(np.float32)
+    counts = rng.integers(0, 4, 50)
+    weighed, repeated = (StatisticsBuilder(70, gram=True, cross=True) for _ in range(2))
+    weighed.add(x, y, counts.astype(np.float32) * 50 / counts.sum())
+    repeated.add(np.repeat(x, counts, axis=0), np.repeat(y, counts, axis=0))
+    found, wanted = weighed.result(), repeated.result()
+    np.testing.assert_allclose(found.gram, wanted.gram, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.cross, wanted.cross, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.mean_square, (x * x).mean(axis=0), rtol=1e-5)
