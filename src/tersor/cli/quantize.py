@@ -69,10 +69,10 @@ def command(
     columns do not divide by 256.
 
     Methods that need no data: rtn (round to nearest), clip (range searched for the least squared error), hqq, llm_int8. With --calib: clip
-    weighs errors by importance; gptq lets later columns make up for the errors of earlier ones; autoround trains the roundings of a block
-    (torch). Before rounding, joined by "+": rotate, awq, smoothquant. After it: tune (a block's scales and norms against the float block)
-    and distill (all of them against the float model; both torch). "rotate+awq+gptq:int3_g64" is one recipe; options go in parentheses:
-    "gptq(act_order; refine=1):int4_g64".
+    weighs errors by importance; gptq lets later columns make up for the errors of earlier ones, and gptq(fisher) weighs them by what they
+    do to the whole model's predictions (torch); autoround trains the roundings of a block (torch). Before rounding, joined by "+":
+    rotate, awq, smoothquant. After it: tune (a block's scales and norms against the float block) and distill (all of them against the
+    float model; both torch). "rotate+awq+gptq:int3_g64" is one recipe; options go in parentheses: "gptq(act_order; refine=1):int4_g64".
 
     A calibrated run keeps what it has done in OUT.work, and --resume goes on from there.
 
