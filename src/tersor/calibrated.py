@@ -8,8 +8,8 @@
                  tune what stays float;  the block's tensors, and the states after it, go to disk
 
 True sequential order: an error that an earlier layer makes is seen, and may be made good, by all later ones (GPTQ, arXiv 2210.17323,
-section 3.3). Memory holds one block, one Gram matrix and one batch of sequences; all else lies in files, hidden states too unless they
-are few (calibration/work.py, memory.py).
+section 3.3). Memory holds one block, one Gram matrix (of guided methods one for each layer of a group) and one batch of sequences;
+all else lies in files, hidden states too unless they are few (calibration/work.py, memory.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 from tersor import ops
 from tersor.calibration.blocks import DecoderWalk, Rows
 from tersor.calibration.doctor import Examination, examine
-from tersor.calibration.guides import Guide, guides_of, measure_guides, workspace
+from tersor.calibration.guides import Guide, Guides, measure_guides, workspace
 from tersor.calibration.memory import Room, plan_room
 from tersor.calibration.samples import Samples
 from tersor.calibration.statistics import StatisticsBuilder, check_statistics, panels
@@ -100,7 +100,7 @@ class Calibrator:
         self._spec: DecoderSpec = spec_of(checkpoint.description.config)
         check_tensors(self._spec, checkpoint.tensors, str(checkpoint.path))
         self._compares = any(step.method.compares(step.options) for step in recipe.steps)
-        self._guided = any(step.method.guided(step.options) for step in recipe.steps)
+        self._guided = {name for name in self._weights if choices[name].step.method.guided(choices[name].step.options)}
         self._room = self._plan_room(max_ram)
 
     def _keep(
@@ -175,8 +175,7 @@ class Calibrator:
         work.kept = self._tokens.size if self._room.keeps else 0
         if self._guided:
             shape, batch = self._tokens.shape, self._room.sequences
-            measure_guides(self._spec, self._checkpoint.read, self._embed_float, work, shape, batch, self._measured)
-            self._checkpoint.release()
+            measure_guides(self._checkpoint, self._spec, self._guided, self._embed_float, work, shape, batch, self._measured)
         blocks, begun, first = len(self._spec.layers), time.perf_counter(), self._work.done
         if first == 0:
             self._embed()
@@ -207,7 +206,7 @@ class Calibrator:
             grams={name: int(gram) * (1 + self._compares) for name, gram in wanted.items()},
             streams=1 + self._compares,
             before=workspace(self._spec, self._tokens.shape[1]) if self._guided else (0, 0),
-            guided={name for name, step in steps.items() if step.method.guided(step.options)},
+            guided={name for name in names if any(other.endswith(name.removeprefix("model.layers.0.")) for other in self._guided)},
             max_ram=max_ram,
         )
 
@@ -257,12 +256,13 @@ class Calibrator:
                 continue
             rows = dequantize(self._checkpoint.read(name, slice(begin, min(begin + step, s.vocab_size))))[distinct[span] - begin]
             table[span] = rows
-        return table * np.float32(s.embedding_scale), places.reshape(self._tokens.shape)
+        table *= np.float32(s.embedding_scale)
+        return table, places.reshape(self._tokens.shape)
 
     def _block(self, index: int) -> dict[str, Made]:
         """Returns the block's tensors; the states after it are written."""
         weights = self._read_block(index)
-        guides = dict(guides_of(self._work, index)) if self._guided else {}
+        guides = Guides(self._work, index)
         made = self._fold(index, weights, guides)
         made |= self._round_block(index, weights) if self._is_trained(index) else self._round_groups(index, weights, guides)
         for step in self._recipe.after:
@@ -270,14 +270,13 @@ class Calibrator:
                 made |= self._tune(index, weights, made, step)
         return made
 
-    def _round_groups(self, index: int, weights: dict[str, Array], guides: Mapping[str, Guide]) -> dict[str, Made]:
+    def _round_groups(self, index: int, weights: dict[str, Array], guides: Guides) -> dict[str, Made]:
         """Returns the block's matrices, rounded group by group; they are taken out of weights, and the states after it are written."""
         made: dict[str, Made] = {}
         walk = self._walk(index, weights, "quantized")
         original = self._walk(index, weights, "float") if self._compares else None
         for group in walk.groups:
-            guided = [name for name in group if self._choices[name].step.method.guided(self._choices[name].step.options)]
-            rest = tuple(name for name in group if name not in guided)
+            guided, rest = [name for name in group if name in self._guided], tuple(name for name in group if name not in self._guided)
             alike = {(name,): guides[name] for name in guided} | ({rest: None} if rest else {})
             columns = weights[group[0]].shape[1]
             statistics = [self._statistics(walk, names, columns, original, guide) for names, guide in alike.items()]
@@ -384,7 +383,7 @@ class Calibrator:
         states.close()
         return values
 
-    def _fold(self, index: int, weights: dict[str, Array], guides: dict[str, Guide]) -> dict[str, Made]:
+    def _fold(self, index: int, weights: dict[str, Array], guides: Guides) -> dict[str, Made]:
         """Changes the block's weights as the recipe's scale step says, the function staying, and the guides with them; returns the
         vectors that changed."""
         steps = [step for step in self._recipe.before if step.method.stage == "scale"]
@@ -401,8 +400,7 @@ class Calibrator:
         for fold, scale in zip(folds, scales):
             weights |= apply_scale(fold, weights, scale)
             for name in fold.producer:
-                if name in guides:
-                    guides[name] = guides[name].rescaled(fold.by_output(scale))
+                guides.rescale(name, fold.by_output(scale))
                 if name in self._plan and weights[name].ndim == 1:
                     stored = get_format(self._plan[name].format).quantize(weights[name])
                     weights[name] = dequantize(stored).reshape(-1)
@@ -487,7 +485,8 @@ class Calibrator:
         choice, fmt = self._choices[name], get_format(self._plan[name].format)
         if fmt.name in CASTS or choice.is_cast:
             source = self._checkpoint.read(name)
-            return (source, "keep") if source.format == fmt.name else (fmt.quantize(w), "cast")
+            kept = source.format == fmt.name and np.array_equal(dequantize(source).reshape(w.shape), w)  # not so where it was scaled
+            return (source, "keep") if kept else (fmt.quantize(w), "cast")
         if not statistics.mean_square.any():  # forced
             return clip(w, fmt), "clip"
         try:

@@ -137,6 +137,4 @@ class _Measurer(Calibrator):
 
     def _round_group(self, weights: Mapping[str, Array], statistics: InputStatistics) -> dict[str, Made]:
         self._seen |= dict.fromkeys(weights, statistics)
-        for name in weights:
-            self._advance(name)
         return {name: Made(as_float(w), "keep", 0.0, None) for name, w in weights.items()}

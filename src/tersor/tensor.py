@@ -74,6 +74,14 @@ class InputStatistics:
         return self.mean_square
 
 
+OUTPUT_BLOCK = 2048  # outputs whose errors are weighed together: all of a layer that has no more, else those of each 2,048 neighbours
+
+
+def output_blocks(outputs: int) -> list[int]:
+    """Returns the sizes of the blocks of InputStatistics.outputs for a layer with so many outputs."""
+    return [min(OUTPUT_BLOCK, outputs - begin) for begin in range(0, outputs, OUTPUT_BLOCK)]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor as a container announces it, before any of its bytes are read. name: the Hugging Face name."""

@@ -255,6 +255,16 @@ def test_every_step_runs_and_the_file_is_the_model_that_was_made(tmp_path, recip
     assert coarse.path and judged.kl_mean < tersor.evaluate(tmp_path / "coarse", against=untied, window=64, windows=2).kl_mean
 
 
+def test_what_is_kept_follows_the_scales_that_its_input_was_given(tmp_path):
+    """A source whose format a layer keeps: awq has divided the norm before it."""
+    source = tiny_model(tmp_path / "model", layers=2, dtype="f16")
+    divergences = {}
+    for steps in ("gptq", "awq+gptq"):
+        tersor.quantize(source, tmp_path / steps, f"{steps}:int8_g32, k_proj=f16", **OPTIONS)
+        divergences[steps] = tersor.evaluate(tmp_path / steps, against=source, window=64, windows=2).kl_mean
+    assert divergences["awq+gptq"] < 2 * divergences["gptq"]
+
+
 def test_rotation_of_a_tied_model_says_what_it_costs(model, tmp_path):
     result = tersor.quantize(model, tmp_path / "out", "rotate+rtn:int4_g32")
     assert "rotate: the head is no longer the embedding" in result.note

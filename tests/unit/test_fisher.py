@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import tersor
-from tersor.calibrated import BlockReport
+from tersor.calibrated import BlockReport, Calibrator
 from tersor.calibration import guides
 from tersor.calibration.blocks import Rows
-from tersor.calibration.guides import Guide, block_sizes
+from tersor.calibration.guides import Guide
 from tersor.containers import open_checkpoint
+from tersor.errors import ModelError, OutputError, RecipeError
 from tersor.formats import get_format
 from tersor.models import spec_of
+from tersor.models.spec import GROUPS
+from tersor.tensor import output_blocks
 from tersor.training import fisher
 from tersor.training.decoder import final_norm, logits_of, run_block
 from tiny import VOCABULARY, tiny_model
 
 OPTIONS = {"calib": "pydoc", "samples": 4, "seqlen": 32}
 SHAPE = (3, 16)
+LINEARS = [f"{part}.weight" for group in GROUPS for part in group]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def model(request, tmp_path_factory):
     """(spec, read, every tensor as float32, tokens, folder)."""
     folder = tmp_path_factory.mktemp("m")
@@ -36,7 +46,7 @@ def model(request, tmp_path_factory):
 def test_what_is_measured_is_of_the_whole_models_gradients(model, monkeypatch):
     """Every layer's |g| and sums of g g^T / |g| against autograd through the model at once."""
     monkeypatch.setattr(fisher, "DTYPE", torch.float32)
-    monkeypatch.setattr(guides, "OUTPUT_BLOCK", 24)  # some layers have more outputs, none a multiple of it
+    monkeypatch.setattr("tersor.tensor.OUTPUT_BLOCK", 24)  # some layers have more outputs, none a multiple of it
     spec, read, tensors, tokens, folder = model
     states = [Rows(folder / f"s{i}", spec.hidden_size) for i in range(len(spec.layers) + 1)]
     measured = fisher.Measurement(spec, read, SHAPE, states.__getitem__, Rows(folder / "g", spec.hidden_size), batch=2)
@@ -45,7 +55,7 @@ def test_what_is_measured_is_of_the_whole_models_gradients(model, monkeypatch):
     for i in range(len(spec.layers)):
         measured.forward(i)
     measured.labels(seed=5)
-    found = {i: measured.backward(i) for i in reversed(range(len(spec.layers)))}
+    found = {i: measured.backward(i, LINEARS) for i in reversed(range(len(spec.layers)))}
 
     outputs, x = {}, embedded.clone().requires_grad_()
     for i, layer in enumerate(spec.layers):
@@ -96,7 +106,7 @@ def test_labels_are_drawn_from_what_the_model_predicts(model):
 
 
 def test_blocks_are_of_all_outputs():
-    assert block_sizes(192) == [192] and block_sizes(8960) == [2048] * 4 + [768]
+    assert output_blocks(192) == [192] and output_blocks(8960) == [2048] * 4 + [768]
 
 
 def test_a_rescaled_guide_charges_the_same_for_the_same_error():
@@ -152,8 +162,80 @@ def test_a_run_stopped_while_it_measures_begins_anew(small, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_killed_while_it_measures_goes_on_to_the_same_bytes(tmp_path):
+    model = tiny_model(tmp_path / "model", layers=6)
+    command = [sys.executable, "-m", "tersor.cli", "quantize", str(model), "--recipe", "gptq(fisher):int4_g32", "--calib", "pydoc"]
+    command += ["--samples", "8", "--seqlen", "64"]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out.work" / "guide-4.safetensors").exists() and process.poll() is None:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+    assert not (tmp_path / "out.work" / "block-0.safetensors").exists()
+    subprocess.run([*command, "-o", str(tmp_path / "out"), "--resume"], check=True, capture_output=True)
+    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_only_the_layers_that_ask_for_it_are_weighed(small, tmp_path, monkeypatch):
+    """The others have the statistics that they have without it, those in the same group too; awq's scales reach v's and up's guides."""
+    measured, rescaled, seen = [], [], {}
+    backward, rescale, statistics = fisher.Measurement.backward, guides.Guides.rescale, Calibrator._statistics
+
+    def spied(self, walk, group, *rest):
+        seen[tuple(group)] = statistics(self, walk, group, *rest)
+        return seen[tuple(group)]
+
+    def noted(self, index, wanted):
+        measured.append((index, set(wanted)))
+        return backward(self, index, wanted)
+
+    monkeypatch.setattr(fisher.Measurement, "backward", noted)
+    monkeypatch.setattr(guides.Guides, "rescale", lambda self, name, scale: rescaled.append(name) or rescale(self, name, scale))
+    monkeypatch.setattr(Calibrator, "_statistics", spied)
+    tersor.quantize(small, tmp_path / "plain", "awq+gptq:int4_g32", **OPTIONS)
+    plain, seen = seen, {}
+    tersor.quantize(small, tmp_path / "out", "awq+gptq:int4_g32, layers.0.v_proj=gptq(fisher):int4_g32", **OPTIONS)
+    assert measured == [(2, set()), (1, set()), (0, {"self_attn.v_proj.weight"})]
+    q, k, v = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
+    np.testing.assert_array_equal(seen[q, k].gram, plain[q, k, v].gram)
+    assert len(seen[v,].outputs) == 1 and not np.allclose(seen[v,].gram, plain[q, k, v].gram, rtol=0.01)
+    np.testing.assert_array_equal(seen[v,].absmax, plain[q, k, v].absmax)
+    assert {v, "model.layers.0.mlp.up_proj.weight"} <= set(rescaled)
+
+
+def test_layers_that_no_gradient_reaches_are_rounded_as_ever(small, tmp_path, monkeypatch):
+    observe = fisher._observe
+
+    def dead(gradient, tokens, outputs):
+        observe(gradient * 0 if gradient.shape[-1] == 128 else gradient, tokens, outputs)  # gate and up
+
+    tersor.quantize(small, tmp_path / "plain", "gptq:int4_g32", **OPTIONS)
+    monkeypatch.setattr(fisher, "_observe", dead)
+    tersor.quantize(small, tmp_path / "out", "gptq:int4_g32, layers.0.up_proj=gptq(fisher):int4_g32", **OPTIONS)
+    weights = []
+    for out in ("plain", "out"):
+        with open_checkpoint(tmp_path / out) as checkpoint:
+            weights.append(checkpoint.read("model.layers.0.mlp.up_proj.weight"))
+    assert all(np.array_equal(weights[0].fields[k], weights[1].fields[k]) for k in weights[0].fields)
+
+
+def test_gradients_that_are_not_finite_name_block_and_layer(small, tmp_path, monkeypatch):
+    observe = fisher._observe
+    monkeypatch.setattr(fisher, "_observe", lambda g, tokens, outputs: observe(g * float("nan"), tokens, outputs))
+    with pytest.raises(ModelError, match=r"model\.layers\.2\..*: the gradient of its output is not finite; use gptq without fisher"):
+        tersor.quantize(small, tmp_path / "out", "gptq(fisher):int4_g32", **OPTIONS)
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_measured(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(guides, "_disk_bytes", lambda *what: 1 << 60)
+    monkeypatch.setattr(fisher, "Measurement", None)
+    with pytest.raises(OutputError, match=r"gptq\(fisher\) keeps 1073741824.0 GiB of hidden states there while it measures"):
+        tersor.quantize(small, tmp_path / "out", "gptq(fisher):int4_g32", **OPTIONS, force=True)
+
+
 def test_the_measurement_counts_in_max_ram(small, tmp_path):
-    with pytest.raises(tersor.errors.RecipeError, match=r"--max-ram 0.00 GiB is too little: .* needs [0-9.]+ GiB; give that much"):
+    with pytest.raises(RecipeError, match=r"--max-ram 0.00 GiB is too little: .* needs [0-9.]+ GiB; give that much"):
         tersor.quantize(small, tmp_path / "out", "gptq(fisher):int4_g32", **OPTIONS, max_ram=1 << 20)
 
 

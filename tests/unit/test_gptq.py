@@ -408,6 +408,24 @@ def test_outputs_that_count_together_cost_less_together(name, options):
         assert errors[1] == errors[0]  # rows that share parameters are rounded as one
 
 
+@pytest.mark.parametrize("name", ["int4_g64so", "int8_row_x6"])
+def test_columns_in_another_order_or_apart_keep_what_outputs_cost(name):
+    f, columns, g = FORMATS[name] if name in FORMATS else get_format(name), 256, moments(96)
+    w, calibration = weights(96, columns), statistics(inputs(columns))
+    errors = []
+    for outputs in ((), (g,)):
+        e = f.dequantize(gptq(w, f, replace(calibration, outputs=outputs), GptqOptions(fisher=True))).astype(np.float64) - w
+        errors.append(float(np.sum((g @ e) * (e @ calibration.gram))))
+    assert errors[1] < 0.8 * errors[0], errors
+
+
+def test_outputs_that_no_gradient_reaches_count_alike():
+    f, w, calibration = FORMATS["int4_g64s"], weights(40, 128), statistics(inputs(128))
+    half = gptq(w, f, replace(calibration, outputs=(np.zeros((20, 20), np.float32), moments(20))), GptqOptions(fisher=True))
+    apart = gptq(w[:20], f, calibration, GptqOptions(fisher=True))
+    assert np.array_equal(f.dequantize(half)[:20], f.dequantize(apart))
+
+
 def test_outputs_of_another_layer_are_refused():
     with pytest.raises(ModelError, match=r"gradients were measured for 7 outputs; need 8, one for each row"):
         gptq(weights(8, 64), FORMATS["int4_g64s"], replace(statistics(inputs(64)), outputs=(moments(7),)), GptqOptions(fisher=True))

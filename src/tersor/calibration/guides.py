@@ -6,109 +6,155 @@ guide-8.safetensors  what was measured of block 8; gone when it is rounded. Writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 
 from tersor.calibration.blocks import Rows
 from tersor.calibration.work import Work, write_whole
+from tersor.containers.container import Checkpoint
 from tersor.containers.output import disk_errors
-from tersor.models.spec import DecoderSpec
-from tersor.tensor import Array
+from tersor.errors import ModelError, OutputError
+from tersor.models.spec import DecoderSpec, expected_tensors
+from tersor.tensor import Array, output_blocks
 from tersor.training import require_torch
 
-OUTPUT_BLOCK = 2048  # outputs whose errors are weighed together: all of a layer that has no more, else those of each 2,048 neighbours
+LABELS_SEED = 0  # draws the labels, whatever drew the samples
 
 
+@dataclass(frozen=True, eq=False)
 class Guide:
     """Of one linear layer. tokens: the weight of each token, (tokens,) float32, 1 on average. outputs: as of InputStatistics."""
 
-    def __init__(self, tokens: Array, outputs: tuple[Array, ...]) -> None:
-        self.tokens, self.outputs = tokens, outputs
+    tokens: Array
+    outputs: tuple[Array, ...]
 
     def rescaled(self, scale: Array) -> Guide:
-        """Returns that of the same layer when each of its outputs is divided by scale, (rows,) > 0, and what reads them makes up for it."""
+        """Returns that of the same layer when each of its outputs is divided by scale, (rows,) > 0, and what reads them makes up for it.
+
+        Tokens keep their weights, though |g_t| of the scaled outputs is another norm of the same gradient.
+        """
         ends = np.cumsum([len(g) for g in self.outputs])
         parts = [scale[end - len(g) : end] for g, end in zip(self.outputs, ends)]
         return Guide(self.tokens, tuple(g * np.outer(s, s) for g, s in zip(self.outputs, parts)))
 
 
+class Guides:
+    """Those of one block by full names of weights, read when they are asked for."""
+
+    def __init__(self, work: Work, index: int) -> None:
+        self._path, self._prefix = work.guide(index), f"model.layers.{index}."
+        self._scales: dict[str, Array] = {}
+
+    def rescale(self, name: str, scale: Array) -> None:
+        """Has the outputs of a layer divided by scale, (rows,)."""
+        self._scales[name] = scale
+
+    def __getitem__(self, name: str) -> Guide:
+        from safetensors import safe_open
+
+        key = name.removeprefix(self._prefix)
+        with safe_open(str(self._path), "numpy") as file:
+            sizes, count = file.get_tensor(f"{key}|tokens"), sum(other.startswith(f"{key}|") for other in file.keys()) - 1  # noqa: SIM118
+            outputs = tuple(file.get_tensor(f"{key}|{i}") for i in range(count))
+        if not (mean := float(sizes.mean(dtype=np.float64))) > 0:  # no gradient reaches it
+            return Guide(np.ones_like(sizes), ())
+        guide = Guide(sizes / np.float32(mean), outputs)
+        return guide.rescaled(self._scales[name]) if name in self._scales else guide
+
+
 def measure_guides(
+    checkpoint: Checkpoint,
     spec: DecoderSpec,
-    read: Any,
+    wanted: Collection[str],
     embedded: Callable[[Rows], None],
     work: Work,
     shape: tuple[int, int],
     batch: int,
     told: Callable[[int, int], None],
 ) -> None:
-    """Measures every block into the work's folder, unless it has been done. Needs torch.
+    """Measures the wanted layers into the work's folder, unless it has been done. Needs torch.
 
-    read: of the float checkpoint. embedded: writes the states before block 0. shape: (sequences, length). batch: sequences at a time.
+    wanted: full names of weights. embedded: writes the states before block 0. shape: (sequences, length). batch: sequences at a time.
+    Raises ModelError, naming the layer, for gradients that are not finite; OutputError when the disk is too small.
     """
-    if work.done or _file(work, 0).exists():
-        return
+    blocks, n = len(spec.layers), shape[0] * shape[1]
+    rows = {name: Rows(work.folder / name, spec.hidden_size) for name in (*(f"fisher-{i}" for i in range(blocks + 1)), "fisher-gradients")}
+    if not (work.done or work.guide(0).exists()):
+        _check_disk(work, spec, wanted, n)
+        with disk_errors(work.folder, _disk_bytes(spec, wanted, n)):
+            _measure(checkpoint, spec, wanted, embedded, work, shape, batch, told, rows)
+    for states in rows.values():  # those of a run that was killed too
+        _remove(states)
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    spec: DecoderSpec,
+    wanted: Collection[str],
+    embedded: Callable[[Rows], None],
+    work: Work,
+    shape: tuple[int, int],
+    batch: int,
+    told: Callable[[int, int], None],
+    rows: dict[str, Rows],
+) -> None:
+    """Does what measure_guides says. rows: files of hidden states by name."""
     from safetensors.numpy import save
 
     from tersor.training.fisher import Measurement
 
-    blocks, n = len(spec.layers), shape[0] * shape[1]
-    with disk_errors(work.folder, 4 * n * spec.hidden_size * (blocks + 2)):
-        states = [Rows(work.folder / f"fisher-{i}", spec.hidden_size) for i in range(blocks + 1)]
-        gradients = Rows(work.folder / "fisher-gradients", spec.hidden_size)
-        measured = Measurement(spec, read, shape, states.__getitem__, gradients, batch)
-        embedded(states[0])
-        for index in range(blocks):
-            told(index, 2 * blocks)
-            measured.forward(index)
-        measured.labels(seed=0)
-        for index in reversed(range(blocks)):
-            told(2 * blocks - 1 - index, 2 * blocks)
-            _remove(states[index + 1])
-            arrays = {}
-            for name, fisher in measured.backward(index).items():
-                arrays[f"{name}|tokens"] = fisher.tokens
-                arrays |= {f"{name}|{i}": block for i, block in enumerate(fisher.outputs)}
-            write_whole(_file(work, index), save(arrays))
-        _remove(states[0])
-        _remove(gradients)
+    blocks = len(spec.layers)
+    measured = Measurement(spec, checkpoint.read, shape, lambda i: rows[f"fisher-{i}"], rows["fisher-gradients"], batch)
+    embedded(rows["fisher-0"])
+    for index in range(blocks):
+        told(index, 2 * blocks)
+        measured.forward(index)
+        checkpoint.release()
+    measured.labels(LABELS_SEED)
+    checkpoint.release()
+    for index in reversed(range(blocks)):
+        told(2 * blocks - 1 - index, 2 * blocks)
+        _remove(rows[f"fisher-{index + 1}"])
+        prefix, arrays = f"model.layers.{index}.", {}
+        for name, fisher in measured.backward(index, {w.removeprefix(prefix) for w in wanted if w.startswith(prefix)}).items():
+            if not (np.isfinite(fisher.tokens).all() and all(np.isfinite(g).all() for g in fisher.outputs)):
+                raise ModelError(f"{prefix}{name}: the gradient of its output is not finite; use gptq without fisher")
+            arrays[f"{name}|tokens"] = fisher.tokens
+            arrays |= {f"{name}|{i}": block for i, block in enumerate(fisher.outputs)}
+        checkpoint.release()
+        write_whole(work.guide(index), save(arrays))
     told(2 * blocks, 2 * blocks)
 
 
-def guides_of(work: Work, index: int) -> Mapping[str, Guide]:
-    """Returns the guides of block `index` by full names of weights."""
-    from safetensors.numpy import load_file
-
-    arrays = load_file(_file(work, index))
-    found = {}
-    for name in sorted({key.partition("|")[0] for key in arrays}):
-        sizes = arrays[f"{name}|tokens"]
-        count, mean = sum(key.startswith(f"{name}|") for key in arrays) - 1, float(sizes.mean(dtype=np.float64))
-        reached = mean > 0  # by any gradient
-        outputs = tuple(arrays[f"{name}|{i}"] for i in range(count)) if reached else ()
-        found[f"model.layers.{index}.{name}"] = Guide(sizes / mean if reached else np.ones_like(sizes), outputs)
-    return found
-
-
 def workspace(spec: DecoderSpec, length: int) -> tuple[int, int]:
-    """Returns the bytes that `measure` takes at most: (always, for each sequence of a batch). Raises RecipeError without torch."""
+    """Returns the bytes that measure_guides takes at most: (always, for each sequence of a batch). Raises RecipeError without torch."""
     require_torch("gptq(fisher)")
     from tersor.training import fisher  # its libraries count as memory from here on
 
     return fisher.workspace(spec, length)
 
 
-def block_sizes(outputs: int) -> list[int]:
-    """Returns the sizes of the blocks of a layer's G, each OUTPUT_BLOCK at most."""
-    return [min(OUTPUT_BLOCK, outputs - begin) for begin in range(0, outputs, OUTPUT_BLOCK)]
+def _disk_bytes(spec: DecoderSpec, wanted: Collection[str], tokens: int) -> int:
+    """Returns the bytes that lie on the disk at most: the states before and after every block, gradients, and every G."""
+    shapes = expected_tensors(spec)
+    products = sum(4 * n * n for name in wanted for n in output_blocks(shapes[name][0]))
+    return 4 * tokens * spec.hidden_size * (len(spec.layers) + 2) + products
 
 
-def _file(work: Work, index: int) -> Path:
-    return work.folder / f"guide-{index}.safetensors"
+def _check_disk(work: Work, spec: DecoderSpec, wanted: Collection[str], tokens: int) -> None:
+    """Raises OutputError when the disk is too small."""
+    need, free = _disk_bytes(spec, wanted, tokens), shutil.disk_usage(work.folder).free
+    if need > free:
+        raise OutputError(
+            f"{work.folder}: gptq(fisher) keeps {need / 2**30:.1f} GiB of hidden states there while it measures, and "
+            f"{free / 2**30:.1f} GiB are free; use fewer or shorter samples, or write to another disk"
+        )
 
 
 def _remove(rows: Rows) -> None:
+    """Removes a file of states."""
     rows.close()
-    rows.path.unlink()
+    rows.path.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 peak = what the process holds already
      + the largest block as float32 (twice where the float model walks along)
-     + the largest linear layer: its Gram matrix in float64, what adding a batch to it and its method work in
+     + the largest linear layer: its Gram matrix in float64, what adding a batch to it and its method work in; where methods are guided,
+       all layers of a group, which have Gram matrices of their own
      + one batch of sequences: its widest activations
      + the hidden states of all sequences, where they are few
 or what measuring the model takes before the blocks are rounded (guides.py), where that is more.
@@ -14,11 +15,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from tersor.calibration.guides import OUTPUT_BLOCK
 from tersor.calibration.statistics import gram_workspace
 from tersor.errors import RecipeError
 from tersor.memory import resident_bytes
 from tersor.models.spec import GROUPS, DecoderSpec, expected_tensors
+from tersor.tensor import OUTPUT_BLOCK
 
 KEPT_BYTES = 256 << 20  # of hidden states that are kept in memory, where they are no more
 BATCH_TOKENS = 2048  # at most, in one batch: more is slower, since malloc keeps no pieces that are larger than 32 MiB
@@ -72,6 +73,8 @@ def plan_room(
         + max(2 * spec.intermediate_size, (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
         + 3 * spec.hidden_size
     )
+    if before[0] > streams * block + most:
+        heaviest = "the float model's gradients"
     sequence = max(4 * length * widest * streams, before[1])
     fixed = resident_bytes() + max(streams * block + most, before[0]) + _SPARE_BYTES
     sequences = max(1, BATCH_TOKENS // length)

@@ -80,6 +80,10 @@ class Work:
         """Returns the hidden states before block `index`. stream: `float` or `quantized`; `aside` for states that nobody goes on from."""
         return self._rows(f"{stream}-{index}", width)
 
+    def guide(self, index: int) -> Path:
+        """Returns the file of what was measured of block `index` before any was rounded (guides.py)."""
+        return self.folder / f"guide-{index}.safetensors"
+
     def scratch(self, stream: str) -> Callable[[str, int], Rows]:
         """Returns what gives (name, width) rows for what a walk of this stream writes between groups."""
         return lambda name, width: self._rows(f"between-{stream}-{name}", width)
@@ -131,7 +135,7 @@ class Work:
         for stream in ("float", "quantized"):
             self._live.pop(f"{stream}-{index}", None)
             (self.folder / f"{stream}-{index}").unlink(missing_ok=True)
-        (self.folder / f"guide-{index}.safetensors").unlink(missing_ok=True)
+        self.guide(index).unlink(missing_ok=True)
 
     def settle(self) -> None:
         """Waits until what was saved is on disk. Raises OutputError when it does not get there."""
@@ -143,7 +147,7 @@ class Work:
     @property
     def holds(self) -> bool:
         """Whether a block is on disk, or what was measured of all, so that there is something to go on from."""
-        return self._block(0).exists() or (self.folder / "guide-0.safetensors").exists()
+        return self._block(0).exists() or self.guide(0).exists()
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

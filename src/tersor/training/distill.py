@@ -40,9 +40,9 @@ def distill(
     micro = max(1, options.micro_tokens // ids.shape[1])
     wanted = float_hidden(spec, original, ids, dtype, micro)
     head_name = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
-    float_head = _decoded(original(head_name)).to(dtype)
-    head = _decoded(tensors[head_name]).to(dtype)
-    embedding = _decoded(tensors["model.embed_tokens.weight"])
+    float_head = decoded(original(head_name)).to(dtype)
+    head = decoded(tensors[head_name]).to(dtype)
+    embedding = decoded(tensors["model.embed_tokens.weight"])
     blocks = [name for group in linear_groups(spec) for name in group]
     values = Values({name: tensors[name] for name in blocks}, vectors)
 
@@ -80,20 +80,20 @@ def distill(
 def float_hidden(spec: DecoderSpec, original: Read, ids: Tensor, dtype: torch.dtype, micro: int) -> Tensor:
     """Returns what the float model's head multiplies, (n, s, hidden) float32, with one block's weights in memory at a time."""
     with torch.no_grad():
-        x = _decoded(original("model.embed_tokens.weight"))[ids] * spec.embedding_scale
+        x = decoded(original("model.embed_tokens.weight"))[ids] * spec.embedding_scale
         for i, layer in enumerate(spec.layers):
             prefix = f"model.layers.{i}."
             weights: dict[str, Tensor] = {}
 
             def times(name: str, h: Tensor, weights: dict[str, Tensor] = weights) -> Tensor:
                 if name not in weights:
-                    weights[name] = _decoded(original(name)).to(dtype)
+                    weights[name] = decoded(original(name)).to(dtype)
                 return h.to(dtype) @ weights[name].T
 
-            block_product, block_vector = _of_layer(prefix, times, lambda name: _decoded(original(name)).reshape(-1))
+            block_product, block_vector = _of_layer(prefix, times, lambda name: decoded(original(name)).reshape(-1))
             for part in torch.split(x, micro):
                 part.copy_(run_block(spec, layer, part, block_product, block_vector))
-        return final_norm(spec, x, _decoded(original("model.norm.weight")).reshape(-1))
+        return final_norm(spec, x, decoded(original("model.norm.weight")).reshape(-1))
 
 
 def divergence(spec: DecoderSpec, p_hidden: Tensor, p_head: Tensor, q_hidden: Tensor, q_head: Tensor) -> tuple[float, Tensor]:
@@ -122,6 +122,6 @@ def _of_layer(prefix: str, product: Product, vector: Vector) -> tuple[Product, V
     return lambda name, x: product(prefix + name, x), lambda name: vector(prefix + name)
 
 
-def _decoded(tensor: QuantizedTensor) -> Tensor:
+def decoded(tensor: QuantizedTensor) -> Tensor:
     """Returns the tensor's float32 values in its shape."""
     return torch.from_numpy(np.array(get_format(tensor.format).dequantize(tensor), np.float32))

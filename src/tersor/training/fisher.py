@@ -17,7 +17,7 @@ Forward block by block, then backward, with the hidden states before every block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,15 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.calibration.guides import OUTPUT_BLOCK, block_sizes
-from tersor.formats import get_format
 from tersor.models.spec import DecoderSpec, layer_tensors
-from tersor.tensor import Array, QuantizedTensor
+from tersor.tensor import OUTPUT_BLOCK, Array, QuantizedTensor, output_blocks
 from tersor.training.decoder import final_norm, logits_of, run_block
+from tersor.training.distill import decoded
 
 LOGIT_BYTES = 32 << 20  # of float32 logits that exist at once
 HEAD_ROWS = 4096  # of the head that are decoded at once
-DTYPE = torch.bfloat16  # of products and of gradients between layers; sums and the residual stream are float32
+DTYPE = torch.bfloat16  # of products, a batch's sums among them; the residual stream and sums over batches are float32
 
 
 class Read(Protocol):
@@ -85,8 +84,8 @@ class Measurement:
         head = torch.empty(s.vocab_size, s.hidden_size, dtype=DTYPE)
         for begin in range(0, s.vocab_size, HEAD_ROWS):
             rows = slice(begin, min(begin + HEAD_ROWS, s.vocab_size))
-            head[rows] = _decoded(read(name, rows)).to(DTYPE)
-        norm = _decoded(read("model.norm.weight")).reshape(-1)
+            head[rows] = decoded(read(name, rows)).to(DTYPE)
+        norm = decoded(read("model.norm.weight")).reshape(-1)
         states, step = self._states(len(s.layers)), max(1, LOGIT_BYTES // (4 * s.vocab_size))
         chances = np.random.default_rng(seed).random(self._shape[0] * self._shape[1], np.float32)
         for rows in self._batches():
@@ -95,17 +94,18 @@ class Measurement:
             parts = [_label_gradient(s, part, norm, head, u) for part, u in zip(torch.split(x, step), torch.split(drawn, step))]
             self._gradients.write(rows.start, torch.cat(parts).numpy())
 
-    def backward(self, index: int) -> dict[str, Fisher]:
-        """Returns what block `index` does by the names of its weights; gradients become those for the states before it."""
+    def backward(self, index: int, wanted: Collection[str]) -> dict[str, Fisher]:
+        """Returns what the wanted layers of block `index` do, by names within it; gradients become those for the states before it."""
         weights, vectors = self._block(index)
-        tokens = {name: np.zeros(self._shape[0] * self._shape[1], np.float32) for name in weights}
-        outputs = {name: [torch.zeros(n, n) for n in block_sizes(len(w))] for name, w in weights.items()}
+        tokens = {name: np.zeros(self._shape[0] * self._shape[1], np.float32) for name in wanted}
+        outputs = {name: [torch.zeros(n, n) for n in output_blocks(len(weights[name]))] for name in wanted}
         before = self._states(index)
         for rows in self._batches():
 
             def product(name: str, h: Tensor, rows: slice = rows) -> Tensor:
                 y = h.to(DTYPE) @ weights[name].T
-                y.register_hook(lambda g: _observe(g, tokens[name][rows], outputs[name]))  # type: ignore[no-untyped-call]
+                if name in tokens:
+                    y.register_hook(lambda g: _observe(g, tokens[name][rows], outputs[name]))  # type: ignore[no-untyped-call]
                 return y
 
             x = self._sequences(before.read(rows.start, rows.stop)).requires_grad_()
@@ -113,13 +113,13 @@ class Measurement:
             y.backward(self._sequences(self._gradients.read(rows.start, rows.stop)))  # type: ignore[no-untyped-call]
             assert x.grad is not None
             self._gradients.write(rows.start, x.grad.flatten(0, 1).numpy())
-        return {name: Fisher(tokens[name], tuple(g.numpy() for g in outputs[name])) for name in weights}
+        return {name: Fisher(tokens[name], tuple(g.numpy() for g in outputs[name])) for name in wanted}
 
     def _block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns (matrices in DTYPE, vectors in float32) of a block by their names within it."""
         weights, vectors = {}, {}
         for name, shape in layer_tensors(self._spec).items():
-            values = _decoded(self._read(f"model.layers.{index}.{name}"))
+            values = decoded(self._read(f"model.layers.{index}.{name}"))
             if len(shape) == 2:
                 weights[name] = values.to(DTYPE)
             else:
@@ -139,10 +139,12 @@ def workspace(spec: DecoderSpec, length: int) -> tuple[int, int]:
     """Returns the bytes that a Measurement takes at most: (always, for each sequence of a batch)."""
     shapes = [shape for shape in layer_tensors(spec).values() if len(shape) == 2]
     weights = 2 * sum(rows * columns for rows, columns in shapes) + 6 * max(rows * columns for rows, columns in shapes)
-    products = 4 * sum(n * n for rows, _ in shapes for n in block_sizes(rows)) + 6 * OUTPUT_BLOCK**2
+    products = 4 * sum(n * n for rows, _ in shapes for n in output_blocks(rows)) + 6 * OUTPUT_BLOCK**2
     head = 2 * spec.vocab_size * spec.hidden_size + 4 * HEAD_ROWS * spec.hidden_size + 6 * LOGIT_BYTES
     widest = 8 * spec.intermediate_size + 16 * spec.hidden_size + 8 * (spec.heads + spec.kv_heads) * spec.head_dim
-    return max(weights + products, head), 4 * length * widest
+    masked = spec.attention_softcap > 0 or any(0 < layer.window < length for layer in spec.layers)
+    scores = 20 * spec.heads * length**2 if masked else 0  # which exist as a whole then
+    return max(weights + products, head), 4 * length * widest + scores
 
 
 def _label_gradient(spec: DecoderSpec, x: Tensor, norm: Tensor, head: Tensor, chances: Tensor) -> Tensor:
@@ -167,8 +169,3 @@ def _observe(gradient: Tensor, tokens: Array, outputs: list[Tensor]) -> None:
         part = scaled[:, begin : begin + len(products)]
         products += part.T @ part
         begin += len(products)
-
-
-def _decoded(tensor: QuantizedTensor) -> Tensor:
-    """Returns the tensor's float32 values in its shape."""
-    return torch.from_numpy(np.array(get_format(tensor.format).dequantize(tensor), np.float32))
