@@ -250,6 +250,17 @@ def test_comparing_refuses_before_the_first_recipe(home: Path, tmp_path: Path) -
     assert [row.quantized.calibration.get("kind") for row in made.rows if row.quantized] == ["imatrix", None]
 
 
+def test_measuring_tells_each_weight_once(home: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "measure inputs":
+            told.append((done, total))
+
+    tersor.imatrix(home / "model", tmp_path / "i.gguf", home / "tokens.npy", **OPTIONS, progress=progress)
+    assert told == sorted(told) and told[0][0] == 0 and told[-1][0] == told[-1][1] > 0
+
+
 def test_measuring_refuses(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"i\.gguf is an importance matrix already; give --calib a text, pydoc or self"):
         tersor.imatrix(home / "model", tmp_path / "i.gguf", home / "i.gguf")

@@ -231,7 +231,7 @@ def test_steps_and_options_come_back(text, tmp_path):
         ("awq:keep", "keep is a cast, which rounds to no grid; awq has nothing to work for"),
         ("distill:bf16", "distill has nothing to work for"),
         ("rtn:int4_g64, layers.0=awq+rtn:int4_g64", "awq works on the whole model, not on some tensors"),
-        ("gptq(dampp=1):int4_g64", "unknown option of gptq 'dampp'; known: act_order, asymmetric, damp, refine, search"),
+        ("gptq(dampp=1):int4_g64", "unknown option of gptq 'dampp'; known: act_order, asymmetric, damp, fisher, refine, search"),
         ("gptq(damp=big):int4_g64", "'big' is not a value of type float"),
         ("gptq(act_order=yes):int4_g64", "'yes' is not true or false"),
         ("gptq(damp=2):int4_g64", "damp=2; need more than 0 and at most 1"),
