@@ -67,14 +67,14 @@ def plan_room(
         for name in names:
             need = at_once + (0 if name in own else worked_in[name]) + (gram_workspace(columns) if grams[name] else 0)
             if need > most:
-                heaviest, most = name, need
+                heaviest, most = f"{name.removeprefix('model.layers.0.')} of a block", need
     widest = (
         2 * spec.intermediate_size
         + max(2 * spec.intermediate_size, (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
         + 3 * spec.hidden_size
     )
     if before[0] > streams * block + most:
-        heaviest = "the float model's gradients"
+        heaviest = "measuring the float model's gradients"
     sequence = max(4 * length * widest * streams, before[1])
     fixed = resident_bytes() + max(streams * block + most, before[0]) + _SPARE_BYTES
     sequences = max(1, BATCH_TOKENS // length)
@@ -82,7 +82,7 @@ def plan_room(
         sequences = min(sequences, (max_ram - fixed) // sequence)
         if sequences < 1:
             raise RecipeError(
-                f"--max-ram {max_ram / 2**30:.2f} GiB is too little: {heaviest.removeprefix('model.layers.0.')} of a block needs "
+                f"--max-ram {max_ram / 2**30:.2f} GiB is too little: {heaviest} needs "
                 f"{(fixed + sequence) / 2**30:.2f} GiB; give that much, or use fewer tokens a sample (--seqlen)"
             )
     peak = fixed + sequences * sequence
