@@ -1,5 +1,6 @@
 """The streaming loop with calibration: block by block, the inputs of each linear layer are looked at before it is rounded.
 
+    methods that are guided: one pass forward and backward through the unquantized model tells what errors cost it (calibration/guides.py)
     states = embedding of the calibration tokens
     each block:  its weights as float32, folded where the recipe folds
                  each group of linear layers that share an input, in the order they run:
@@ -175,7 +176,7 @@ class Calibrator:
         work.kept = self._tokens.size if self._room.keeps else 0
         if self._guided:
             shape, batch = self._tokens.shape, self._room.sequences
-            measure_guides(self._checkpoint, self._spec, self._guided, self._embed_float, work, shape, batch, self._measured)
+            measure_guides(self._checkpoint, self._spec, self._guided, self._embed_float, work, shape, batch, partial(self._told, "fisher"))
         blocks, begun, first = len(self._spec.layers), time.perf_counter(), self._work.done
         if first == 0:
             self._embed()
@@ -195,14 +196,14 @@ class Calibrator:
     def _plan_room(self, max_ram: int | None) -> Room:
         """Returns the batches of this run. Raises RecipeError when they do not fit."""
         names = [f"model.layers.0.{part}.weight" for group in GROUPS for part in group]
-        steps = {name: self._choices[name].step for name in names}
-        methods = {name: step.method for name, step in steps.items()}
+        layers = range(len(self._spec.layers))
+        methods = {name: [self._choices[name.replace(".0.", f".{i}.", 1)].step.method for i in layers] for name in names}
         scaled = any(step.method.needs == "gram" for step in self._recipe.before)
-        wanted = {name: method.needs == "gram" or scaled for name, method in methods.items()}
+        wanted = {name: scaled or any(method.needs == "gram" for method in of_layers) for name, of_layers in methods.items()}
         return plan_room(
             self._spec,
             self._tokens.shape,
-            workspaces={name: method.workspace(*self._plan[name].shape) for name, method in methods.items()},
+            workspaces={name: max(m.workspace(*self._plan[name].shape) for m in of_layers) for name, of_layers in methods.items()},
             grams={name: int(gram) * (1 + self._compares) for name, gram in wanted.items()},
             streams=1 + self._compares,
             before=workspace(self._spec, self._tokens.shape[1]) if self._guided else (0, 0),
@@ -285,7 +286,7 @@ class Calibrator:
             parts = [({name: weights.pop(name) for name in names}, of_them) for names, of_them in zip(alike, statistics)]
             rounded = each(lambda part: self._round_group(*part), parts) if len(parts) > 1 else [self._round_group(*parts[0])]
             made |= {name: tensor for part in rounded for name, tensor in part.items()}
-            del statistics, parts
+            del alike, statistics, parts
             for name in group:
                 self._advance(name)
             walk.advance([made[name].tensor for name in group])
@@ -348,7 +349,7 @@ class Calibrator:
         matrices = {name: m.tensor for name, m in made.items() if len(m.tensor.shape) > 1}
         floats = {name: dequantize(m.tensor).reshape(-1) for name, m in made.items() if name not in matrices}
         tensors, vectors, descent = step.method.run(
-            self._spec, self._checkpoint.read, matrices, floats, self._tokens, step.options, progress=self._told
+            self._spec, self._checkpoint.read, matrices, floats, self._tokens, step.options, progress=partial(self._told, "distill")
         )
         self._trained = (descent.before, descent.after)
         changed = {
@@ -368,13 +369,9 @@ class Calibrator:
         tensor, error = quantize_tensor(self._checkpoint, source, info.format, choice.step, lambda done: None)
         return Made(tensor, "cast" if choice.is_cast else str(choice.step), error, None)
 
-    def _measured(self, done: int, total: int) -> None:
+    def _told(self, stage: str, done: int, total: int) -> None:
         if self._progress is not None:
-            self._progress("fisher", done, total)
-
-    def _told(self, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress("distill", done, total)
+            self._progress(stage, done, total)
 
     def _read_states(self, stream: str, index: int) -> Array:
         """Returns the hidden states before a block, (sequences, length, hidden) float32."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 import tersor
 from tersor.calibrated import BlockReport, Calibrator
 from tersor.calibration import guides
 from tersor.calibration.blocks import Rows
 from tersor.calibration.guides import Guide
+from tersor.calibration.work import Work, write_whole
 from tersor.containers import open_checkpoint
 from tersor.errors import ModelError, OutputError, RecipeError
 from tersor.formats import get_format
@@ -121,6 +121,16 @@ def test_a_rescaled_guide_charges_the_same_for_the_same_error():
     assert cost(guide.rescaled(scale), error / scale) == pytest.approx(cost(guide, error))
 
 
+def test_a_guide_is_read_in_the_scale_of_its_layer(tmp_path):
+    work = Work(tmp_path / "work", {}, resume=False)
+    write_whole(work.guide(0), save({"v|tokens": np.float32([1, 3]), "v|0": np.eye(2, dtype=np.float32)}))
+    read = guides.Guides(work, 0)
+    read.rescale("model.layers.0.v", np.float32([1, 2]))
+    guide = read["model.layers.0.v"]
+    np.testing.assert_array_equal(guide.tokens, [0.5, 1.5])
+    np.testing.assert_array_equal(guide.outputs[0], np.diag([1, 4]))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("fisher") / "model", layers=3)
@@ -162,18 +172,20 @@ def test_a_run_stopped_while_it_measures_begins_anew(small, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_killed_while_it_measures_goes_on_to_the_same_bytes(tmp_path):
-    model = tiny_model(tmp_path / "model", layers=6)
-    command = [sys.executable, "-m", "tersor.cli", "quantize", str(model), "--recipe", "gptq(fisher):int4_g32", "--calib", "pydoc"]
-    command += ["--samples", "8", "--seqlen", "64"]
-    process = subprocess.Popen([*command, "-o", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "out.work" / "guide-4.safetensors").exists() and process.poll() is None:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
-    assert not (tmp_path / "out.work" / "block-0.safetensors").exists()
-    subprocess.run([*command, "-o", str(tmp_path / "out"), "--resume"], check=True, capture_output=True)
-    subprocess.run([*command, "-o", str(tmp_path / "whole")], check=True, capture_output=True)
+def test_a_process_killed_while_it_measures_goes_on_to_the_same_bytes(small, tmp_path):
+    """It kills itself when it begins to measure block 0."""
+    killed = f"""
+import os, signal, tersor
+def progress(*at):
+    if at == ("fisher", 5, 6):
+        os.kill(os.getpid(), signal.SIGKILL)
+tersor.quantize({str(small)!r}, {str(tmp_path / "out")!r}, "gptq(fisher):int4_g32", **{OPTIONS!r}, progress=progress)
+"""
+    assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -signal.SIGKILL
+    left = {file.name for file in (tmp_path / "out.work").iterdir()}
+    assert {"guide-1.safetensors", "guide-2.safetensors", "fisher-gradients"} <= left and "guide-0.safetensors" not in left
+    tersor.quantize(small, tmp_path / "out", "gptq(fisher):int4_g32", **OPTIONS, resume=True)
+    tersor.quantize(small, tmp_path / "whole", "gptq(fisher):int4_g32", **OPTIONS)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -235,7 +247,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_measured(small, tmp
 
 
 def test_the_measurement_counts_in_max_ram(small, tmp_path):
-    with pytest.raises(RecipeError, match=r"--max-ram 0.00 GiB is too little: .* needs [0-9.]+ GiB; give that much"):
+    with pytest.raises(RecipeError, match=r"is too little: measuring the float model's gradients needs [0-9.]+ GiB; give that much"):
         tersor.quantize(small, tmp_path / "out", "gptq(fisher):int4_g32", **OPTIONS, max_ram=1 << 20)
 
 

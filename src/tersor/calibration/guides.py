@@ -1,6 +1,7 @@
 """What the whole model makes of an error in each linear layer, measured before any is rounded; for methods that are `guided`.
 
 fisher-8             hidden states before block 8, of the unquantized model; gone when the block is measured
+fisher-gradients     for the states after the block in work
 guide-8.safetensors  what was measured of block 8; gone when it is rounded. Written from the last block to the first
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from tersor.errors import ModelError, OutputError
 from tersor.models.spec import DecoderSpec, expected_tensors
 from tersor.tensor import Array, output_blocks
 from tersor.training import require_torch
+
+if TYPE_CHECKING:
+    from tersor.training.fisher import Measurement
 
 LABELS_SEED = 0  # draws the labels, whatever drew the samples
 
@@ -80,51 +85,53 @@ def measure_guides(
     wanted: full names of weights. embedded: writes the states before block 0. shape: (sequences, length). batch: sequences at a time.
     Raises ModelError, naming the layer, for gradients that are not finite; OutputError when the disk is too small.
     """
-    blocks, n = len(spec.layers), shape[0] * shape[1]
-    rows = {name: Rows(work.folder / name, spec.hidden_size) for name in (*(f"fisher-{i}" for i in range(blocks + 1)), "fisher-gradients")}
-    if not (work.done or work.guide(0).exists()):
-        _check_disk(work, spec, wanted, n)
-        with disk_errors(work.folder, _disk_bytes(spec, wanted, n)):
-            _measure(checkpoint, spec, wanted, embedded, work, shape, batch, told, rows)
-    for states in rows.values():  # those of a run that was killed too
-        _remove(states)
+    from tersor.training.fisher import Measurement
+
+    _remove_states(work)  # of a run that was killed
+    if work.done or work.guide(0).exists():
+        return
+    n = shape[0] * shape[1]
+    _check_disk(work, spec, wanted, n)
+    with disk_errors(work.folder, _disk_bytes(spec, wanted, n)):
+        states = [Rows(work.folder / f"fisher-{i}", spec.hidden_size) for i in range(len(spec.layers) + 1)]
+        gradients = Rows(work.folder / "fisher-gradients", spec.hidden_size)
+        try:
+            embedded(states[0])
+            measured = Measurement(spec, checkpoint.read, shape, states.__getitem__, gradients, batch)
+            _measure(measured, len(spec.layers), wanted, work, checkpoint.release, told)
+        finally:
+            for rows in (*states, gradients):
+                rows.close()
+    _remove_states(work)
 
 
 def _measure(
-    checkpoint: Checkpoint,
-    spec: DecoderSpec,
+    measured: Measurement,
+    blocks: int,
     wanted: Collection[str],
-    embedded: Callable[[Rows], None],
     work: Work,
-    shape: tuple[int, int],
-    batch: int,
+    release: Callable[[], None],
     told: Callable[[int, int], None],
-    rows: dict[str, Rows],
 ) -> None:
-    """Does what measure_guides says. rows: files of hidden states by name."""
+    """Writes the guides, all states before block 0 being there. release: gives back what has been read of the checkpoint."""
     from safetensors.numpy import save
 
-    from tersor.training.fisher import Measurement
-
-    blocks = len(spec.layers)
-    measured = Measurement(spec, checkpoint.read, shape, lambda i: rows[f"fisher-{i}"], rows["fisher-gradients"], batch)
-    embedded(rows["fisher-0"])
     for index in range(blocks):
         told(index, 2 * blocks)
         measured.forward(index)
-        checkpoint.release()
+        release()
     measured.labels(LABELS_SEED)
-    checkpoint.release()
+    release()
     for index in reversed(range(blocks)):
         told(2 * blocks - 1 - index, 2 * blocks)
-        _remove(rows[f"fisher-{index + 1}"])
+        (work.folder / f"fisher-{index + 1}").unlink()
         prefix, arrays = f"model.layers.{index}.", {}
         for name, fisher in measured.backward(index, {w.removeprefix(prefix) for w in wanted if w.startswith(prefix)}).items():
             if not (np.isfinite(fisher.tokens).all() and all(np.isfinite(g).all() for g in fisher.outputs)):
                 raise ModelError(f"{prefix}{name}: the gradient of its output is not finite; use gptq without fisher")
             arrays[f"{name}|tokens"] = fisher.tokens
             arrays |= {f"{name}|{i}": block for i, block in enumerate(fisher.outputs)}
-        checkpoint.release()
+        release()
         write_whole(work.guide(index), save(arrays))
     told(2 * blocks, 2 * blocks)
 
@@ -154,7 +161,7 @@ def _check_disk(work: Work, spec: DecoderSpec, wanted: Collection[str], tokens: 
         )
 
 
-def _remove(rows: Rows) -> None:
-    """Removes a file of states."""
-    rows.close()
-    rows.path.unlink(missing_ok=True)
+def _remove_states(work: Work) -> None:
+    """Removes the files of states."""
+    for file in work.folder.glob("fisher-*"):
+        file.unlink()

@@ -45,8 +45,8 @@ def plan_room(
     grams: Mapping[str, int],
     streams: int,
     max_ram: int | None,
-    before: tuple[int, int] = (0, 0),
-    guided: Collection[str] = (),
+    before: tuple[int, int],
+    guided: Collection[str],
 ) -> Room:
     """Returns batches that keep the run within max_ram bytes, None = no limit.
 
@@ -73,21 +73,25 @@ def plan_room(
         + max(2 * spec.intermediate_size, (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
         + 3 * spec.hidden_size
     )
-    if before[0] > streams * block + most:
-        heaviest = "measuring the float model's gradients"
-    sequence = max(4 * length * widest * streams, before[1])
-    fixed = resident_bytes() + max(streams * block + most, before[0]) + _SPARE_BYTES
+    held = resident_bytes() + _SPARE_BYTES
+    stages = {heaviest: (streams * block + most, 4 * length * widest * streams), "measuring the float model's gradients": before}
+
+    def needs(sequences: int) -> tuple[int, str]:
+        return max((held + fixed + sequences * each, stage) for stage, (fixed, each) in stages.items())
+
     sequences = max(1, BATCH_TOKENS // length)
     if max_ram is not None:
-        sequences = min(sequences, (max_ram - fixed) // sequence)
+        while sequences > 0 and needs(sequences)[0] > max_ram:
+            sequences -= 1
         if sequences < 1:
+            least, stage = needs(1)
             raise RecipeError(
-                f"--max-ram {max_ram / 2**30:.2f} GiB is too little: {heaviest} needs "
-                f"{(fixed + sequence) / 2**30:.2f} GiB; give that much, or use fewer tokens a sample (--seqlen)"
+                f"--max-ram {max_ram / 2**30:.2f} GiB is too little: {stage} needs {least / 2**30:.2f} GiB; give that much, or use fewer "
+                "tokens a sample (--seqlen)"
             )
-    peak = fixed + sequences * sequence
+    peak = needs(sequences)[0]
     # states before and after a block, those that a fold walks aside, and what is between groups
     width = 3 * spec.hidden_size + spec.heads * spec.head_dim + spec.intermediate_size
     states = 4 * prod(shape) * width * streams
     keeps = states <= KEPT_BYTES and (max_ram is None or peak + states <= max_ram)
-    return Room(sequences, sequences * sequence, peak + states * keeps, keeps)
+    return Room(sequences, sequences * stages[heaviest][1], peak + states * keeps, keeps)

@@ -39,8 +39,9 @@ from tersor.tensor import Array, InputStatistics, Params, QuantizedTensor
 from tersor.threads import blas_alone, each
 
 PART_ROWS = 512  # that one thread rounds at a time, at most: enough that what the parts share costs little
-OUTPUT_ROWS = 64  # that are rounded before those after them make up for their errors. KLD of SmolLM2 in 4 bits: 0.0500; by 128 rows 0.0515
-OUTPUT_DAMP = 0.1  # share of G's mean diagonal added to it. KLD of SmolLM2 in 4 bits: 0.0500; by 0.03 0.0533, by 0.3 0.0513
+# KLD: of smollm2-rot in int4_g64, 32 samples, 8 windows of 2,048 (benchmarks/README.md).
+OUTPUT_ROWS = 64  # that are rounded before those after them make up for their errors. KLD 0.0500, by 128 rows 0.0515
+OUTPUT_DAMP = 0.1  # share of G's mean diagonal added to it. KLD 0.0500, by 0.03 0.0533, by 0.3 0.0513
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,11 @@ class GptqOptions:
 @beside_outliers
 @blas_alone()
 def gptq(w: Array, format: Format, statistics: InputStatistics | None, options: GptqOptions | None = None) -> QuantizedTensor:
-    """Returns w, (..., in) float32 and finite, rounded with error feedback under statistics.gram. Casts round to nearest.
+    """Returns w, (..., in) float32 and finite, rounded with error feedback under statistics.gram, and with options.fisher
+    along the rows under statistics.outputs. Casts round to nearest.
 
     Raises FormatError when the format is decode-only or does not fit the shape; ModelError when the Hessian is missing, of
-    another size, not finite, zero, or not positive definite.
+    another size, not finite, zero, or not positive definite, or gradients are of another number of rows.
     """
     options = options or GptqOptions()
     require_encoder(format, "gptq")
@@ -118,7 +120,7 @@ def _coupling(statistics: InputStatistics, rows: int, where: str) -> list[Factor
     outputs = statistics.outputs
     if outputs and (measured := sum(map(len, outputs))) != rows:
         raise ModelError(f"{where}: gradients were measured for {measured} outputs; need {rows}, one for each row of the weights")
-    grams = [g.astype(np.float64) if g.any() else np.eye(len(g)) for g in outputs]  # no gradient reaches some: alike
+    grams = (g.astype(np.float64) if g.any() else np.eye(len(g)) for g in outputs)  # no gradient reaches some: alike
     return [factorize(g, np.arange(len(g)), OUTPUT_DAMP, f"{where}, outputs") for g in grams]
 
 
