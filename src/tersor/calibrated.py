@@ -396,8 +396,9 @@ class Calibrator:
         changed: dict[str, Made] = {}
         for fold, scale in zip(folds, scales):
             weights |= apply_scale(fold, weights, scale)
+            by_output = fold.by_output(scale)
             for name in fold.producer:
-                guides.rescale(name, fold.by_output(scale))
+                guides.rescale(name, by_output)
                 if name in self._plan and weights[name].ndim == 1:
                     stored = get_format(self._plan[name].format).quantize(weights[name])
                     weights[name] = dequantize(stored).reshape(-1)

@@ -157,3 +157,8 @@ def _smallest(basis: Tensor) -> Tensor:
         return basis[:1, :1].clone()
     small = basis.to(torch.int8)
     return small if torch.equal(small.float(), basis) else basis
+
+
+def decoded(tensor: QuantizedTensor) -> Tensor:
+    """Returns the tensor's float32 values in its shape."""
+    return torch.from_numpy(np.array(get_format(tensor.format).dequantize(tensor), np.float32))

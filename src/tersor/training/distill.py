@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.formats import get_format
 from tersor.models.spec import DecoderSpec, linear_groups
 from tersor.tensor import Array, QuantizedTensor
 from tersor.training.blockwise import PRECISIONS, Values
+from tersor.training.decode import decoded
 from tersor.training.decoder import Product, Vector, final_norm, logits_of, run_block
 from tersor.training.descent import Descent, batches, cosine, descend, split
 
@@ -120,8 +120,3 @@ def divergence(spec: DecoderSpec, p_hidden: Tensor, p_head: Tensor, q_hidden: Te
 def _of_layer(prefix: str, product: Product, vector: Vector) -> tuple[Product, Vector]:
     """Returns the callbacks of one layer, which asks by names within itself."""
     return lambda name, x: product(prefix + name, x), lambda name: vector(prefix + name)
-
-
-def decoded(tensor: QuantizedTensor) -> Tensor:
-    """Returns the tensor's float32 values in its shape."""
-    return torch.from_numpy(np.array(get_format(tensor.format).dequantize(tensor), np.float32))

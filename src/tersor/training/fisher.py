@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +27,11 @@ from torch import Tensor
 
 from tersor.models.spec import DecoderSpec, layer_tensors
 from tersor.tensor import OUTPUT_BLOCK, Array, QuantizedTensor, output_blocks
+from tersor.training.decode import decoded
 from tersor.training.decoder import final_norm, logits_of, run_block
-from tersor.training.distill import decoded
+
+if TYPE_CHECKING:
+    from tersor.calibration.blocks import Rows
 
 LOGIT_BYTES = 32 << 20  # of float32 logits that exist at once
 HEAD_ROWS = 4096  # of the head that are decoded at once
@@ -38,14 +41,6 @@ DTYPE = torch.bfloat16  # of products, a batch's sums among them; the residual s
 class Read(Protocol):
     def __call__(self, name: str, rows: slice | None = None) -> QuantizedTensor:
         """Returns a tensor of the float model, or some rows of it."""
-
-
-class States(Protocol):
-    """Hidden states of all tokens, in order, (tokens, hidden) float32."""
-
-    def read(self, begin: int, end: int) -> Array: ...
-
-    def write(self, begin: int, rows: Array) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,10 +55,10 @@ class Measurement:
     """One pass over a model."""
 
     def __init__(
-        self, spec: DecoderSpec, read: Read, shape: tuple[int, int], states: Callable[[int], States], gradients: States, batch: int
+        self, spec: DecoderSpec, read: Read, shape: tuple[int, int], states: Callable[[int], Rows], gradients: Rows, batch: int
     ) -> None:
-        """shape: (sequences, tokens of each). states: those before block i; of block 0 they must be there. gradients: for the states
-        after the block in work. batch: sequences at a time."""
+        """shape: (sequences, tokens of each). states: those before block i, files of all tokens; of block 0 they must be there. gradients:
+        for the states after the block in work. batch: sequences at a time."""
         self._spec, self._read, self._shape, self._batch = spec, read, shape, batch
         self._states, self._gradients = states, gradients
 
