@@ -203,16 +203,14 @@ def recipes_within(model: Path, tokens: Path, steps: str, budgets: dict[Path, in
 
 
 def run_gguf(a: argparse.Namespace) -> int:
-    """Judges GGUF files by llama.cpp and appends their figures."""
+    """Judges GGUF files by llama.cpp and appends their figures, again with every few windows more."""
     judged = LlamaJudge(a.model, a.judge, a.windows, a.out, a.threads)
-    for file in map(Path, a.what):
-        told = judged.judge(file) | {"bits_per_weight": block_bits(file), "file_bytes": file.stat().st_size, "original": a.model.name}
+    for file, told in judged.judge([Path(file) for file in a.what]):
+        told |= {"bits_per_weight": block_bits(file), "file_bytes": file.stat().st_size, "original": a.model.name}
         if a.of:
             told["of"] = a.of
         append("gguf", file.stem, **told, machine=describe())
-        print(f"{file.name}: {told['file_bytes'] / 1e6:.1f} MB, {short(told)}", flush=True)
-    if not a.keep:
-        judged.close()
+        print(f"{file.name}: {told['protocol']}: {told['file_bytes'] / 1e6:.1f} MB, {short(told)}", flush=True)
     return 0
 
 

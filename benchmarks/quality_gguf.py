@@ -2,14 +2,13 @@
 
 The judge takes its logits on the file against its logits on the original (F16 or BF16).
 
-Windows of 512 tokens, no overlap, no BOS, the second half of each counts, as in llama-perplexity. The original's logits are kept in
-OUT/logits while they are needed: 50 MB a window for SmolLM2, 155 MB for Qwen2.5.
+Windows of 2,048 tokens, no overlap, no BOS, the second half of each counts, as in llama-perplexity. What is known of every token of every
+file is kept in OUT/columns: a run that was cut off goes on, and more windows later cost only those.
 """
 
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality_judge import save, summary
+from benchmarks.quality_judge import WINDOW, save, summary
 from tersor import ops
 from tersor.calibration.imatrix import write_imatrix
 from tersor.containers import open_checkpoint
@@ -30,53 +29,63 @@ from tersor.evaluation.text import Windows, cut, read_text
 from tersor.importance import measured
 from tersor.tensor import Array
 
-WINDOW = 512
 FIRST = WINDOW // 2  # of the tokens that count
+BATCH = 512  # tokens that llama.cpp takes at once
+AT_ONCE = 4  # windows: 2.5 GB of logits for Qwen2.5
 ROWS = 32  # logits compared at once
 LLAMA_TYPES = {"q2_k": 10, "q3_k_m": 12, "q4_0": 2, "q4_k_m": 15, "iq4_xs": 30}  # llama_ftype
 
 
 class LlamaJudge:
-    """llama.cpp on the original, its logits kept in a folder that `close` removes."""
+    """llama.cpp on the original and on files of it, a few windows of all of them at a time: the original's logits are kept no longer."""
 
     def __init__(self, original: Path, text: Path, windows: int, folder: Path, threads: int) -> None:
-        self.threads, self._original, self._folder = threads, original, folder / "logits" / original.stem
+        self.threads, self._original, self._folder = threads, original, folder / "columns" / original.stem
         with open_checkpoint(original) as checkpoint:
             tokenizer = Tokenizer(checkpoint.description)
-        self.windows: Windows = cut(tokenizer, *read_text(text), WINDOW, windows=windows, bos=False)
-        missing = [i for i in range(len(self.windows.tokens)) if not self._file(i).exists()]
-        if missing:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for i, logits in zip(missing, run(original, [self.windows.tokens[i] for i in missing], threads)):
-                save(self._file(i), logits)
+        self._windows: Windows = cut(tokenizer, *read_text(text), WINDOW, windows=windows, bos=False)
 
-    def judge(self, file: Path) -> dict[str, Any]:
-        """Returns the figures of a GGUF file, and of the tensors' true bits per weight in the blocks."""
-        parts = []
-        for i, logits in enumerate(run(file, self.windows.tokens, self.threads)):
-            base, targets = np.load(self._file(i), mmap_mode="r"), self.windows.tokens[i][FIRST:]
-            for begin in range(0, len(targets), ROWS):
-                rows = slice(begin, begin + ROWS)
-                parts.append(ops.compare_logits(np.ascontiguousarray(base[rows]), logits[rows], targets[rows]))
-        columns = np.concatenate(parts)
-        protocol = replace(self.windows.protocol, scored=len(columns))
-        told = summary(from_comparison(columns, protocol, 0.0))
-        return told | {"protocol": f"{protocol}, then the first half of every window not counted; logits by llama.cpp"}
+    def judge(self, files: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields the figures of every file on the first AT_ONCE windows, then on those and the next, and so on."""
+        count = len(self._windows.tokens)
+        for begin in range(0, count, AT_ONCE):
+            some = range(begin, min(begin + AT_ONCE, count))
+            if left := [file for file in files if not all(self._known(file, i) for i in some)]:
+                base = list(run(self._original, [self._windows.tokens[i] for i in some], self.threads))
+                for file in left:
+                    self._compare(file, some, base)
+            for file in files:
+                yield file, self._figures(file, some.stop)
 
-    def close(self) -> None:
-        """Removes the original's logits."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def _compare(self, file: Path, some: range, base: list[Array]) -> None:
+        """Writes ops.compare_logits' columns of these windows, whose logits by the original are base."""
+        for i, logits, original in zip(some, run(file, [self._windows.tokens[i] for i in some], self.threads), base):
+            targets = self._windows.tokens[i][FIRST:]
+            parts = (slice(at, at + ROWS) for at in range(0, len(targets), ROWS))
+            columns = np.concatenate([ops.compare_logits(original[rows], logits[rows], targets[rows]) for rows in parts])
+            self._columns(file, i).parent.mkdir(parents=True, exist_ok=True)
+            save(self._columns(file, i), columns)
 
-    def _file(self, i: int) -> Path:
-        return self._folder / f"{i}.npy"
+    def _figures(self, file: Path, windows: int) -> dict[str, Any]:
+        """Returns the figures of a file on the first windows."""
+        columns = np.concatenate([np.load(self._columns(file, i)) for i in range(windows)])
+        told = summary(from_comparison(columns, replace(self._windows.protocol, windows=windows, scored=len(columns)), 0.0))
+        return told | {"protocol": f"{told['protocol']}, then the first half of every window not counted; logits by llama.cpp"}
+
+    def _columns(self, file: Path, i: int) -> Path:
+        return self._folder / file.stem / f"{i}.npy"
+
+    def _known(self, file: Path, i: int) -> bool:
+        columns = self._columns(file, i)
+        return columns.exists() and columns.stat().st_mtime > max(file.stat().st_mtime, self._original.stat().st_mtime)
 
 
-def run(file: Path, windows: Any, threads: int) -> Iterator[Array]:
+def run(file: Path, windows: list[Array], threads: int) -> Iterator[Array]:
     """Yields llama.cpp's logits before each token that counts, (WINDOW - FIRST, vocabulary) float32."""
     import llama_cpp
 
     model = llama_cpp.Llama(
-        str(file), n_ctx=WINDOW, n_batch=WINDOW, n_ubatch=WINDOW, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
+        str(file), n_ctx=WINDOW, n_batch=BATCH, n_ubatch=BATCH, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
     )
     for tokens in windows:
         model.reset()

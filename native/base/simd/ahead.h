@@ -7,6 +7,7 @@ namespace tersor {
 struct Ahead {
   int least_bits;  // of codes: those of fewer are left to the CPU
   int codes;       // bytes
+  int near;        // bytes, from the outer cache into the inner one; 0: left to the CPU
   int floats;      // bytes of each of the panels that are read together; 0: left to the CPU
 };
 

@@ -8,7 +8,7 @@
 namespace tersor {
 namespace {
 
-inline constexpr Ahead kAhead = {1, 3072, 2048};
+inline constexpr Ahead kAhead = {1, 3072, 640, 2048};
 
 // 32 bfloat16.
 struct Halves {

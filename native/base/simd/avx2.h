@@ -92,7 +92,7 @@ inline void widen_fours(const int8_t* x, int64_t n, int8_t* to) {
   }
 }
 
-inline constexpr Ahead kAhead = {1, 1536, 0};
+inline constexpr Ahead kAhead = {1, 1536, 0, 0};
 
 inline constexpr int kIntTile = 4;   // 8 registers of sums, 4 of codes, the activations
 inline constexpr int kFineTile = 2;  // 8 registers of dots

@@ -7,7 +7,7 @@
 namespace tersor {
 namespace {
 
-inline constexpr Ahead kAhead = {8, 1536, 0};
+inline constexpr Ahead kAhead = {8, 1536, 0, 0};
 
 }  // namespace
 }  // namespace tersor

@@ -52,7 +52,7 @@ inline Opened load_opened(const uint8_t* p) { return load_codes(p); }
 inline I dot_opened(I s, Opened w, const int8_t* x) { return dot(s, w, load_four(x)); }
 inline constexpr void (*widen_fours)(const int8_t*, int64_t, int8_t*) = nullptr;
 
-inline constexpr Ahead kAhead = {8, 1536, 0};
+inline constexpr Ahead kAhead = {8, 1536, 0, 0};
 
 inline constexpr int kIntTile = 4;   // 8 registers of dots, 2 of codes, the activations; sums wait in memory
 inline constexpr int kFineTile = 2;  // 8 registers of dots

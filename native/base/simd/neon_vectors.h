@@ -241,7 +241,7 @@ inline I dot_pairs(I s, Pairs x, Pairs y) {
 #undef TERSOR_QUARTERS1
 #undef TERSOR_QUARTERS2
 
-inline constexpr Ahead kAhead = {8, 1536, 0};
+inline constexpr Ahead kAhead = {8, 1536, 0, 0};
 
 inline constexpr int kIntTile = 4;    // 16 registers of sums, 8 of codes, the activations; of 32
 inline constexpr int kFineTile = 2;   // 16 registers of dots, 4 of codes, the activations

@@ -311,7 +311,7 @@ inline I dot_pairs(I sum, const Pairs& x, const Pairs& y) {
 
 #undef TERSOR_EACH
 
-inline constexpr Ahead kAhead = {8, 1536, 0};
+inline constexpr Ahead kAhead = {8, 1536, 0, 0};
 
 // Register tiles: activation rows by 16 outputs. Without vector registers there is nothing to keep in them.
 inline constexpr int kIntTile = 1;   // of 8-bit activations
