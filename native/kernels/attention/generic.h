@@ -23,11 +23,15 @@ inline F load_stored(const void* values, int64_t at) {
 }
 
 inline const void* offset(const void* values, int64_t at, Type type) {
-  return (const char*)values + at * type_bits(type) / 8;
+  return (const char*)values + bytes_of(type, at);
 }
 
-// Into the second-level cache: a core has more reads of memory in flight there than into the first.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Asks for bytes from memory, into the second-level cache: a core has more reads in flight there than into the first.
+template <int kBytes>
+inline void prefetch(const char* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 
 // ---- Products: sums (rows, 16 * vectors) of x (rows, k) times w (k, 16 * vectors) ----
 
@@ -39,7 +43,7 @@ struct Product {
   int64_t x_stride;
   float* sums;
   int64_t sums_stride;
-  int64_t ahead;  // values from here to what will be read later
+  const char* ahead;  // as many bytes as w has, which will be read later, or null; line after line, whatever w's order
   // Of integers: a factor for each row, and if lane_scale one for each lane too, lane_scale_next floats from vector to
   // vector; of int4 lanes have a minimum too, and row_sum is the sum of a row's x, as far apart as row_scale.
   const float* row_scale;
@@ -69,8 +73,8 @@ struct Floats {
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
         w[j] = load_stored<kType>(p.w, i * p.w_step + j * p.w_next);
-        if (N == kWideVectors) prefetch(offset(p.w, i * p.w_step + j * p.w_next + p.ahead, kType));
       }
+      if (N > 1 && p.ahead) prefetch<bytes_of(kType, 16 * N)>(p.ahead + i * bytes_of(kType, 16 * N));
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const F one = set(x[m * p.x_stride]);
@@ -114,8 +118,8 @@ struct Integers {
       for (int j = 0; j < N; ++j) {
         const int64_t at = i * p.w_step + j * p.w_next;
         w[j] = load_code_pairs<kType>(offset(p.w, at, kType));
-        if (N == kWideVectors) prefetch(offset(p.w, at + p.ahead, kType));
       }
+      if (N > 1 && p.ahead) prefetch<bytes_of(kType, 32 * N)>(p.ahead + i * bytes_of(kType, 32 * N));
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const Pairs one = set_pair(x + m * p.x_stride);
@@ -155,13 +159,14 @@ void multiply_rows(const Product& p, int rows) {
   Kind::template run<M, N>(p);
 }
 
-// All vectors of up to kTallRows rows, or of kWideRows if a kind has no tall tiles.
+// All vectors of up to kTallRows rows, or of kWideRows if a kind has no tall tiles. Wide tiles ask for what is ahead.
 template <typename Kind>
 void multiply(Product p, int rows, int vectors) {
   const auto advance = [&](int n) {
     p.w = offset(p.w, n * p.w_next, Kind::kStored);
     p.sums += 16 * n;
     p.lane_scale += n * p.lane_scale_next;
+    if (p.ahead) p.ahead += bytes_of(Kind::kStored, int64_t(16) * n * p.k);
     vectors -= n;
   };
   if (rows <= kWideRows) {
@@ -172,6 +177,7 @@ void multiply(Product p, int rows, int vectors) {
     for (; vectors > 0; advance(1)) multiply_rows<Kind, kWideRows, 1>(p, rows);
   }
   if constexpr (Kind::kTall) {
+    p.ahead = nullptr;
     for (; vectors >= kTallVectors; advance(kTallVectors)) multiply_rows<Kind, kTallRows, kTallVectors>(p, rows);
     for (; vectors > 0; advance(1)) multiply_rows<Kind, kTallRows, 1>(p, rows);
   }
@@ -258,6 +264,12 @@ inline float dot_halves(const float* x, const uint16_t* halves, int n) {
   return sum(total);
 }
 
+// The block after this one, of keys or values: the first rows of a tile ask for it, for all of them.
+template <Type kType>
+inline const char* next_block(const void* block, int width, int row) {
+  return row == 0 ? (const char*)block + bytes_of(kType, int64_t(kKeys) * width) : nullptr;
+}
+
 // Weights (rows, kKeys) of the keys that rows [row, row + rows) see.
 template <Type kType>
 void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* weights,
@@ -273,19 +285,20 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   p.sums_stride = kKeys;
   if constexpr (is_integer(kType)) {
     const int width = head.width, groups = key_groups(width);
+    const char* later = next_block<kType>(b.k, width, row);
     for (int m = 0; m < rows; ++m) {
       const F begin = kType == kInt4 ? set(dot_halves(x + m * stride + width + groups, b.anchor, width)) : zero();
       for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, begin);
     }
     p.w_step = 32;
     p.w_next = int64_t(16) * width;
-    p.ahead = int64_t(kKeys) * width;
     p.x_stride = 2 * stride;
     p.row_scale_stride = stride;
     p.lane_scale_next = 16 * groups;
     for (int g = 0; g < groups; ++g) {
       p.w = offset(b.k, first * p.w_next + g * kKeyGroup * 16, kType);
       p.k = least(kKeyGroup, width - g * kKeyGroup);
+      p.ahead = later ? later + g * bytes_of(kType, kKeys * kKeyGroup) : nullptr;
       p.x = (const int16_t*)x + g * kKeyGroup;
       p.row_scale = x + width + g;
       p.lane_scale = b.key_scales + 16 * (first * groups + g);
@@ -295,7 +308,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   } else {
     p.w_step = 16;
     p.w_next = int64_t(16) * head.head_dim;
-    p.ahead = int64_t(kKeys) * head.head_dim;
+    p.ahead = next_block<kType>(b.k, head.head_dim, row);
     p.w = offset(b.k, first * p.w_next, kType);
     p.k = head.head_dim;
     p.x = x;
@@ -351,7 +364,8 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
   p.sums = state.out + int64_t(row) * width;
   p.sums_stride = width;
   p.x_stride = kKeys;
-  p.ahead = int64_t(kKeys) * width;
+  const char* later = next_block<kType>(b.v, width, row);
+  p.ahead = later;
   if constexpr (is_integer(kType)) {
     constexpr int kGroup = value_group(kType);
     alignas(64) int16_t codes[kTallRows * kKeys];
@@ -380,6 +394,7 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
         }
       }
       p.w = offset(b.v, int64_t(begin) * width + g * kGroup * 2, kType);
+      p.ahead = later ? later + g * bytes_of(kType, kKeys * kGroup) : nullptr;
       multiply<Integers<kType, false>>(p, rows, columns / 16);
       p.sums += kGroup;
     }
@@ -472,7 +487,7 @@ inline float round_codes(const float* x, int n, Code* codes) {
   return scale;
 }
 
-// For few rows, wide tiles also fetch what the next block needs. For many, float16 is converted once.
+// Of many rows, float16 is converted once.
 template <Type kType>
 void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state, float* scratch) {
   float *weights = scratch, *rest = scratch + kMaxRows * kKeys;

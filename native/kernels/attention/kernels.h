@@ -26,6 +26,7 @@ namespace tersor::attention {
 enum Type { kFloat32, kFloat16, kInt8, kInt4, kTypes };
 
 constexpr int type_bits(Type type) { return type == kFloat32 ? 32 : type == kFloat16 ? 16 : type == kInt8 ? 8 : 4; }
+constexpr int64_t bytes_of(Type type, int64_t values) { return values * type_bits(type) / 8; }
 constexpr bool is_integer(Type type) { return type == kInt8 || type == kInt4; }
 
 inline constexpr int kMaxRows = 96;    // query rows (queries x heads that share the keys) of one call
