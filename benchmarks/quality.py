@@ -260,13 +260,14 @@ def main() -> int:
             one.add_argument("tool", choices=TOOLS)
         if mode == "recipe":
             one.add_argument("--activations", help="how inputs are rounded when it is judged (default: float; llm_int8 for that method)")
-        if mode == "gguf":
-            one.add_argument("--of", metavar="NAME", help="the file, without .gguf, that these must beat at no more bytes")
         one.add_argument("what", nargs="+")
-        one.add_argument("--samples", type=int, default=128)
         one.add_argument("--windows", type=int, default=40)
         one.add_argument("--judge", type=Path, required=True, help="the text to judge on")
         one.add_argument("--threads", type=int, default=2)
+        if mode == "gguf":
+            one.add_argument("--of", metavar="NAME", help="the file, without .gguf, that these must beat at no more bytes")
+            continue
+        one.add_argument("--samples", type=int, default=128)
         one.add_argument("--keep", action="store_true", help="do not remove what was made")
         one.add_argument("--only", choices=("make", "judge"), help="make: do not judge; judge: what was kept")
     modes.add_parser("report")

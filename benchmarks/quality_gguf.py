@@ -40,7 +40,7 @@ class LlamaJudge:
     """llama.cpp on the original and on files of it, a few windows of all of them at a time: the original's logits are kept no longer."""
 
     def __init__(self, original: Path, text: Path, windows: int, folder: Path, threads: int) -> None:
-        self.threads, self._original, self._folder = threads, original, folder / "columns" / original.stem
+        self.threads, self._original, self._folder = threads, original, folder / "columns" / text.stem / original.stem
         with open_checkpoint(original) as checkpoint:
             tokenizer = Tokenizer(checkpoint.description)
         self._windows: Windows = cut(tokenizer, *read_text(text), WINDOW, windows=windows, bos=False)
