@@ -72,9 +72,7 @@ struct Floats {
     for (int i = 0; i < p.k; ++i, ++x) {
       F w[N];
 #pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) {
-        w[j] = load_stored<kType>(p.w, i * p.w_step + j * p.w_next);
-      }
+      for (int j = 0; j < N; ++j) w[j] = load_stored<kType>(p.w, i * p.w_step + j * p.w_next);
       if (N > 1 && p.ahead) prefetch<bytes_of(kType, 16 * N)>(p.ahead + i * bytes_of(kType, 16 * N));
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
@@ -366,7 +364,6 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
   p.sums_stride = width;
   p.x_stride = kKeys;
   const char* later = next_block<kType>(b.v, width, row);
-  p.ahead = later;
   if constexpr (is_integer(kType)) {
     constexpr int kGroup = value_group(kType);
     alignas(64) int16_t codes[kTallRows * kKeys];
@@ -404,6 +401,7 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
     p.w_step = width;
     p.k = range.end - range.begin;
     p.x = w + range.begin;
+    p.ahead = later;
     multiply<Floats<kType, true>>(p, rows, width / 16);
   }
 }
