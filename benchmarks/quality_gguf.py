@@ -81,16 +81,25 @@ class LlamaJudge:
 
 
 def run(file: Path, windows: list[Array], threads: int) -> Iterator[Array]:
-    """Yields llama.cpp's logits before each token that counts, (WINDOW - FIRST, vocabulary) float32."""
-    import llama_cpp
+    """Yields llama.cpp's logits before each token that counts, (WINDOW - FIRST, vocabulary) float32; it computes no others."""
+    import llama_cpp as c
 
-    model = llama_cpp.Llama(
-        str(file), n_ctx=WINDOW, n_batch=BATCH, n_ubatch=BATCH, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
-    )
+    model = c.Llama(str(file), n_ctx=WINDOW, n_batch=BATCH, n_ubatch=BATCH, n_threads=threads, n_threads_batch=threads, verbose=False)
+    batch = c.llama_batch_init(BATCH, 0, 1)
     for tokens in windows:
-        model.reset()
-        model.eval(tokens.tolist())
-        yield np.array(model.scores[FIRST - 1 : WINDOW - 1], np.float32)
+        c.llama_memory_clear(c.llama_get_memory(model.ctx), True)
+        logits = []
+        for begin in range(0, WINDOW, BATCH):
+            batch.n_tokens = BATCH
+            for i in range(BATCH):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = tokens[begin + i], begin + i, 1, 0
+                batch.logits[i] = FIRST - 1 <= begin + i < WINDOW - 1
+            if code := c.llama_decode(model.ctx, batch):
+                raise RuntimeError(f"llama_decode: {file} gave {code}")
+            if count := sum(batch.logits[:BATCH]):
+                logits.append(np.ctypeslib.as_array(c.llama_get_logits(model.ctx), (count, model.n_vocab())).copy())
+        yield np.concatenate(logits)
+    c.llama_batch_free(batch)
     model.close()
 
 
