@@ -138,6 +138,20 @@ inline void store_paired_parts(uint16_t* to, F x, F y) {
   if constexpr (kParts > 1) store_paired_parts<kParts - 1>(to + kTile, sub(x, first_half(h)), sub(y, second_half(h)));
 }
 
+// Pairs of x at the even places and y at the odd ones in two parts, kTile apart: the first rounded, half way away from
+// 0, the second cut off, so that it costs no move between lanes and NaN stays NaN.
+inline void store_parted_pairs(uint16_t* to, F x, F y) {
+  const __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000)), half = _mm512_set1_epi32(0x8000);
+  const auto bits = [](F v) { return _mm512_castps_si512(v.a); };
+  const auto rounded = [&](F v) { return _mm512_and_si512(_mm512_add_epi32(bits(v), half), upper); };
+  const auto pairs = [&](__m512i even, __m512i odd) {
+    return Halves{_mm512_or_si512(_mm512_srli_epi32(even, 16), _mm512_and_si512(odd, upper))};
+  };
+  const __m512i a = rounded(x), b = rounded(y);
+  store_halves(to, pairs(a, b));
+  store_halves(to + kTile, pairs(bits(sub(x, {_mm512_castsi512_ps(a)})), bits(sub(y, {_mm512_castsi512_ps(b)}))));
+}
+
 // Up to 16 floats, the others 0.
 inline F load_least(const float* p, int64_t n) { return n >= 16 ? load(p) : n > 0 ? load_n(p, int(n)) : zero(); }
 

@@ -51,12 +51,12 @@ inline F tanh(const F& x) {
 }
 
 // x / (1 + e^-x)
-inline F silu(const F& x) { return div(x, add(set(1.0f), exp(sub(zero(), x)))); }
+inline F silu(const F& x) { return near_div(x, add(set(1.0f), exp(sub(zero(), x)))); }
 
 // x/2 (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2/pi) (x + 0.044715 x^3)
 inline F gelu_tanh(const F& x) {
   const F u = mul(set(0.7978845608028654f), fma(mul(mul(set(0.044715f), x), x), x, x));
-  return div(x, add(set(1.0f), exp(mul(set(-2.0f), u))));
+  return near_div(x, add(set(1.0f), exp(mul(set(-2.0f), u))));
 }
 
 }  // namespace

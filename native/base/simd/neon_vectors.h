@@ -72,6 +72,7 @@ inline F add(F x, F y) { return TERSOR_QUARTERS2(vaddq_f32, x, y); }
 inline F sub(F x, F y) { return TERSOR_QUARTERS2(vsubq_f32, x, y); }
 inline F mul(F x, F y) { return TERSOR_QUARTERS2(vmulq_f32, x, y); }
 inline F div(F x, F y) { return TERSOR_QUARTERS2(vdivq_f32, x, y); }
+inline F near_div(F x, F y) { return div(x, y); }
 inline F fma(F x, F y, F z) {
   return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c), vfmaq_f32(z.d, x.d, y.d)};
 }

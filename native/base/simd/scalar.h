@@ -81,6 +81,8 @@ inline F div(F a, const F& b) {
   TERSOR_EACH a.v[i] /= b.v[i];
   return a;
 }
+// x / y up to two more roundings, where that is faster; y is normal.
+inline F near_div(const F& x, const F& y) { return div(x, y); }
 // a * b + c; fused where the CPU does it.
 inline F fma(F a, const F& b, const F& c) {
   TERSOR_EACH a.v[i] = a.v[i] * b.v[i] + c.v[i];

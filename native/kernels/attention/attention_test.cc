@@ -122,9 +122,9 @@ std::vector<float> held_nibbles(const std::vector<float>& x, int kv_heads, int h
 // 2^(score - largest) relatively by what its score and the largest one do, by one rounding of their difference, and by
 // 2^x. The sums may be rescaled for each 64 keys (6 roundings). An error e of the weights p moves the mean by
 // sum p e |v - mean|. With an int8 cache, queries are rotated (16 additions, then one for each doubling) and rounded to
-// 16 bits per group of dimensions, and weights times the values' scales to 16 bits per 64 keys. Matrix tiles take both
-// factors of every product to 2^-16 and leave out as much: kTileRoundings.
-constexpr double kTileRoundings = 2 * 0x1p-16 / kRounding;
+// 16 bits per group of dimensions, and weights times the values' scales to 16 bits per 64 keys. Matrix tiles take
+// queries and weights to 2^-15 and leave out 2^-16 of every product: kTileRoundings.
+constexpr double kTileRoundings = 3 * 0x1p-16 / kRounding;
 
 void expect_head(const float* query, const Sequence& sequence, int64_t stride, int64_t at, int64_t first, int64_t end,
                  float scale, const Shape& s, Type type, bool tiles, Expected& want) {

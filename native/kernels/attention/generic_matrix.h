@@ -1,8 +1,8 @@
 // Attention of many queries over a float16 cache by matrix tiles of bfloat16. Include after base/simd/amx.h and
 // generic.h.
 //
-// Every factor is the sum of two bfloat16: float16 is, but for its smallest numbers, exactly, and queries and weights
-// up to 2^-16 of themselves. The product of the two smaller parts is left out, which is as small.
+// Every factor is the sum of two bfloat16: float16 is exactly, and queries and weights up to 2^-15 of themselves. The
+// product of the two smaller parts is left out, below 2^-16 of the whole. A pair is of dimensions, or keys, 16 apart.
 #pragma once
 
 #include "kernels/attention/generic.h"
@@ -10,7 +10,8 @@
 namespace tersor::attention {
 namespace {
 
-// Sums T += x w, of both parts: x in tiles 4 and 5, w loaded from two tiles.
+// Sums T and T + 1 += x w, of both parts: x in tiles 4 and 5, w loaded from four tiles; or T only, from two. No product
+// waits for the one before it.
 template <int T>
 inline void add_product(const uint16_t* w) {
   load_tile<6>(w);
@@ -19,16 +20,27 @@ inline void add_product(const uint16_t* w) {
   multiply_tiles_bf16<T, 5, 6>();
   multiply_tiles_bf16<T, 4, 7>();
 }
+template <int T>
+inline void add_two_products(const uint16_t* w) {
+  load_tile<6>(w);
+  load_tile<7>(w + 2 * kTile);
+  multiply_tiles_bf16<T, 4, 6>();
+  multiply_tiles_bf16<T + 1, 4, 7>();
+  multiply_tiles_bf16<T, 5, 6>();
+  multiply_tiles_bf16<T + 1, 5, 7>();
+  load_tile<6>(w + kTile);
+  load_tile<7>(w + 3 * kTile);
+  multiply_tiles_bf16<T, 4, 6>();
+  multiply_tiles_bf16<T + 1, 4, 7>();
+}
 
 // Sums 0 .. n - 1 += x w: x of `chunks` times both parts, w (chunks, n tiles and more, both parts).
 inline void add_products(const uint16_t* x, const uint16_t* w, int64_t w_next, int chunks, int n) {
   for (int c = 0; c < chunks; ++c, x += 2 * kTile, w += w_next) {
     load_tile<4>(x);
     load_tile<5>(x + kTile);
-    add_product<0>(w);
-    if (n > 1) add_product<1>(w + 2 * kTile);
-    if (n > 2) add_product<2>(w + 4 * kTile);
-    if (n > 3) add_product<3>(w + 6 * kTile);
+    n > 1 ? add_two_products<0>(w) : add_product<0>(w);
+    if (n > 2) n > 3 ? add_two_products<2>(w + 4 * kTile) : add_product<2>(w + 4 * kTile);
   }
 }
 
@@ -54,7 +66,7 @@ void load_query_tiles(const Queries& q, int head_dim, int width, uint16_t* to) {
       for (int m = 0; m < 16; ++m) {
         const float* x = q.values + int64_t(16 * t + m) * stride + d;
         const int left = 16 * t + m < q.rows ? head_dim - d : 0;
-        store_parts<2>(to + 32 * m, load_least(x, left), load_least(x + 16, left - 16));
+        store_parted_pairs(to + 32 * m, load_least(x, left), load_least(x + 16, left - 16));
       }
     }
   }
@@ -65,9 +77,9 @@ void load_key_tiles(const uint16_t* keys, int head_dim, int panels, uint16_t* to
   for (int d = 0; d < head_dim; d += 32) {
     for (int p = 0; p < panels; ++p, to += 2 * kTile) {
       const uint16_t* k = keys + (int64_t(p) * head_dim + d) * 16;
-      for (int i = 0; i < 32; i += 2, k += 32) {
-        const F x = d + i < head_dim ? load_f16(k) : zero(), y = d + i + 1 < head_dim ? load_f16(k + 16) : zero();
-        store_paired_parts<2>(to + 16 * i, x, y);
+      for (int i = 0; i < 16; ++i, k += 16) {
+        const F x = d + i < head_dim ? load_f16(k) : zero(), y = d + i + 16 < head_dim ? load_f16(k + 256) : zero();
+        store_parted_pairs(to + 32 * i, x, y);
       }
     }
   }
@@ -77,10 +89,10 @@ void load_key_tiles(const uint16_t* keys, int head_dim, int panels, uint16_t* to
 void load_value_tiles(const uint16_t* values, int width, int keys, uint16_t* to) {
   for (int key = 0; key < keys; key += 32) {
     for (int d = 0; d < width; d += 16, to += 2 * kTile) {
-      const uint16_t* v = values + int64_t(key) * width + d;
-      for (int i = 0; i < 32; i += 2, v += 2 * width) {
-        const F x = key + i < keys ? load_f16(v) : zero(), y = key + i + 1 < keys ? load_f16(v + width) : zero();
-        store_paired_parts<2>(to + 16 * i, x, y);
+      const uint16_t *v = values + int64_t(key) * width + d, *later = v + 16 * width;
+      for (int i = 0; i < 16; ++i, v += width, later += width) {
+        const F x = key + i < keys ? load_f16(v) : zero(), y = key + i + 16 < keys ? load_f16(later) : zero();
+        store_parted_pairs(to + 32 * i, x, y);
       }
     }
   }
@@ -92,7 +104,7 @@ void load_weight_tiles(const float* weights, int rows, Range keys, uint16_t* to)
     const bool first = key + 16 > keys.begin, second = key + 16 < keys.end;
     for (int m = 0; m < 16; ++m) {
       const float* w = weights + m * kKeys + key;
-      store_parts<2>(to + 32 * m, first && m < rows ? load(w) : zero(), second && m < rows ? load(w + 16) : zero());
+      store_parted_pairs(to + 32 * m, first && m < rows ? load(w) : zero(), second && m < rows ? load(w + 16) : zero());
     }
   }
 }

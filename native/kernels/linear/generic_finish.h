@@ -13,20 +13,21 @@ inline Finish finish_of(const Finish& f, int p) {
           f.stride,     left < kPanelRows ? left : kPanelRows};
 }
 
-inline F scaled(const F& sums, const Finish& f) {
-  const F y = mul(sums, load(f.scale));
-  return f.bias ? add(y, load(f.bias)) : y;
+// Outputs [at, at + 16) of one row, but for the residual.
+inline F scaled(const F& sums, const Finish& f, int64_t at = 0) {
+  const F y = mul(sums, load(f.scale + at));
+  return f.bias ? add(y, load(f.bias + at)) : y;
 }
 
-inline void finish_row(const F& sums, const Finish& f, int64_t row) {
-  F y = scaled(sums, f);
-  const int64_t at = row * f.stride;
-  if (f.rows == kPanelRows) {
-    if (f.residual) y = add(y, load(f.residual + at));
-    store(f.y + at, y);
+inline void finish_row(const F& sums, const Finish& f, int64_t row, int at = 0) {
+  F y = scaled(sums, f, at);
+  const int64_t i = row * f.stride + at;
+  if (const int left = f.rows - at; left >= kPanelRows) {
+    if (f.residual) y = add(y, load(f.residual + i));
+    store(f.y + i, y);
   } else {
-    if (f.residual) y = add(y, load_n(f.residual + at, f.rows));
-    store_n(f.y + at, y, f.rows);
+    if (f.residual) y = add(y, load_n(f.residual + i, left));
+    store_n(f.y + i, y, left);
   }
 }
 

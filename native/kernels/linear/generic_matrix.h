@@ -158,20 +158,30 @@ void multiply_rows(const MatrixRows& x, const MatrixBlock& block, const uint16_t
   if (t < x.count) multiply_block<1, N, X, W>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
 }
 
+// Asks for what a row's outputs are added to and written to: another thread may have it, or wrote it last.
+inline void ask_for_outputs(const Finish& finish, int64_t row) {
+  const int64_t at = row * finish.stride;
+  for (int i = 0; i < finish.rows; i += kPanelRows) {
+    __builtin_prefetch(finish.y + at + i, 1);
+    if (finish.residual) __builtin_prefetch(finish.residual + at + i, 0);
+  }
+}
+
 // The outputs of one row, from its sums of all panels, pairs of which are pair_sums apart.
 inline void finish_panels(const MatrixPanels& panels, const float* sums, int64_t pair_sums, const Finish& finish,
                           int64_t row) {
   const float* from = sums + row / 32 * 1024 + row / 16 % 2 * 512 + row % 16 * 16;
   if (!panels.up) {
-    for (int p = 0; p < panels.count; ++p)
-      finish_row(load(from + p / kPanelsHeld * pair_sums + p % kPanelsHeld * 256), finish_of(finish, p), row);
+    for (int p = 0; p < panels.count; p += kPanelsHeld, from += pair_sums) {
+      finish_row(load(from), finish, row, p * kPanelRows);
+      if (p + 1 < panels.count) finish_row(load(from + 256), finish, row, (p + 1) * kPanelRows);
+    }
     return;
   }
-  for (int p = 0; p < panels.count; ++p, from += pair_sums) {
-    const F gate = scaled(load(from), finish_of(finish, p));
-    const F up = scaled(load(from + 256), finish_of(finish, int(p + panels.up)));
-    const F activated = panels.activation == elementwise::kSilu ? silu(gate) : gelu_tanh(gate);
-    store(finish.y + row * finish.stride + p * kPanelRows, mul(activated, up));
+  float* y = finish.y + row * finish.stride;
+  for (int at = 0; at < panels.count * kPanelRows; at += kPanelRows, from += pair_sums) {
+    const F gate = scaled(load(from), finish, at), up = scaled(load(from + 256), finish, at + panels.up * kPanelRows);
+    store(y + at, mul(panels.activation == elementwise::kSilu ? silu(gate) : gelu_tanh(gate), up));
   }
 }
 
@@ -197,7 +207,11 @@ void multiply_panels(const MatrixPanels& panels, const MatrixBlocks& blocks, con
                                                                     sums + p / kPanelsHeld * pair_sums, ahead);
     }
   }
-  for (int64_t row = 0; row < n; ++row) finish_panels(panels, sums, pair_sums, finish, row);
+  constexpr int64_t kAheadRows = 4;
+  for (int64_t row = 0; row < n; ++row) {
+    if (row + kAheadRows < n) ask_for_outputs(finish, row + kAheadRows);
+    finish_panels(panels, sums, pair_sums, finish, row);
+  }
 }
 
 void matrix(const MatrixPanels& panels, const Layout& layout, int64_t chunks, const int8_t* low_table,
