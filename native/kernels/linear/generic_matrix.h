@@ -158,8 +158,9 @@ void multiply_rows(const MatrixRows& x, const MatrixBlock& block, const uint16_t
   if (t < x.count) multiply_block<1, N, X, W>(tiles + t * x_tile, x_tile, w, block.chunks, begin, sums);
 }
 
-// Asks for what a row's outputs are added to and written to: another thread may have it, or wrote it last.
-inline void ask_for_outputs(const Finish& finish, int64_t row) {
+// Asks for what a row's outputs are added to and written to: another thread may have it, or wrote it last. Inlined
+// always: GCC may take a call of this for one without effect and drop it.
+[[gnu::always_inline]] inline void ask_for_outputs(const Finish& finish, int64_t row) {
   const int64_t at = row * finish.stride;
   for (int i = 0; i < finish.rows; i += kPanelRows) {
     __builtin_prefetch(finish.y + at + i, 1);
