@@ -21,7 +21,8 @@ namespace {
 // merged in order, so that a row's bits depend neither on the threads nor on the rows beside it.
 constexpr int64_t kChunk = 256;
 constexpr int64_t kMinMacs = 1 << 17;  // multiply-adds worth waking a thread: a few microseconds
-constexpr int kUnitsPerThread = 4;     // enough that the last units do not leave threads idle
+constexpr int kTilesPerThread = 4;     // enough that the last do not leave threads idle
+constexpr int kUnitsPerThread = 8;     // the same of parts of tiles
 constexpr int kFewRows = 16;           // rows of a tile whose queries one thread loads for all
 constexpr int64_t kHugePage = 2 << 20;
 constexpr float kLog2e = 1.44269504088896341f;
@@ -100,8 +101,8 @@ struct Problem {
     }
   }
 
-  // One chunk's softmax of a tile's rows, whose queries are loaded.
-  void run_chunk(const Tile& t, int64_t chunk, const float* q, const State& state, float* scratch) const {
+  // One chunk's softmax of a tile's rows, whose queries are loaded; the thread goes on with the chunks up to `last`.
+  void run_chunk(const Tile& t, int64_t chunk, int64_t last, const float* q, const State& state, float* scratch) const {
     int64_t first[kMaxRows], end[kMaxRows];
     for (int r = 0; r < t.rows(); ++r) {
       const int64_t query = t.first_query + r / t.heads;
@@ -112,9 +113,11 @@ struct Problem {
     std::fill_n(state.total, int64_t(t.rows()) * 16, 0.0f);
     std::fill_n(state.out, int64_t(t.rows()) * t.cache->width, 0.0f);
     const int64_t start = (t.first_chunk() + chunk) * kChunk, stop = std::min(t.end, start + kChunk);
+    const int64_t wanted = std::min(t.end, (t.first_chunk() + last) * kChunk);
     const Queries rows{t.rows(), q, first, end, softcap * kLog2e};
     for (int64_t at = std::max(t.begin, start), piece_end; at < stop; at = piece_end) {
-      const Head head = t.cache->piece(layer, t.kv_head, at, piece_end);
+      Head head = t.cache->piece(layer, t.kv_head, at, piece_end);
+      head.wanted = std::min(wanted, piece_end);
       (t.many ? kernels.attend_many : kernels.attend)[t.cache->type](head, rows, at, std::min(stop, piece_end), state,
                                                                      scratch);
     }
@@ -165,15 +168,20 @@ struct Plan {
     tiles.clear();
     units.clear();
     for (const Span& span : spans) problem.cut(span, tiles);
-    const bool whole = int64_t(tiles.size()) >= int64_t(kUnitsPerThread) * threads();
+    const bool whole = int64_t(tiles.size()) >= int64_t(kTilesPerThread) * threads();
     state_offset.assign(tiles.size(), -1);
     query_offset.assign(tiles.size(), -1);
     if (left.size() < tiles.size()) left = std::vector<std::atomic<int64_t>>(2 * tiles.size());
-    int64_t floats = 0, query_floats = 0, macs = 0;
+    int64_t floats = 0, query_floats = 0, macs = 0, all_chunks = 0;
+    for (const Tile& t : tiles) all_chunks += t.chunks();
+    const int64_t most = std::max<int64_t>(1, all_chunks / (kUnitsPerThread * threads()));
     for (size_t i = 0; i < tiles.size(); ++i) {
       const Tile& t = tiles[i];
-      const int64_t chunks = t.chunks(), count = whole ? chunks : 1;
-      for (int64_t c = 0; c < chunks; c += count) units.push_back({int(i), c, count, t.macs() / chunks * count});
+      const int64_t chunks = t.chunks(), count = whole ? chunks : std::min(chunks, most);
+      for (int64_t c = 0; c < chunks; c += count) {
+        const int64_t some = std::min(count, chunks - c);
+        units.push_back({int(i), c, some, t.macs() / chunks * some});
+      }
       if (count < chunks) {
         state_offset[i] = floats;
         floats += Problem::state_size(t) * chunks;
@@ -212,17 +220,20 @@ void run_unit(const Problem& problem, Plan& plan, const Unit& unit) {
   if (plan.state_offset[unit.tile] < 0) {
     float* states = own.at_least(2 * size);
     const State sum = Problem::state_at(t, states), next = Problem::state_at(t, states + size);
-    problem.run_chunk(t, 0, q, sum, work);
+    problem.run_chunk(t, 0, unit.count, q, sum, work);
     for (int64_t c = 1; c < unit.count; ++c) {
-      problem.run_chunk(t, c, q, next, work);
+      problem.run_chunk(t, c, unit.count, q, next, work);
       problem.merge(t, sum, next);
     }
     problem.finish(t, sum);
     return;
   }
   float* states = plan.states.at_least(0) + plan.state_offset[unit.tile];
-  problem.run_chunk(t, unit.first, q, Problem::state_at(t, states + unit.first * size), work);
-  if (plan.left[unit.tile].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+  const int64_t last = unit.first + unit.count;
+  for (int64_t c = unit.first; c < last; ++c) {
+    problem.run_chunk(t, c, last, q, Problem::state_at(t, states + c * size), work);
+  }
+  if (plan.left[unit.tile].fetch_sub(unit.count, std::memory_order_acq_rel) > unit.count) return;
   const State sum = Problem::state_at(t, states);
   for (int64_t c = 1; c < t.chunks(); ++c) problem.merge(t, sum, Problem::state_at(t, states + c * size));
   problem.finish(t, sum);
@@ -279,7 +290,8 @@ Head Cache::piece(int layer, int kv_head, int64_t position, int64_t& end) const 
           reinterpret_cast<uint16_t*>(scales + size.key_scales + size.value_scales),
           head_dim,
           width,
-          first};
+          first,
+          end};
 }
 
 void append(std::span<const Span> spans, int layer, const Rows& keys, const Rows& values) {

@@ -193,6 +193,8 @@ struct Block {
   const float* key_scales;  // (panels, key groups, 16); likewise of the values
   const float* value_scales;
   const uint16_t* anchor;  // of the keys, or null
+  const char* after_k;     // what will be read after the keys, as many bytes, or null; likewise the values
+  const char* after_v;
 };
 
 // Keys of a block, counted from its first, that any of some rows see.
@@ -244,11 +246,11 @@ void soften(const Queries& q, int row, int64_t at, float* scores, const State& s
   store(state.total + 16 * row, total);
 }
 
-// The same of some rows, 16 * panels scores of each, kKeys apart.
-inline void soften_rows(const Queries& q, int row, int rows, int64_t at, int panels, float* scores, const State& state,
-                        int width) {
+// The same of some rows, 16 * panels scores of each.
+inline void soften_rows(const Queries& q, int row, int rows, int64_t at, int panels, float* scores, int stride,
+                        const State& state, int width) {
   static_assert(kKeys == 64);
-  for (int m = 0; m < rows; ++m, scores += kKeys) {
+  for (int m = 0; m < rows; ++m, scores += stride) {
     if (panels == 4) soften<4>(q, row + m, at, scores, state, width);
     if (panels == 3) soften<3>(q, row + m, at, scores, state, width);
     if (panels == 2) soften<2>(q, row + m, at, scores, state, width);
@@ -263,31 +265,25 @@ inline float dot_halves(const float* x, const uint16_t* halves, int n) {
   return sum(total);
 }
 
-// The block after this one, of keys or values: the first rows of a tile ask for it, for all of them.
+// Scores (rows, kKeys) of the keys that rows [row, row + rows) see, rows of scores_stride floats.
 template <Type kType>
-inline const char* next_block(const void* block, int width, int row) {
-  return row == 0 ? (const char*)block + bytes_of(kType, int64_t(kKeys) * width) : nullptr;
-}
-
-// Weights (rows, kKeys) of the keys that rows [row, row + rows) see.
-template <Type kType>
-void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* weights,
-                const State& state) {
+void score_keys(const Head& head, const Queries& q, const Block& b, int row, int rows, float* scores,
+                int scores_stride) {
   const Range range = seen(q, row, rows, b);
   if (range.begin >= range.end) return;
   const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
-  float* scores = weights + int64_t(row) * kKeys + 16 * first;
+  scores += int64_t(row) * scores_stride + 16 * first;
   const int stride = query_floats(kType, head.width);
   const float* x = q.values + int64_t(row) * stride;
   Product p = {};
   p.sums = scores;
-  p.sums_stride = kKeys;
+  p.sums_stride = scores_stride;
   if constexpr (is_integer(kType)) {
     const int width = head.width, groups = key_groups(width);
-    const char* later = next_block<kType>(b.k, width, row);
+    const char* after = row == 0 ? b.after_k : nullptr;
     for (int m = 0; m < rows; ++m) {
       const F begin = kType == kInt4 ? set(dot_halves(x + m * stride + width + groups, b.anchor, width)) : zero();
-      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * kKeys + 16 * j, begin);
+      for (int j = 0; j < panels; ++j) store(scores + int64_t(m) * scores_stride + 16 * j, begin);
     }
     p.w_step = 32;
     p.w_next = int64_t(16) * width;
@@ -297,7 +293,7 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
     for (int g = 0; g < groups; ++g) {
       p.w = offset(b.k, first * p.w_next + g * kKeyGroup * 16, kType);
       p.k = least(kKeyGroup, width - g * kKeyGroup);
-      p.ahead = later ? later + g * bytes_of(kType, kKeys * kKeyGroup) : nullptr;
+      p.ahead = after ? after + g * bytes_of(kType, kKeys * kKeyGroup) : nullptr;
       p.x = (const int16_t*)x + g * kKeyGroup;
       p.row_scale = x + width + g;
       p.lane_scale = b.key_scales + 16 * (first * groups + g);
@@ -307,14 +303,23 @@ void weigh_keys(const Head& head, const Queries& q, const Block& b, int row, int
   } else {
     p.w_step = 16;
     p.w_next = int64_t(16) * head.head_dim;
-    p.ahead = next_block<kType>(b.k, head.head_dim, row);
+    p.ahead = row == 0 ? b.after_k : nullptr;
     p.w = offset(b.k, first * p.w_next, kType);
     p.k = head.head_dim;
     p.x = x;
     p.x_stride = stride;
     multiply<Floats<kType, false>>(p, rows, panels);
   }
-  soften_rows(q, row, rows, b.at + 16 * first, panels, scores, state, head.width);
+}
+
+// Turns the scores of the keys that rows [row, row + rows) see into weights.
+inline void weigh_keys(const Queries& q, const Block& b, int row, int rows, float* scores, int stride,
+                       const State& state, int width) {
+  const Range range = seen(q, row, rows, b);
+  if (range.begin >= range.end) return;
+  const int first = range.begin / 16, panels = (range.end + 15) / 16 - first;
+  soften_rows(q, row, rows, b.at + 16 * first, panels, scores + int64_t(row) * stride + 16 * first, stride, state,
+              width);
 }
 
 // Rounds weights times the values' scales, panels of 16 keys `groups` scales apart, to 16 bits; returns the codes'
@@ -352,18 +357,17 @@ inline void add_to_all(float* x, float y, int n) {
 
 // Adds the values times the weights.
 template <Type kType>
-void add_values(const Head& head, const Queries& q, const Block& b, int row, int rows, const float* weights,
+void add_values(const Head& head, const Queries& q, const Block& b, int row, int rows, const float* weights, int stride,
                 const State& state) {
   const Range range = seen(q, row, rows, b);
   if (range.begin >= range.end) return;
   const int width = head.width;
-  const float* w = weights + int64_t(row) * kKeys;
+  const float* w = weights + int64_t(row) * stride;
   Product p = {};
   p.w_next = 16;
   p.sums = state.out + int64_t(row) * width;
   p.sums_stride = width;
-  p.x_stride = kKeys;
-  const char* later = next_block<kType>(b.v, width, row);
+  const char* after = row == 0 ? b.after_v : nullptr;
   if constexpr (is_integer(kType)) {
     constexpr int kGroup = value_group(kType);
     alignas(64) int16_t codes[kTallRows * kKeys];
@@ -371,6 +375,7 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
     const int first = range.begin / 16, panels = (range.end + 15) / 16 - first, groups = value_groups(kType, width);
     const int begin = range.begin / 2 * 2, end = (range.end + 1) / 2 * 2;  // weights are 0 beside the range
     p.x = codes + begin;
+    p.x_stride = kKeys;
     p.k = end - begin;
     p.w_step = 2 * width;
     p.w_next = 32;
@@ -382,7 +387,7 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
       alignas(64) float opened[kKeys], minima[kKeys];
       if constexpr (kType == kInt4) open_scales(group_scales, groups, panels, opened, minima);
       for (int m = 0; m < rows; ++m) {
-        const float* weight = w + m * kKeys + 16 * first;
+        const float* weight = w + m * stride + 16 * first;
         int16_t* to = codes + m * kKeys + 16 * first;
         if constexpr (kType == kInt4) {
           scales[m] = round_weights(weight, opened, 1, panels, to);
@@ -392,7 +397,7 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
         }
       }
       p.w = offset(b.v, int64_t(begin) * width + g * kGroup * 2, kType);
-      p.ahead = later ? later + g * bytes_of(kType, kKeys * kGroup) : nullptr;
+      p.ahead = after ? after + g * bytes_of(kType, kKeys * kGroup) : nullptr;
       multiply<Integers<kType, false>>(p, rows, columns / 16);
       p.sums += kGroup;
     }
@@ -401,20 +406,17 @@ void add_values(const Head& head, const Queries& q, const Block& b, int row, int
     p.w_step = width;
     p.k = range.end - range.begin;
     p.x = w + range.begin;
-    p.ahead = later;
+    p.x_stride = stride;
+    p.ahead = after;
     multiply<Floats<kType, true>>(p, rows, width / 16);
   }
 }
 
-template <Type kType>
-void attend_block(const Head& head, const Queries& q, const Block& b, int highest, float* weights, const State& state) {
-  const int tiles = (q.rows + highest - 1) / highest, height = (q.rows + tiles - 1) / tiles;  // about equally high
-  for (int row = 0; row < q.rows; row += height) {
-    weigh_keys<kType>(head, q, b, row, least(height, q.rows - row), weights, state);
-  }
-  for (int row = 0; row < q.rows; row += height) {
-    add_values<kType>(head, q, b, row, least(height, q.rows - row), weights, state);
-  }
+// Calls do(row, rows) for parts of at most `highest` rows, about equally high.
+template <typename Do>
+inline void for_rows(const Queries& q, int highest, Do&& part) {
+  const int tiles = (q.rows + highest - 1) / highest, height = (q.rows + tiles - 1) / tiles;
+  for (int row = 0; row < q.rows; row += height) part(row, least(height, q.rows - row));
 }
 
 inline void convert(const void* halves, int64_t n, float* to) {
@@ -486,32 +488,75 @@ inline float round_codes(const float* x, int n, Code* codes) {
   return scale;
 }
 
+// Keys [at, at + keys) of the cache.
+template <Type kType>
+inline Block block_at(const Head& head, int64_t at, int keys) {
+  const int64_t held = at - head.first;
+  Block b = {};
+  b.at = at;
+  b.keys = keys;
+  b.k = offset(head.keys, held * (is_integer(kType) ? head.width : head.head_dim), kType);
+  b.v = offset(head.values, held * head.width, kType);
+  if constexpr (is_integer(kType)) {
+    b.key_scales = head.key_scales + held * key_groups(head.width);
+    b.value_scales = head.value_scales + held * value_groups(kType, head.width);
+    if constexpr (kType == kInt4) b.anchor = head.anchors + held / kKeys * head.width;
+  }
+  return b;
+}
+
+// Of few rows, which wait for the memory: many keys, then their values, so that both are read in long runs.
+template <Type kType>
+void attend_few(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state, float* weights) {
+  constexpr int kStride = 4 * kKeys;
+  static_assert(2 * kWideRows * kStride <= kMaxRows * kKeys);
+  for (int64_t at = begin; at < end; at += kStride) {
+    Block blocks[5] = {};  // one more than there are: what comes next, or nothing
+    int n = 0;
+    for (; n < 4 && at + n * kKeys < end; ++n) {
+      const int64_t first = at + n * kKeys;
+      blocks[n] = block_at<kType>(head, first, least(kKeys, end - first));
+    }
+    if (at + n * kKeys < head.wanted) blocks[n] = block_at<kType>(head, at + n * kKeys, kKeys);
+    for (int i = 0; i < n; ++i) {
+      blocks[i].after_k = (const char*)(i + 1 < n ? blocks[i + 1].k : blocks[0].v);
+      blocks[i].after_v = (const char*)(i + 1 < n ? blocks[i + 1].v : blocks[n].k);
+      for_rows(q, kWideRows, [&](int row, int rows) {
+        score_keys<kType>(head, q, blocks[i], row, rows, weights + i * kKeys, kStride);
+      });
+    }
+    for (int i = 0; i < n; ++i) {
+      for_rows(q, kWideRows, [&](int row, int rows) {
+        weigh_keys(q, blocks[i], row, rows, weights + i * kKeys, kStride, state, head.width);
+        add_values<kType>(head, q, blocks[i], row, rows, weights + i * kKeys, kStride, state);
+      });
+    }
+  }
+}
+
+template <Type kType>
+void attend_block(const Head& head, const Queries& q, const Block& b, const State& state, float* weights) {
+  for_rows(q, kTallRows, [&](int row, int rows) {
+    score_keys<kType>(head, q, b, row, rows, weights, kKeys);
+    weigh_keys(q, b, row, rows, weights, kKeys, state, head.width);
+  });
+  for_rows(q, kTallRows, [&](int row, int rows) { add_values<kType>(head, q, b, row, rows, weights, kKeys, state); });
+}
+
 // Of many rows, float16 is converted once.
 template <Type kType>
 void attend(const Head& head, const Queries& q, int64_t begin, int64_t end, const State& state, float* scratch) {
-  float *weights = scratch, *rest = scratch + kMaxRows * kKeys;
+  if (q.rows <= 2 * kWideRows) return attend_few<kType>(head, q, begin, end, state, scratch);
   for (int64_t at = begin; at < end; at += kKeys) {
-    const int count = least(kKeys, end - at);
-    const int64_t held = at - head.first;
-    Block b = {at, count, nullptr, offset(head.values, held * head.width, kType), nullptr, nullptr, nullptr};
-    if constexpr (is_integer(kType)) {
-      b.k = offset(head.keys, held * head.width, kType);
-      b.key_scales = head.key_scales + held * key_groups(head.width);
-      b.value_scales = head.value_scales + held * value_groups(kType, head.width);
-      if constexpr (kType == kInt4) b.anchor = head.anchors + held / kKeys * head.width;
-    } else {
-      b.k = offset(head.keys, held * head.head_dim, kType);
-    }
-    if (q.rows <= 2 * kWideRows) {
-      attend_block<kType>(head, q, b, kWideRows, weights, state);
-    } else if constexpr (kType == kFloat16) {
-      float *keys = rest, *values = rest + kKeys * head.head_dim;
-      convert(b.k, int64_t(count + 15) / 16 * 16 * head.head_dim, keys);
-      convert(b.v, int64_t(count) * head.width, values);
+    Block b = block_at<kType>(head, at, least(kKeys, end - at));
+    if constexpr (kType == kFloat16) {
+      float *keys = scratch + kMaxRows * kKeys, *values = keys + kKeys * head.head_dim;
+      convert(b.k, int64_t(b.keys + 15) / 16 * 16 * head.head_dim, keys);
+      convert(b.v, int64_t(b.keys) * head.width, values);
       b.k = keys, b.v = values;
-      attend_block<kFloat32>(head, q, b, kTallRows, weights, state);
+      attend_block<kFloat32>(head, q, b, state, scratch);
     } else {
-      attend_block<kType>(head, q, b, kTallRows, weights, state);
+      attend_block<kType>(head, q, b, state, scratch);
     }
   }
 }

@@ -120,7 +120,8 @@ void attend_tiles(const Head& head, const Queries& q, int64_t begin, int64_t end
   for (int64_t at = begin; at < end; at += kKeys) {
     const int count = least(kKeys, end - at), all = (count + 15) / 16;
     const int64_t held = at - head.first;
-    const Block b = {at, count, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Block b = {};
+    b.at = at, b.keys = count;
     load_key_tiles((const uint16_t*)head.keys + held * dim, dim, all, key_tiles);
     load_value_tiles((const uint16_t*)head.values + held * width, width, count, value_tiles);
     for (int row = 0; row < q.rows; row += 16) {
@@ -133,7 +134,7 @@ void attend_tiles(const Head& head, const Queries& q, int64_t begin, int64_t end
                    chunks, panels);
       float* own = scores + int64_t(row) * kKeys;
       store_sums(own + 16 * first, kKeys * 4, panels);
-      soften_rows(q, row, rows, at + 16 * first, panels, own + 16 * first, state, width);
+      soften_rows(q, row, rows, at + 16 * first, panels, own + 16 * first, kKeys, state, width);
       const Range keys = {16 * first, 16 * (first + panels)};
       load_weight_tiles(own, rows, keys, weight_tiles);
       const int skipped = keys.begin / 32, some = (keys.end + 31) / 32 - skipped;

@@ -46,7 +46,8 @@ struct Head {
   float* value_scales;
   uint16_t* anchors;  // of int4 only
   int head_dim, width;
-  int64_t first;  // the position that these point to
+  int64_t first;   // the position that these point to
+  int64_t wanted;  // positions before it will be read soon by the thread that reads the ones before them
 };
 
 // Rows of queries as `load_query` wrote them, scaled by log2(e) too, since powers of two are cheaper than of e; and the
