@@ -2,9 +2,9 @@
 #include <nanobind/nanobind.h>
 
 #include "bindings/arrays.h"
-#include "methods/column_sums.h"
 #include "methods/feedback.h"
 #include "methods/gram.h"
+#include "methods/sums.h"
 
 namespace nb = nanobind;
 
@@ -69,6 +69,14 @@ void column_sums(const Matrix<float>& x, Sums<double> squares, Sums<double> magn
   tersor::column_sums(rows, columns, x.data(), squares.data(), magnitudes.data(), absmax.data());
 }
 
+void row_products(const Matrix<float>& x, const Matrix<float>& y, Sums<double> products) {
+  const int64_t rows = x.shape(0), columns = x.shape(1);
+  require(has_shape(y, rows, columns), "y: need the shape of x");
+  require(static_cast<int64_t>(products.shape(0)) == rows, "products: need one value per row");
+  nb::gil_scoped_release release;
+  tersor::row_products(rows, columns, x.data(), y.data(), products.data());
+}
+
 void add_gram(const Matrix<float>& x, Changed<double> gram) {
   const int64_t rows = x.shape(0), columns = x.shape(1);
   require(multiplies_by_tiles(), "add_gram: this instruction set has no tiles");
@@ -92,6 +100,8 @@ void bind_methods(nb::module_& m) {
   m.def("column_sums", &b::column_sums, nb::arg("x"), nb::arg("squares"), nb::arg("magnitudes"), nb::arg("absmax"),
         "Adds the columns of x (rows, columns): x^2 and |x| to the float64 sums (columns,), the largest |x| to "
         "absmax.");
+  m.def("row_products", &b::row_products, nb::arg("x"), nb::arg("y"), nb::arg("products"),
+        "Writes the inner product of each row of x with that of y, both (rows, columns), to products, (rows,) float64.");
   m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether this CPU has what add_gram needs.");
   m.def("add_gram", &b::add_gram, nb::arg("x"), nb::arg("gram"),
         "Adds x^T x, x (rows, columns), to the lower triangle of gram, (columns, columns) float64.");

@@ -27,8 +27,9 @@ void test_sizes(int64_t rows, int64_t columns) {
         const double term = double(x[row * columns + i]) * x[row * columns + j];
         sum += term, size += std::fabs(term);
       }
-      // Six products a term, summed one by one, the three that are left out, and the rounding of the result here.
-      want.add(sum, (6 * std::min<double>(1024, double(rows)) + 8) * kRounding * size);
+      // Three products a term, summed one by one; what two bfloat16 leave of each factor, and the product of their lesser
+      // ones, 2^-18 each; and the rounding of the result here.
+      want.add(sum, ((3 * std::min<double>(1024, double(rows)) + 2) * kRounding + 3 * 0x1p-18) * size);
     }
   }
   Result first;

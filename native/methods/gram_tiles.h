@@ -7,8 +7,11 @@ namespace tersor {
 
 inline constexpr int64_t kPairColumns = 32;
 
-// bfloat16 of a pair as tiles, for either side of a product: two panels, chunks of 32 rows, three parts.
-constexpr int64_t pair_size(int64_t rows) { return 2 * ((rows + 31) / 32) * 3 * 512; }
+// Bfloat16 that stand for a float, to 2^-18 of it: below what the roundings of as many sums in float32 come to.
+inline constexpr int kGramParts = 2;
+
+// bfloat16 of a pair as tiles, for either side of a product: two panels, chunks of 32 rows, parts.
+constexpr int64_t pair_size(int64_t rows) { return 2 * ((rows + 31) / 32) * kGramParts * 512; }
 
 // Writes a pair for both sides, x being its first column in the first row; columns and rows that miss are 0.
 void load_pair(const float* x, int64_t line, int64_t columns, int64_t rows, uint16_t* left, uint16_t* right);

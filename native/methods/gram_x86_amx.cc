@@ -8,7 +8,7 @@
 namespace tersor {
 namespace {
 
-constexpr int64_t kParts = kFloatParts * kTile;  // of a chunk
+constexpr int64_t kParts = kGramParts * kTile;  // of a chunk
 static_assert(pair_size(32) == 2 * kParts);
 
 // Adds 16 floats to as many doubles.
@@ -28,10 +28,10 @@ void load_pair(const float* x, int64_t line, int64_t columns, int64_t rows, uint
       for (int64_t i = 0; i < 32; i += 2) {
         const F even = i < lines ? load_least(from + i * line, width) : zero();
         const F odd = i + 1 < lines ? load_least(from + (i + 1) * line, width) : zero();
-        store_paired_parts<kFloatParts>(right + 16 * i, even, odd);
+        store_paired_parts<kGramParts>(right + 16 * i, even, odd);
       }
       uint16_t* turned = left + (panel * chunks + chunk) * kParts;
-      for (int part = 0; part < kFloatParts; ++part) transpose_pairs(right + part * kTile, turned + part * kTile);
+      for (int part = 0; part < kGramParts; ++part) transpose_pairs(right + part * kTile, turned + part * kTile);
     }
   }
 }
@@ -46,7 +46,7 @@ void add_pairs(const uint16_t* left, const uint16_t* right, int64_t left_columns
     for (int64_t i = 0; i < left_columns; ++i) {  // asked for while the tiles multiply
       for (int64_t j = 0; j < kPairColumns; j += 8) __builtin_prefetch(to + i * line + j, 1);
     }
-    multiply_block<2, 2, kFloatParts, kFloatParts>(left, chunks * kParts, right, chunks, true, sums);
+    multiply_block<2, 2, kGramParts, kGramParts, kGramParts>(left, chunks * kParts, right, chunks, true, sums);
     for (int64_t i = 0; i < left_columns; ++i) {
       for (int64_t j = 0; j < std::min(kPairColumns, right_columns - column); j += 16) {
         const float* from = sums + i / 16 * 512 + j / 16 * 256 + i % 16 * 16;

@@ -13,7 +13,7 @@ from tersor.formats import FORMATS, get_format, ordered, outliers
 from tersor.formats.grid import basis, free_parameters, grid_of
 from tersor.methods import feedback
 from tersor.methods.gptq import GptqOptions, asymmetric_target, gptq
-from tersor.methods.hessian import factorize
+from tersor.methods.hessian import Damped, factorize
 from tersor.methods.refine import _State, refine
 from tersor.tensor import InputStatistics
 
@@ -231,7 +231,7 @@ def test_refinement_of_small_matrices_never_raises_the_objective(name, rows, col
         gram = statistics(inputs(columns)).gram
         codes, params = f.unpack(gptq(w, f, statistics(inputs(columns)), GptqOptions(refine=0)))
         of = []
-        for c, p in ((codes, params), refine(w, f, codes, params, gram, 0.01, 2)):
+        for c, p in ((codes, params), refine(w, f, codes, params, Damped(gram, 0.01), 2)):
             errors = f.decode(c, p).astype(np.float64) - w
             of.append(np.einsum("rc,cd,rd->r", errors, gram + 0.01 * np.eye(columns), errors))
         assert (of[1] <= of[0] * (1 + 1e-5)).all() and of[1].sum() < of[0].sum()
@@ -362,7 +362,7 @@ def test_refinement_changes_nothing_when_the_codes_are_exact():
     f = get_format("int4_g64")
     w = f.dequantize(f.quantize(weights(4, 128)))
     codes, params = f.unpack(f.quantize(w))
-    again, kept = refine(w, f, codes, params, statistics(inputs(128)).gram, 0.1, 5)
+    again, kept = refine(w, f, codes, params, Damped(statistics(inputs(128)).gram, 0.1), 5)
     assert np.array_equal(codes, again) and all(np.array_equal(params[p], kept[p]) for p in params)
 
 

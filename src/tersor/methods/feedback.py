@@ -37,7 +37,7 @@ def feed_back(w: Array, format: Format, factor: Factor, params: Params | None, s
     reached, from what its weights would best be after the errors so far. That needs the columns in stored order.
     """
     columns = w.shape[1]
-    sweep = _Pass(np.ascontiguousarray(w[:, factor.order]), factor)
+    sweep = _Pass(np.ascontiguousarray(w if factor.in_order else w[:, factor.order]), factor)
     if params is None and format.group_size <= 0:
         params = fit(format, w, factor.diagonal[np.argsort(factor.order)], search)
     if params is not None:
@@ -74,10 +74,15 @@ class _Pass:
         for begin in range(0, last - first, TILE):
             end = min(begin + TILE, last - first)
             tile = slice(first + begin, first + end)
-            before = self.errors[:, first : first + begin] @ self.factor.feedback(slice(first, first + begin), tile)
-            self._round_tile(tile, target[:, begin:end] + before, grid, group_of[begin:end], indices[:, begin:end])
-        codes = np.empty(indices.shape, dtype=grid.codes.dtype)
-        codes[:, stored_at] = grid.codes[indices]
+            aim = target[:, begin:end]
+            if begin > 0:
+                aim = aim + self.errors[:, first : first + begin] @ self.factor.feedback(slice(first, first + begin), tile)
+            self._round_tile(tile, np.ascontiguousarray(aim), grid, group_of[begin:end], indices[:, begin:end])
+        chosen = np.take(grid.codes, indices)
+        if self.factor.in_order:
+            return chosen
+        codes = np.empty_like(chosen)
+        codes[:, stored_at] = chosen
         return codes
 
     def _round_tile(self, tile: slice, target: Array, grid: Grid, group_of: Array, indices: Array) -> None:
@@ -85,7 +90,7 @@ class _Pass:
         rounded = np.empty(target.shape, dtype=np.uint8)
         w = np.ascontiguousarray(self.w[:, tile])
         errors = np.empty_like(w)
-        feedback = self.factor.feedback(tile, tile)
+        feedback = np.ascontiguousarray(self.factor.feedback(tile, tile))
         _native.feed_back(w, feedback, grid.step, grid.offset, group_of, grid.levels, target, rounded, errors)
         indices[:], self.errors[:, tile] = rounded, errors
 

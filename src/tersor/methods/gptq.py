@@ -30,7 +30,7 @@ from tersor.formats import Format, as_rows, get_format
 from tersor.formats.floats import FloatFormat
 from tersor.formats.lookup import DoubleLookupFormat
 from tersor.methods.feedback import feed_back, fit
-from tersor.methods.hessian import Factor, checked_gram, factorize
+from tersor.methods.hessian import Damped, Factor, checked_gram, factorize
 from tersor.methods.ordered import in_order
 from tersor.methods.outliers import beside_outliers
 from tersor.methods.refine import refine
@@ -140,9 +140,9 @@ def _solve(
     def solve(rows: slice) -> tuple[Array, Params]:
         known = None if params is None else {name: value[rows] for name, value in params.items()}
         codes, fitted = feed_back(target[rows], format, factor, known, options.search)
-        return refine(target[rows], format, codes, fitted, gram, factor.damping, options.refine)
+        return refine(target[rows], format, codes, fitted, damped, options.refine)
 
-    target = w
+    target, damped = w, Damped(gram, factor.damping)
     if not format.row_independent:
         return solve(slice(None))
     if not coupling:

@@ -13,6 +13,7 @@ Algorithm 1) computes through the inverse Hessian.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
@@ -21,6 +22,8 @@ from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
 
 LARGEST_DAMP = 1.0
+KEPT_BYTES = 64 << 20  # of a matrix in float32 that is made once for all rows; of a larger one each part is made where it is needed
+_PANEL = 64  # rows made at a time, so that the float64 between stay in the cache
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,37 @@ class Factor:
     damp: float
     damping: float
 
-    @property
+    @cached_property
     def diagonal(self) -> Array:
         """D, (n,) float64, > 0, in the order of the factor."""
         d: Array = np.square(np.diagonal(self.reversed_lower)[::-1])
         return d
 
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the columns are as they are stored."""
+        return np.array_equal(self.order, np.arange(len(self.order)))
+
     def feedback(self, above: slice, columns: slice) -> Array:
-        """Returns U[above, columns], (len, len) float32 in C order. Entries below U's diagonal are not defined."""
+        """Returns U[above, columns], (len, len) float32, not to be written to. Entries below U's diagonal are not defined."""
+        if self._transposed is not None:
+            return self._transposed[columns, above].T
         upper = self.reversed_lower[::-1, ::-1]
         block = upper[above, columns] / np.diagonal(upper)[columns]
         return np.ascontiguousarray(block, dtype=np.float32)
+
+    @cached_property
+    def _transposed(self) -> Array | None:
+        """U^T, (n, n) float32, or None where that is large."""
+        n = len(self.order)
+        if not is_kept(n):
+            return None
+        lower, made = self.reversed_lower.T[::-1, ::-1], np.empty((n, n), np.float32)
+        for begin in range(0, n, _PANEL):
+            end = min(begin + _PANEL, n)
+            roots = np.diagonal(lower)[begin:end, None]
+            np.divide(lower[begin:end, :end], roots, out=made[begin:end, :end], casting="same_kind")
+        return made
 
     def expected(self, made_up: Array, group: slice) -> Array:
         """Returns made_up (rows, len) times the inverse of U[group, group], float32.
@@ -51,11 +74,19 @@ class Factor:
         objective is least where they change by e_P H_PR H_RR^-1 = e_P U_PR U_RR^-1, whose part in the group is this: what
         GPTQ's weights are when it reaches the group. (A column's own target also has the errors to come inside the group.)
         """
-        upper = self.reversed_lower[::-1, ::-1][group, group]
-        inverse, _ = dtrtri(np.asfortranarray(upper / np.diagonal(upper)), lower=0, unitdiag=1)
-        np.fill_diagonal(inverse, 1.0)
-        expected: Array = made_up @ np.triu(inverse).astype(np.float32)
+        key = group.start, group.stop
+        if key not in self._inverses:
+            upper = self.reversed_lower[::-1, ::-1][group, group]
+            inverse, _ = dtrtri(np.asfortranarray(upper / np.diagonal(upper)), lower=0, unitdiag=1)
+            np.fill_diagonal(inverse, 1.0)
+            self._inverses[key] = np.triu(inverse).astype(np.float32)
+        expected: Array = made_up @ self._inverses[key]
         return expected
+
+    @cached_property
+    def _inverses(self) -> dict[tuple[int, int], Array]:
+        """The inverses that `expected` has made, (len, len) float32, by group."""
+        return {}
 
     def solve(self, rows: Array) -> Array:
         """Returns rows (r, n) float64, in the original order of columns, times the inverse of the damped H."""
@@ -64,6 +95,29 @@ class Factor:
         result = np.empty_like(rows)
         result[:, reversed_order] = solution.T
         return result
+
+
+class Damped:
+    """H + damping * I in float32. hessian: H, (n, n) float64, symmetric."""
+
+    def __init__(self, hessian: Array, damping: float) -> None:
+        self._hessian, self._damping = hessian, damping
+        self._kept = self._made(slice(0, len(hessian))) if is_kept(len(hessian)) else None
+
+    def rows(self, part: slice) -> Array:
+        """Returns some rows, (len, n) float32, not to be written to."""
+        return self._made(part) if self._kept is None else self._kept[part]
+
+    def _made(self, part: slice) -> Array:
+        rows = self._hessian[part].astype(np.float32)
+        own = np.arange(part.start, part.start + len(rows))
+        rows[np.arange(len(rows)), own] += np.float32(self._damping)
+        return rows
+
+
+def is_kept(columns: int) -> bool:
+    """Returns whether a matrix of so many columns and rows is kept in float32."""
+    return 4 * columns**2 <= KEPT_BYTES
 
 
 def checked_gram(statistics: InputStatistics | None, columns: int, where: str) -> Array:

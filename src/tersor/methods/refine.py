@@ -22,6 +22,7 @@ from scipy.linalg.blas import sgemm
 from tersor import _native
 from tersor.formats import Format
 from tersor.formats.grid import Grid, basis, free_parameters, grid_of
+from tersor.methods.hessian import Damped
 from tersor.tensor import Array, Params
 
 TILE = 64  # columns that descend natively between two matrix products
@@ -29,16 +30,15 @@ SYSTEM_BYTES = 64 << 20  # of the systems that a thread solves at once
 _RIDGE = 1e-9  # of the mean diagonal, added to the systems: units whose codes are all 0 leave them singular
 
 
-def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Array, damping: float, rounds: int) -> tuple[Array, Params]:
-    """Returns (codes, params) of w, (rows, n) float32, with an objective under the hessian + damping * I that is no larger in any row.
+def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Damped, rounds: int) -> tuple[Array, Params]:
+    """Returns (codes, params) of w, (rows, n) float32, with an objective under the damped hessian that is no larger in any row.
 
-    hessian: (n, n) float64, symmetric. Where rows share parameters it is the sum over all rows that is no larger. A format
+    Where rows share parameters it is the sum over all rows that is no larger. A format
     without a grid stays as it is.
     """
-    grid = grid_of(format, params, len(w))
-    if grid is None or rounds == 0:
+    if rounds == 0 or grid_of(format, params, len(w)) is None:
         return codes, params
-    state = _State(w, format, codes, params, hessian, damping)
+    state = _State(w, format, codes, params, hessian)
     for _ in range(rounds):
         before = state.objective.sum()
         state.descend()
@@ -52,8 +52,8 @@ def refine(w: Array, format: Format, codes: Array, params: Params, hessian: Arra
 class _State:
     """The best so far: codes (rows, n), params and the objective (rows,) float64."""
 
-    def __init__(self, w: Array, format: Format, codes: Array, params: Params, hessian: Array, damping: float) -> None:
-        self.w, self.format, self.hessian, self.damping = w, format, hessian, damping
+    def __init__(self, w: Array, format: Format, codes: Array, params: Params, hessian: Damped) -> None:
+        self.w, self.format, self.hessian = w, format, hessian
         self.codes, self.params = codes, params
         self._gradient, self.objective = self._measure(codes, params)
         self._stale = False  # the gradient is of other params
@@ -66,19 +66,12 @@ class _State:
             self._stale = False
         return self._gradient
 
-    def _damped(self, part: slice) -> Array:
-        """Returns rows of the damped Hessian, (len, n) float32."""
-        rows = self.hessian[part].astype(np.float32)
-        own = np.arange(part.start, part.start + len(rows))
-        rows[np.arange(len(rows)), own] += np.float32(self.damping)
-        return rows
-
     def _measure(self, codes: Array, params: Params) -> tuple[Array, Array]:
         errors = self.format.decode(codes, params) - self.w
         gradient = np.empty_like(errors)
         for begin in range(0, errors.shape[1], 4 * TILE):
             part = slice(begin, begin + 4 * TILE)
-            np.matmul(errors, self._damped(part).T, out=gradient[:, part])
+            np.matmul(errors, self.hessian.rows(part).T, out=gradient[:, part])
         return gradient, _inner(gradient, errors)
 
     def _better(self, objective: Array) -> Array:
@@ -118,14 +111,14 @@ class _State:
         gradient = self.gradient.copy()
         for begin in range(0, columns, TILE):
             tile = slice(begin, min(begin + TILE, columns))
-            hessian = self._damped(tile)
+            hessian = self.hessian.rows(tile)
             chosen, moved = indices[:, tile].copy(), gradient[:, tile].copy()  # the product below moves the tile's own gradient too
             changes = np.empty_like(moved)
             within = np.ascontiguousarray(hessian[:, tile])
             _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, changes)
             indices[:, tile] = chosen
             gradient = _plus_product(gradient, changes, hessian)
-        return grid.codes[indices], gradient
+        return np.take(grid.codes, indices), gradient
 
     def solved(self) -> tuple[Params, Array]:
         """Returns params with the floats that are the least-squares solution for the codes, as they are stored, and by how much they
@@ -162,7 +155,7 @@ class _State:
         size, n = columns // units, len(spans) * units
         system = np.empty((n_rows, len(spans), units, len(spans), units))
         for unit in range(units):
-            hessian = self._damped(slice(unit * size, (unit + 1) * size))[:, : (unit + 1) * size]
+            hessian = self.hessian.rows(slice(unit * size, (unit + 1) * size))[:, : (unit + 1) * size]
             for q, span in enumerate(spans):
                 swept = span[:, unit * size : (unit + 1) * size] @ hessian
                 for p, other in enumerate(spans):
@@ -192,7 +185,8 @@ def _plus_product(x: Array, a: Array, b: Array) -> Array:
 
 def _inner(x: Array, y: Array) -> Array:
     """Returns the inner product of every row of x with that of y, float64."""
-    products: Array = np.einsum("rc,rc->r", x, y, dtype=np.float64)
+    products = np.empty(len(x), np.float64)
+    _native.row_products(x, y, products)
     return products
 
 
@@ -208,5 +202,5 @@ def _indices(grid: Grid, codes: Array) -> Array:
     """Returns the index of the level of every code, uint8."""
     table = np.zeros(256, dtype=np.uint8)
     table[grid.codes.view(np.uint8)] = np.arange(len(grid.codes), dtype=np.uint8)
-    indices: Array = table[codes.view(np.uint8)]
+    indices: Array = np.take(table, codes.view(np.uint8))
     return indices
