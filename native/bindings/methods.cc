@@ -85,6 +85,14 @@ void add_gram(const Matrix<float>& x, Changed<double> gram) {
   tersor::add_gram(rows, columns, x.data(), gram.data());
 }
 
+double gram_product(const Matrix<float>& x, const Matrix<double>& gram) {
+  const int64_t rows = x.shape(0), columns = x.shape(1);
+  require(multiplies_by_tiles(), "gram_product: this instruction set has no tiles");
+  require(has_shape(gram, columns, columns), "gram: need (columns, columns)");
+  nb::gil_scoped_release release;
+  return tersor::gram_product(rows, columns, x.data(), gram.data());
+}
+
 }  // namespace
 }  // namespace tersor::bindings
 
@@ -102,7 +110,9 @@ void bind_methods(nb::module_& m) {
         "absmax.");
   m.def("row_products", &b::row_products, nb::arg("x"), nb::arg("y"), nb::arg("products"),
         "Writes the inner product of each row of x with that of y, both (rows, columns), to products, (rows,) float64.");
-  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether this CPU has what add_gram needs.");
+  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether this CPU has what add_gram and gram_product need.");
   m.def("add_gram", &b::add_gram, nb::arg("x"), nb::arg("gram"),
         "Adds x^T x, x (rows, columns), to the lower triangle of gram, (columns, columns) float64.");
+  m.def("gram_product", &b::gram_product, nb::arg("x"), nb::arg("gram"),
+        "Returns tr(x gram x^T), x (rows, columns), gram (columns, columns) float64 and symmetric.");
 }

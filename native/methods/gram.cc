@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <numeric>
+#include <vector>
 
 #include "base/cpu.h"
 #include "base/memory.h"
@@ -24,10 +26,25 @@ namespace {
 constexpr int64_t kRows = 1024;  // at a time
 constexpr int64_t kHeld = 8;     // pairs of the right side that stay in a core's outer cache, 1 MiB
 
-}  // namespace
+// A pair of the left side and the pairs of the right one that are held and not beyond it.
+struct Unit {
+  const uint16_t *left, *right;
+  int64_t row, column;            // of the result, the first ones
+  int64_t rows, columns, inputs;  // how many; inputs: rows of x
+  int64_t number;                 // among all units of all rows of x
+};
 
-void add_gram(int64_t rows, int64_t columns, const float* x, double* gram) {
-  const int64_t pairs = (columns + kPairColumns - 1) / kPairColumns;
+int64_t count_pairs(int64_t columns) { return (columns + kPairColumns - 1) / kPairColumns; }
+
+int64_t count_units(int64_t columns) {
+  const int64_t pairs = count_pairs(columns), blocks = (pairs + kHeld - 1) / kHeld;
+  return blocks * pairs - kHeld * blocks * (blocks - 1) / 2;
+}
+
+// Calls body(unit) for all that the lower triangle of X^T X is made of, kRows of x at a time, on several threads.
+template <typename Body>
+void for_units(int64_t rows, int64_t columns, const float* x, const Body& body) {
+  const int64_t pairs = count_pairs(columns), units = count_units(columns);
   LargeVector<uint16_t> left, right;
   left.resize(pairs * pair_size(std::min(kRows, rows))), right.resize(left.size());
   for (int64_t row = 0; row < rows; row += kRows) {
@@ -39,23 +56,39 @@ void add_gram(int64_t rows, int64_t columns, const float* x, double* gram) {
                   left.data() + pair * size, right.data() + pair * size);
       }
     });
-    // Each unit is a pair of the left side times those of the right one that are held and not beyond it.
-    const int64_t blocks = (pairs + kHeld - 1) / kHeld, units = blocks * pairs - kHeld * blocks * (blocks - 1) / 2;
     parallel_for(units, 1, [&](int64_t begin, int64_t end) {
       int64_t first = 0, unit = begin;  // the first pair that is held
       for (; unit >= pairs - first; first += kHeld) unit -= pairs - first;
       for (int64_t n = begin; n < end; ++n) {
         const int64_t pair = first + unit, held = std::min(kHeld, pair - first + 1);
         const int64_t at = pair * kPairColumns, from = first * kPairColumns;
-        add_pairs(left.data() + pair * size, right.data() + first * size, std::min(kPairColumns, columns - at),
-                  std::min(held * kPairColumns, columns - from), some, gram + at * columns + from, columns);
+        body(Unit{left.data() + pair * size, right.data() + first * size, at, from, std::min(kPairColumns, columns - at),
+                  std::min(held * kPairColumns, columns - from), some, row / kRows * units + n});
         if (++unit == pairs - first) first += kHeld, unit = 0;
       }
     });
   }
 }
+
+}  // namespace
+
+void add_gram(int64_t rows, int64_t columns, const float* x, double* gram) {
+  for_units(rows, columns, x, [&](const Unit& u) {
+    add_pairs(u.left, u.right, u.rows, u.columns, u.inputs, gram + u.row * columns + u.column, columns);
+  });
+}
+
+double gram_product(int64_t rows, int64_t columns, const float* x, const double* gram) {
+  std::vector<double> parts(count_units(columns) * ((rows + kRows - 1) / kRows));
+  for_units(rows, columns, x, [&](const Unit& u) {
+    parts[u.number] = weigh_pairs(u.left, u.right, u.rows, u.columns, u.inputs, gram + u.row * columns + u.column, columns,
+                                  u.row - u.column);
+  });
+  return std::accumulate(parts.begin(), parts.end(), 0.0);
+}
 #else
 void add_gram(int64_t, int64_t, const float*, double*) { std::abort(); }
+double gram_product(int64_t, int64_t, const float*, const double*) { std::abort(); }
 #endif
 
 }  // namespace tersor

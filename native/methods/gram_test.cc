@@ -28,11 +28,23 @@ void test_sizes(int64_t rows, int64_t columns) {
         sum += term, size += std::fabs(term);
       }
       // Three products a term, summed one by one; what two bfloat16 leave of each factor, and the product of their lesser
-      // ones, 2^-18 each; and the rounding of the result here.
-      want.add(sum, ((3 * std::min<double>(1024, double(rows)) + 2) * kRounding + 3 * 0x1p-18) * size);
+      // ones, 2^-16 each; and the rounding of the result here.
+      want.add(sum, ((3 * std::min<double>(1024, double(rows)) + 2) * kRounding + 3 * 0x1p-16) * size);
+    }
+  }
+  // The same matrix as weights of the products: tr(X H X^T), by the same bounds.
+  std::vector<double> weights(columns * columns);
+  double trace = 0, bound = 0;
+  size_t at = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    for (int64_t j = 0; j <= i; ++j, ++at) {
+      const double old = before[i * columns + j], times = (i == j ? 1 : 2) * old;
+      weights[i * columns + j] = old;
+      trace += times * (want.value[at] - old), bound += std::fabs(times) * want.bound[at];
     }
   }
   Result first;
+  double first_trace = 0;
   for (int n = 1; n <= 3; ++n) {
     set_threads(n);
     std::vector<double> gram(before.begin(), before.end());
@@ -42,7 +54,10 @@ void test_sizes(int64_t rows, int64_t columns) {
       got.insert(got.end(), gram.begin() + i * columns, gram.begin() + i * columns + i + 1);
     const std::string what = "gram of " + std::to_string(rows) + " x " + std::to_string(columns);
     expect_near(what, got, want);
-    if (n == 1) first = got;
+    const double got_trace = gram_product(rows, columns, x.data(), weights.data());
+    check(std::fabs(got_trace - trace) <= bound, what + ": trace " + std::to_string(got_trace) + ", need " + std::to_string(trace));
+    if (n == 1) first = got, first_trace = got_trace;
+    check(got_trace == first_trace, what + ": another trace on " + std::to_string(n) + " threads");
     check(got == first, what + ": other bits on " + std::to_string(n) + " threads");
   }
 }

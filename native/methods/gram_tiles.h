@@ -7,7 +7,7 @@ namespace tersor {
 
 inline constexpr int64_t kPairColumns = 32;
 
-// Bfloat16 that stand for a float, to 2^-18 of it: below what the roundings of as many sums in float32 come to.
+// Bfloat16 that stand for a float, to 2^-16 of it: below what the roundings of as many sums in float32 come to.
 inline constexpr int kGramParts = 2;
 
 // bfloat16 of a pair as tiles, for either side of a product: two panels, chunks of 32 rows, parts.
@@ -20,5 +20,10 @@ void load_pair(const float* x, int64_t line, int64_t columns, int64_t rows, uint
 // beyond `right_columns`.
 void add_pairs(const uint16_t* left, const uint16_t* right, int64_t left_columns, int64_t right_columns, int64_t rows,
                double* gram, int64_t line);
+
+// Returns the sum over the same products, each times its place in gram: once on the diagonal, which row i reaches at column
+// `diagonal` + i, twice before it.
+double weigh_pairs(const uint16_t* left, const uint16_t* right, int64_t left_columns, int64_t right_columns,
+                   int64_t rows, const double* gram, int64_t line, int64_t diagonal);
 
 }  // namespace tersor

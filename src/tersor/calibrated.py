@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tersor import ops
+from tersor import _native, ops
 from tersor.calibration.blocks import DecoderWalk, Rows
 from tersor.calibration.doctor import Examination, examine
 from tersor.calibration.guides import Guide, Guides, measure_guides, workspace
@@ -567,6 +567,8 @@ def output_error(error: Array, w: Array, statistics: InputStatistics) -> float |
 
 def _trace(a: Array, gram: Array) -> float:
     """Returns tr(A H A^T) as the sum over A^T A * H, both symmetric: of each panel of columns only what lies up to the diagonal."""
+    if _native.multiplies_by_tiles():
+        return _native.gram_product(a, gram)
 
     def part(panel: slice) -> float:
         products = a[:, panel].T @ a[:, : panel.stop]
@@ -587,7 +589,7 @@ def _root(over: float, under: float) -> float:
 
 def run_of(recipe: Recipe, provenance: Mapping[str, Any], source: Path, container: str) -> dict[str, Any]:
     """Returns what identifies a run, so that another one does not go on from its work."""
-    from tersor import __version__, _native
+    from tersor import __version__
 
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     return {

@@ -108,16 +108,17 @@ class _State:
         columns = self.w.shape[1]
         indices = _indices(grid, self.codes)
         group_of = (np.arange(columns) // (columns // grid.step.shape[1])).astype(np.int32)
-        gradient = self.gradient.copy()
-        for begin in range(0, columns, TILE):
-            tile = slice(begin, min(begin + TILE, columns))
+        gradient, changes = np.empty_like(self.gradient), np.empty_like(self.gradient)
+        tiles = [slice(begin, min(begin + TILE, columns)) for begin in range(0, columns, TILE)]
+        for tile in tiles:
             hessian = self.hessian.rows(tile)
-            chosen, moved = indices[:, tile].copy(), gradient[:, tile].copy()  # the product below moves the tile's own gradient too
-            changes = np.empty_like(moved)
+            moved = self.gradient[:, tile] + changes[:, : tile.start] @ hessian[:, : tile.start].T
+            chosen, own = np.ascontiguousarray(indices[:, tile]), np.empty_like(moved)
             within = np.ascontiguousarray(hessian[:, tile])
-            _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, changes)
-            indices[:, tile] = chosen
-            gradient = _plus_product(gradient, changes, hessian)
+            _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, own)
+            indices[:, tile], gradient[:, tile], changes[:, tile] = chosen, moved, own
+        for tile in tiles:  # and what the columns after it have changed
+            gradient[:, tile] += changes[:, tile.stop :] @ self.hessian.rows(tile)[:, tile.stop :].T
         return np.take(grid.codes, indices), gradient
 
     def solved(self) -> tuple[Params, Array]:
