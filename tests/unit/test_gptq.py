@@ -213,7 +213,7 @@ def test_a_sweep_of_descent_is_that_of_the_loops(name):
     codes, params = f.unpack(f.quantize(w))
     values = tables(f, params, *w.shape)
     expected = gptq_loops.descend(w.astype(np.float64), gram, lambda k: values[:, :, k], codes.astype(int))
-    got, gradient = _State(w, f, codes, params, gram, 0.0).descended()
+    got, gradient = _State(w, f, codes, params, Damped(gram, 0.0)).descended()
     assert not np.array_equal(codes, expected)
     zero = lambda c: np.where(c == 8, 0, c) if name == "mxfp4" else c  # noqa: E731
     assert np.array_equal(zero(got), zero(expected))
@@ -245,7 +245,7 @@ def test_stored_floats_are_the_least_squares_solution(name):
     codes, params = f.unpack(f.quantize(w))
     names = free_parameters(f)
     units = params[names[0]].shape[1]
-    solved, _ = _State(w, f, codes, params, x.T @ x / len(x), 0.0).solved()
+    solved, _ = _State(w, f, codes, params, Damped(x.T @ x / len(x), 0.0)).solved()
     spans = basis(f, codes, params)
     for row in range(2):
         design = [np.where(np.arange(512) // (512 // units) == u, span[row], 0) @ x.T for span in spans for u in range(units)]
@@ -260,7 +260,7 @@ def test_refinement_knows_its_gradient_and_objective_without_making_them_anew(na
     gram = x.T @ x / len(x)
     damped = gram + 0.1 * np.eye(512)
     codes, params = f.unpack(f.quantize(w))
-    state = _State(w, f, codes, params, gram, 0.1)
+    state = _State(w, f, codes, params, Damped(gram, 0.1))
 
     def errors():
         return f.decode(state.codes, state.params).astype(np.float64) - w

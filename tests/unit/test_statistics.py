@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from tersor import _native
 from tersor.calibration.statistics import PANEL, StatisticsBuilder, check_statistics
 from tersor.errors import ModelError
+from tersor.tensor import Array
 
 
 @pytest.mark.parametrize("columns", [1, 70, PANEL, 2 * PANEL + 33])
@@ -50,17 +53,38 @@ def test_column_sums_refuse_what_does_not_fit() -> None:
             _native.column_sums(x, *wrong)
 
 
-def test_add_gram_refuses_what_does_not_fit_and_a_cpu_without_tiles() -> None:
+@pytest.mark.parametrize("function", [_native.add_gram, _native.gram_product])
+def test_gram_matrices_refuse_what_does_not_fit_and_a_cpu_without_tiles(function: Callable[[Array, Array], float | None]) -> None:
     x = np.ones((2, 3), np.float32)
     for shape in ((3, 4), (4, 3), (2, 2)):
         with pytest.raises(ValueError, match="need \\(columns, columns\\)" if _native.multiplies_by_tiles() else "has no tiles"):
-            _native.add_gram(x, np.zeros(shape))
+            function(x, np.zeros(shape))
     _native.force_isa("scalar")
     try:
         with pytest.raises(ValueError, match="has no tiles"):
-            _native.add_gram(x, np.zeros((3, 3)))
+            function(x, np.zeros((3, 3)))
     finally:
         _native.force_isa("")
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 67])
+def test_row_products(columns: int) -> None:
+    x, y = np.random.default_rng(columns).standard_normal((2, 130, columns)).astype(np.float32)
+    everywhere = []
+    for isa in ("scalar", ""):
+        _native.force_isa(isa)
+        everywhere.append(np.empty(130))
+        _native.row_products(x, y, everywhere[-1])
+    np.testing.assert_allclose(everywhere[0], (x.astype(np.float64) * y).sum(axis=1), rtol=0, atol=1e-14 * columns)
+    np.testing.assert_array_equal(everywhere[0], everywhere[1])
+
+
+def test_row_products_refuse_what_does_not_fit() -> None:
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match="need the shape of x"):
+        _native.row_products(x, x[:1], np.empty(2))
+    with pytest.raises(ValueError, match="one value per row"):
+        _native.row_products(x, x, np.empty(3))
 
 
 def test_a_token_that_counts_three_times_is_three_tokens() -> None:

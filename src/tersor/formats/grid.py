@@ -38,6 +38,27 @@ class Grid:
     levels: Array
     codes: Array
 
+    def chosen(self, indices: Array) -> Array:
+        """Returns the codes of levels, in the shape of their indices, uint8; those themselves where they are the codes."""
+        codes: Array = indices if self._counts else np.take(self.codes, indices)
+        return codes
+
+    def indices(self, codes: Array) -> Array:
+        """Returns the index of the level of every code, uint8; an array of its own."""
+        own = codes.view(np.uint8)
+        if self._counts:
+            copy: Array = own.copy()
+            return copy
+        table = np.zeros(256, dtype=np.uint8)
+        table[self.codes.view(np.uint8)] = np.arange(len(self.codes), dtype=np.uint8)
+        found: Array = np.take(table, own)
+        return found
+
+    @property
+    def _counts(self) -> bool:
+        """Whether codes are 0, 1, ..., the indices themselves."""
+        return bool(self.codes.dtype == np.uint8 and (self.codes == np.arange(len(self.codes))).all())
+
 
 def grid_of(format: Format, params: Params, rows: int) -> Grid | None:
     """Returns the grid that the params (leading axes (rows, groups of the format)) span, or None for a format without one.

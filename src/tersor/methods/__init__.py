@@ -7,6 +7,7 @@ from tersor.methods.autoround import AutoroundOptions, autoround_block
 from tersor.methods.awq import AwqOptions, awq
 from tersor.methods.clip import clip
 from tersor.methods.gptq import PART_ROWS, GptqOptions, gptq
+from tersor.methods.hessian import is_kept
 from tersor.methods.hqq import HqqOptions, hqq
 from tersor.methods.llm_int8 import chooses_columns, llm_int8
 from tersor.methods.method import Method, Step, parse_step
@@ -33,7 +34,8 @@ def _gptq_workspace(rows: int, columns: int) -> int:
     from tersor import _native
 
     systems = min(SYSTEM_BYTES, min(rows, PART_ROWS) * columns**2 // 8)  # of two floats a unit of 16 columns, 8 bytes
-    return 12 * columns**2 + 40 * rows * columns + min(_native.threads(), -(-rows // PART_ROWS) * 2) * systems
+    kept = 8 * columns**2 if is_kept(columns) else 0
+    return 12 * columns**2 + kept + 40 * rows * columns + min(_native.threads(), -(-rows // PART_ROWS) * 2) * systems
 
 
 _ALL = (

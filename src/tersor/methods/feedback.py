@@ -78,7 +78,7 @@ class _Pass:
             if begin > 0:
                 aim = aim + self.errors[:, first : first + begin] @ self.factor.feedback(slice(first, first + begin), tile)
             self._round_tile(tile, np.ascontiguousarray(aim), grid, group_of[begin:end], indices[:, begin:end])
-        chosen = np.take(grid.codes, indices)
+        chosen = grid.chosen(indices)
         if self.factor.in_order:
             return chosen
         codes = np.empty_like(chosen)

@@ -20,6 +20,7 @@ from scipy.linalg.lapack import dpotrf, dpotrs, dtrtri
 
 from tersor.errors import ModelError
 from tersor.tensor import Array, InputStatistics
+from tersor.threads import each
 
 LARGEST_DAMP = 1.0
 KEPT_BYTES = 64 << 20  # of a matrix in float32 that is made once for all rows; of a larger one each part is made where it is needed
@@ -48,23 +49,22 @@ class Factor:
 
     def feedback(self, above: slice, columns: slice) -> Array:
         """Returns U[above, columns], (len, len) float32, not to be written to. Entries below U's diagonal are not defined."""
-        if self._transposed is not None:
-            return self._transposed[columns, above].T
+        if self._upper is not None:
+            return self._upper[above, columns]
         upper = self.reversed_lower[::-1, ::-1]
         block = upper[above, columns] / np.diagonal(upper)[columns]
         return np.ascontiguousarray(block, dtype=np.float32)
 
     @cached_property
-    def _transposed(self) -> Array | None:
-        """U^T, (n, n) float32, or None where that is large."""
+    def _upper(self) -> Array | None:
+        """U, (n, n) float32, or None where that is large."""
         n = len(self.order)
         if not is_kept(n):
             return None
         lower, made = self.reversed_lower.T[::-1, ::-1], np.empty((n, n), np.float32)
         for begin in range(0, n, _PANEL):
             end = min(begin + _PANEL, n)
-            roots = np.diagonal(lower)[begin:end, None]
-            np.divide(lower[begin:end, :end], roots, out=made[begin:end, :end], casting="same_kind")
+            made[:end, begin:end] = (lower[begin:end, :end] / np.diagonal(lower)[begin:end, None]).astype(np.float32).T
         return made
 
     def expected(self, made_up: Array, group: slice) -> Array:
@@ -137,6 +137,18 @@ def checked_gram(statistics: InputStatistics | None, columns: int, where: str) -
     return gram
 
 
+def _turned(gram: Array) -> Array:
+    """Returns a copy with rows and columns in reverse."""
+    n = len(gram)
+    turned = np.empty_like(gram)
+
+    def copy(rows: slice) -> None:
+        turned[rows] = gram[n - rows.stop : n - rows.start][::-1, ::-1]
+
+    each(copy, [slice(0, n // 2), slice(n // 2, n)])
+    return turned
+
+
 def factorize(gram: Array, order: Array, damp: float, where: str) -> Factor:
     """Returns the factor of H with its columns in this order. gram: (n, n) float64, symmetric, finite; it is not changed.
 
@@ -147,7 +159,7 @@ def factorize(gram: Array, order: Array, damp: float, where: str) -> Factor:
     backwards, moved = order[::-1], not np.array_equal(order, np.arange(len(order)))
     tries = [damp * 10.0**k for k in range(64) if damp * 10.0**k < LARGEST_DAMP] if damp > 0 else [0.0]
     for share in (*tries, max(damp, LARGEST_DAMP)):
-        work = gram[np.ix_(backwards, backwards)] if moved else gram[::-1, ::-1].copy()
+        work = gram[np.ix_(backwards, backwards)] if moved else _turned(gram)
         work[np.diag_indices_from(work)] += share * mean
         # The transposed view of a symmetric matrix is the same matrix in Fortran order, so LAPACK works in place.
         lower, info = dpotrf(work.T, lower=1, clean=0, overwrite_a=1)

@@ -17,11 +17,10 @@ make_qkx2_quants for least squares with given codes, here with the whole H inste
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg.blas import sgemm
 
 from tersor import _native
 from tersor.formats import Format
-from tersor.formats.grid import Grid, basis, free_parameters, grid_of
+from tersor.formats.grid import basis, free_parameters, grid_of
 from tersor.methods.hessian import Damped
 from tersor.tensor import Array, Params
 
@@ -106,20 +105,20 @@ class _State:
         grid = grid_of(self.format, self.params, len(self.w))
         assert grid is not None
         columns = self.w.shape[1]
-        indices = _indices(grid, self.codes)
+        indices = grid.indices(self.codes)
         group_of = (np.arange(columns) // (columns // grid.step.shape[1])).astype(np.int32)
-        gradient, changes = np.empty_like(self.gradient), np.empty_like(self.gradient)
+        gradient, changes = np.empty(self.w.shape, np.float32), np.empty(self.w.shape, np.float32)
         tiles = [slice(begin, min(begin + TILE, columns)) for begin in range(0, columns, TILE)]
         for tile in tiles:
             hessian = self.hessian.rows(tile)
-            moved = self.gradient[:, tile] + changes[:, : tile.start] @ hessian[:, : tile.start].T
-            chosen, own = np.ascontiguousarray(indices[:, tile]), np.empty_like(moved)
-            within = np.ascontiguousarray(hessian[:, tile])
-            _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, moved, chosen, own)
-            indices[:, tile], gradient[:, tile], changes[:, tile] = chosen, moved, own
-        for tile in tiles:  # and what the columns after it have changed
-            gradient[:, tile] += changes[:, tile.stop :] @ self.hessian.rows(tile)[:, tile.stop :].T
-        return np.take(grid.codes, indices), gradient
+            gradient[:, tile] = self.gradient[:, tile] + changes[:, : tile.start] @ hessian[:, : tile.start].T
+            chosen, slopes = np.ascontiguousarray(indices[:, tile]), gradient[:, tile].copy()  # within the tile only for columns to come
+            own, within = np.empty_like(slopes), np.ascontiguousarray(hessian[:, tile])
+            _native.descend(within, grid.step, grid.offset, group_of[tile], grid.levels, slopes, chosen, own)
+            indices[:, tile], changes[:, tile] = chosen, own
+        for tile in tiles:  # and what its own columns and those after it have changed
+            gradient[:, tile] += changes[:, tile.start :] @ self.hessian.rows(tile)[:, tile.start :].T
+        return grid.chosen(indices), gradient
 
     def solved(self) -> tuple[Params, Array]:
         """Returns params with the floats that are the least-squares solution for the codes, as they are stored, and by how much they
@@ -178,12 +177,6 @@ def _solution(systems: Array, ridge: Array, wishes: Array) -> Array:
     return solved
 
 
-def _plus_product(x: Array, a: Array, b: Array) -> Array:
-    """Returns x + a b, all float32 and C-contiguous, in x itself: without another matrix of its size."""
-    result: Array = sgemm(1.0, b.T, a.T, beta=1.0, c=x.T, overwrite_c=1).T
-    return result
-
-
 def _inner(x: Array, y: Array) -> Array:
     """Returns the inner product of every row of x with that of y, float64."""
     products = np.empty(len(x), np.float64)
@@ -197,11 +190,3 @@ def _stored(old: Array, delta: Array) -> Array:
         new = (old.astype(np.float64) + delta).astype(old.dtype)
     kept: Array = np.where(np.isfinite(new), new, old)
     return kept
-
-
-def _indices(grid: Grid, codes: Array) -> Array:
-    """Returns the index of the level of every code, uint8."""
-    table = np.zeros(256, dtype=np.uint8)
-    table[grid.codes.view(np.uint8)] = np.arange(len(grid.codes), dtype=np.uint8)
-    indices: Array = np.take(table, codes.view(np.uint8))
-    return indices
