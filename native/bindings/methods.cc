@@ -108,9 +108,11 @@ void bind_methods(nb::module_& m) {
   m.def("column_sums", &b::column_sums, nb::arg("x"), nb::arg("squares"), nb::arg("magnitudes"), nb::arg("absmax"),
         "Adds the columns of x (rows, columns): x^2 and |x| to the float64 sums (columns,), the largest |x| to "
         "absmax.");
-  m.def("row_products", &b::row_products, nb::arg("x"), nb::arg("y"), nb::arg("products"),
-        "Writes the inner product of each row of x with that of y, both (rows, columns), to products, (rows,) float64.");
-  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles, "Returns whether this CPU has what add_gram and gram_product need.");
+  m.def(
+      "row_products", &b::row_products, nb::arg("x"), nb::arg("y"), nb::arg("products"),
+      "Writes the inner product of each row of x with that of y, both (rows, columns), to products, (rows,) float64.");
+  m.def("multiplies_by_tiles", &tersor::multiplies_by_tiles,
+        "Returns whether this CPU has what add_gram and gram_product need.");
   m.def("add_gram", &b::add_gram, nb::arg("x"), nb::arg("gram"),
         "Adds x^T x, x (rows, columns), to the lower triangle of gram, (columns, columns) float64.");
   m.def("gram_product", &b::gram_product, nb::arg("x"), nb::arg("gram"),

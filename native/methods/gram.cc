@@ -62,8 +62,9 @@ void for_units(int64_t rows, int64_t columns, const float* x, const Body& body) 
       for (int64_t n = begin; n < end; ++n) {
         const int64_t pair = first + unit, held = std::min(kHeld, pair - first + 1);
         const int64_t at = pair * kPairColumns, from = first * kPairColumns;
-        body(Unit{left.data() + pair * size, right.data() + first * size, at, from, std::min(kPairColumns, columns - at),
-                  std::min(held * kPairColumns, columns - from), some, row / kRows * units + n});
+        body(Unit{left.data() + pair * size, right.data() + first * size, at, from,
+                  std::min(kPairColumns, columns - at), std::min(held * kPairColumns, columns - from), some,
+                  row / kRows * units + n});
         if (++unit == pairs - first) first += kHeld, unit = 0;
       }
     });
@@ -81,8 +82,8 @@ void add_gram(int64_t rows, int64_t columns, const float* x, double* gram) {
 double gram_product(int64_t rows, int64_t columns, const float* x, const double* gram) {
   std::vector<double> parts(count_units(columns) * ((rows + kRows - 1) / kRows));
   for_units(rows, columns, x, [&](const Unit& u) {
-    parts[u.number] = weigh_pairs(u.left, u.right, u.rows, u.columns, u.inputs, gram + u.row * columns + u.column, columns,
-                                  u.row - u.column);
+    parts[u.number] = weigh_pairs(u.left, u.right, u.rows, u.columns, u.inputs, gram + u.row * columns + u.column,
+                                  columns, u.row - u.column);
   });
   return std::accumulate(parts.begin(), parts.end(), 0.0);
 }

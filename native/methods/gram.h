@@ -14,8 +14,8 @@ bool multiplies_by_tiles();
 // Needs multiplies_by_tiles().
 void add_gram(int64_t rows, int64_t columns, const float* x, double* gram);
 
-// Returns tr(X H X^T), H being symmetric, (columns, columns), and read up to its diagonal; X^T X is made as by add_gram. Needs
-// multiplies_by_tiles().
+// Returns tr(X H X^T), H being symmetric, (columns, columns), and read up to its diagonal; X^T X is made as by
+// add_gram. Needs multiplies_by_tiles().
 double gram_product(int64_t rows, int64_t columns, const float* x, const double* gram);
 
 }  // namespace tersor

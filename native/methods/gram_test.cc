@@ -27,8 +27,8 @@ void test_sizes(int64_t rows, int64_t columns) {
         const double term = double(x[row * columns + i]) * x[row * columns + j];
         sum += term, size += std::fabs(term);
       }
-      // Three products a term, summed one by one; what two bfloat16 leave of each factor, and the product of their lesser
-      // ones, 2^-16 each; and the rounding of the result here.
+      // Three products a term, summed one by one; what two bfloat16 leave of each factor, and the product of their
+      // lesser ones, 2^-16 each; and the rounding of the result here.
       want.add(sum, ((3 * std::min<double>(1024, double(rows)) + 2) * kRounding + 3 * 0x1p-16) * size);
     }
   }
@@ -55,7 +55,8 @@ void test_sizes(int64_t rows, int64_t columns) {
     const std::string what = "gram of " + std::to_string(rows) + " x " + std::to_string(columns);
     expect_near(what, got, want);
     const double got_trace = gram_product(rows, columns, x.data(), weights.data());
-    check(std::fabs(got_trace - trace) <= bound, what + ": trace " + std::to_string(got_trace) + ", need " + std::to_string(trace));
+    check(std::fabs(got_trace - trace) <= bound,
+          what + ": trace " + std::to_string(got_trace) + ", need " + std::to_string(trace));
     if (n == 1) first = got, first_trace = got_trace;
     check(got_trace == first_trace, what + ": another trace on " + std::to_string(n) + " threads");
     check(got == first, what + ": other bits on " + std::to_string(n) + " threads");

@@ -21,8 +21,8 @@ void load_pair(const float* x, int64_t line, int64_t columns, int64_t rows, uint
 void add_pairs(const uint16_t* left, const uint16_t* right, int64_t left_columns, int64_t right_columns, int64_t rows,
                double* gram, int64_t line);
 
-// Returns the sum over the same products, each times its place in gram: once on the diagonal, which row i reaches at column
-// `diagonal` + i, twice before it.
+// Returns the sum over the same products, each times its place in gram: once on the diagonal, which row i reaches at
+// column `diagonal` + i, twice before it.
 double weigh_pairs(const uint16_t* left, const uint16_t* right, int64_t left_columns, int64_t right_columns,
                    int64_t rows, const double* gram, int64_t line, int64_t diagonal);
 

@@ -41,8 +41,8 @@ namespace {
 // Calls body(first column of a pair of the right side, sums) for each of them, sums being those of `left` times it:
 // (2, 2) of 16 x 16.
 template <typename Body>
-inline void for_pairs(const uint16_t* left, const uint16_t* right, int64_t right_columns, int64_t rows, const double* gram,
-                      int64_t line, int64_t left_columns, const Body& body) {
+inline void for_pairs(const uint16_t* left, const uint16_t* right, int64_t right_columns, int64_t rows,
+                      const double* gram, int64_t line, int64_t left_columns, const Body& body) {
   [[maybe_unused]] const TilesInUse in_use;
   alignas(64) float sums[4 * 256];
   const int64_t chunks = (rows + 31) / 32;
