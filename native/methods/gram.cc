@@ -24,7 +24,7 @@ bool multiplies_by_tiles() {
 namespace {
 
 constexpr int64_t kRows = 1024;  // at a time
-constexpr int64_t kHeld = 8;     // pairs of the right side that stay in a core's outer cache, 1 MiB
+constexpr int64_t kHeld = 4;     // pairs of the right side that stay in a core's outer cache, 768 KiB
 
 // A pair of the left side and the pairs of the right one that are held and not beyond it.
 struct Unit {

@@ -9,8 +9,8 @@ namespace tersor {
 bool multiplies_by_tiles();
 
 // Adds X^T X to the lower triangle of gram, (columns, columns); what it holds above the diagonal is not defined. x:
-// (rows, columns). Every float is the sum of two bfloat16, to 2^-16 of it; of their four products all but the least are
-// summed in float over 1024 rows, the sums of those in double. Subnormal numbers count as 0.
+// (rows, columns). Every float is the sum of three bfloat16, which is exact; of their nine products the six down to
+// 2^-24 of the whole are summed in float over 1024 rows, the sums of those in double. Subnormal numbers count as 0.
 // Needs multiplies_by_tiles().
 void add_gram(int64_t rows, int64_t columns, const float* x, double* gram);
 

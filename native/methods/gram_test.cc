@@ -27,9 +27,8 @@ void test_sizes(int64_t rows, int64_t columns) {
         const double term = double(x[row * columns + i]) * x[row * columns + j];
         sum += term, size += std::fabs(term);
       }
-      // Three products a term, summed one by one; what two bfloat16 leave of each factor, and the product of their
-      // lesser ones, 2^-16 each; and the rounding of the result here.
-      want.add(sum, ((3 * std::min<double>(1024, double(rows)) + 2) * kRounding + 3 * 0x1p-16) * size);
+      // Six products a term, summed one by one, the three that are left out, and the rounding of the result here.
+      want.add(sum, (6 * std::min<double>(1024, double(rows)) + 8) * kRounding * size);
     }
   }
   // The same matrix as weights of the products: tr(X H X^T), by the same bounds.

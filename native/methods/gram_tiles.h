@@ -7,8 +7,7 @@ namespace tersor {
 
 inline constexpr int64_t kPairColumns = 32;
 
-// Bfloat16 that stand for a float, to 2^-16 of it: below what the roundings of as many sums in float32 come to.
-inline constexpr int kGramParts = 2;
+inline constexpr int kGramParts = 3;  // bfloat16 that a float is the sum of
 
 // bfloat16 of a pair as tiles, for either side of a product: two panels, chunks of 32 rows, parts.
 constexpr int64_t pair_size(int64_t rows) { return 2 * ((rows + 31) / 32) * kGramParts * 512; }

@@ -50,7 +50,7 @@ inline void for_pairs(const uint16_t* left, const uint16_t* right, int64_t right
     for (int64_t i = 0; i < left_columns; ++i) {  // asked for while the tiles multiply
       for (int64_t j = 0; j < kPairColumns; j += 8) __builtin_prefetch(gram + column + i * line + j, 1);
     }
-    multiply_block<2, 2, kGramParts, kGramParts, kGramParts>(left, chunks * kParts, right, chunks, true, sums);
+    multiply_block<2, 2, kGramParts, kGramParts>(left, chunks * kParts, right, chunks, true, sums);
     body(column, sums);
   }
 }

@@ -13,7 +13,7 @@ from tersor.threads import each
 
 BLOCK_ROWS = 2048  # inputs whose sums are made in float32 before they are added in float64
 PANEL = 192  # columns of a matrix that one thread makes at a time
-TILE_ROWS = 1024  # inputs that tiles multiply at a time (native/methods/gram.cc), each twice, as two numbers of 2 bytes
+TILE_ROWS = 1024  # inputs that tiles multiply at a time (native/methods/gram.cc), each twice, as three numbers of 2 bytes
 
 
 class StatisticsBuilder:
@@ -73,7 +73,7 @@ class StatisticsBuilder:
 
 def gram_workspace(columns: int) -> int:
     """Returns the bytes that adding to a Gram matrix takes besides the matrix: the batch as tiles, or its products in float32."""
-    return 2 * 4 * TILE_ROWS * columns if _native.multiplies_by_tiles() else 4 * columns * columns
+    return 2 * 6 * TILE_ROWS * columns if _native.multiplies_by_tiles() else 4 * columns * columns
 
 
 def panels(columns: int) -> list[slice]:
